@@ -1,0 +1,58 @@
+// Threads and tiles. A tile is the unit of both work and summation: it depends on sizes alone, never on the
+// number of threads, which is what makes the sums reproducible.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace dbmtl {
+
+constexpr int64_t kTile = 16384;                   // elements
+constexpr int64_t kSerialBelow = 2 * kTile;      // not worth waking a thread for
+constexpr int64_t kStreamFromBytes = 4 << 20;      // an output this large will not be read from cache
+constexpr int64_t kStripes = 256;                  // partial Gramians, and so the most threads that share one
+
+inline int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
+inline int64_t tile_size(int64_t tile, int64_t n) {
+  const int64_t left = n - tile * kTile;
+  return left < kTile ? left : kTile;
+}
+
+template <class T>
+std::unique_ptr<T[]> try_allocate(int64_t n) {
+  return std::unique_ptr<T[]>(new (std::nothrow) T[n > 0 ? n : 1]());
+}
+
+inline int clamp_threads(int32_t num_threads, int64_t elements) {
+  return elements < kSerialBelow || num_threads < 1 ? 1 : num_threads;
+}
+
+inline int thread_index() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// This thread's contiguous share [begin, end) of `count` items; call inside a parallel region.
+struct Share {
+  int64_t begin, end;
+  explicit Share(int64_t count) {
+#ifdef _OPENMP
+    const int64_t threads = omp_get_num_threads();
+#else
+    const int64_t threads = 1;
+#endif
+    const int64_t thread = thread_index();
+    begin = count * thread / threads;
+    end = count * (thread + 1) / threads;
+  }
+};
+
+}  // namespace dbmtl

@@ -1,0 +1,95 @@
+/* The C ABI of dbmtl_kernels: plain pointers and sizes, no torch, no Python.
+ *
+ * A library that implements this header (the CPU one is csrc/cpu) is loaded with ctypes. Rules:
+ *   - every size, offset and stride is int64_t and counts elements, not bytes;
+ *   - rows lie `row_stride` elements apart and are contiguous within;
+ *   - a call either returns DBMTL_OK or has written nothing; no exception crosses the boundary;
+ *   - sums are made of fixed chunks added in a fixed order: the same input gives the same bits, run after
+ *     run, for any number of threads and any instruction set;
+ *   - `stream` is the CUDA stream of a GPU implementation; the CPU one ignores it. `num_threads` likewise.
+ */
+#ifndef DBMTL_H
+#define DBMTL_H
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define DBMTL_API __attribute__((visibility("default")))
+#else
+#define DBMTL_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define DBMTL_ABI_VERSION 1
+
+typedef enum {
+  DBMTL_OK = 0,
+  DBMTL_INVALID_ARGUMENT = 1, /* dbmtl_last_error() names the argument */
+  DBMTL_UNSUPPORTED_DTYPE = 2,
+  DBMTL_OUT_OF_MEMORY = 3,
+  DBMTL_UNAVAILABLE = 4 /* the library loaded, but there is no device or driver to run on */
+} dbmtl_status;
+
+typedef enum { DBMTL_F32 = 0, DBMTL_F64 = 1, DBMTL_BF16 = 2, DBMTL_F16 = 3 } dbmtl_dtype;
+
+/* How alpha is formed from the norms of the tasks whose norm is finite. */
+typedef enum {
+  DBMTL_SCALE_MAX = 0,
+  DBMTL_SCALE_MEAN = 1,
+  DBMTL_SCALE_MEDIAN = 2,
+  DBMTL_SCALE_MIN = 3,
+  DBMTL_SCALE_CONSTANT = 4
+} dbmtl_scale;
+
+DBMTL_API int32_t dbmtl_abi_version(void);
+
+/* The instruction set in use: "avx512", "avx2" or "baseline". */
+DBMTL_API const char* dbmtl_isa(void);
+
+/* Use another instruction set than the best one found (tests do). DBMTL_INVALID_ARGUMENT if the
+ * machine lacks it or the name is unknown. NULL goes back to the best one. */
+DBMTL_API int32_t dbmtl_set_isa(const char* name);
+
+/* What was wrong in this thread's last failing call. */
+DBMTL_API const char* dbmtl_last_error(void);
+
+/* Ask the system for huge pages under a large buffer that nothing has touched yet: its first write then costs a
+ * page fault in every 2 MiB, not in every 4 KiB. A hint; does nothing where it cannot be had. */
+DBMTL_API void dbmtl_advise_huge_pages(void* buffer, int64_t num_bytes);
+
+/* ema   <- beta * ema + (1 - beta) * grads                 [num_tasks, num_params], in place
+ * norms <- ||ema_t||                                        [num_tasks], f64 if ema is f64, else f32
+ * out   <- sum_t alpha / (norms_t + eps) * ema_t            [num_params]
+ *
+ * alpha: see dbmtl_scale. With one task and any scale but CONSTANT the weight is exactly 1. A task whose
+ * norm is not finite has weight 0 and its row of ema is set to zero. state_dtype: f32, bf16 or f64. */
+DBMTL_API int32_t dbmtl_balance(const void* grads, int32_t grad_dtype, int64_t grad_row_stride,  //
+                                void* ema, int32_t state_dtype, int64_t state_row_stride,        //
+                                void* out, int32_t out_dtype, void* norms,                       //
+                                int64_t num_tasks, int64_t num_params, double beta, double eps,
+                                int32_t scale, double constant, int32_t num_threads, void* stream);
+
+/* One row of the task-gradient buffer, gathered straight from a list of gradients:
+ *   row[offset_i : offset_i + numel_i] <- decay * row[...] + gain * grads[i]
+ *   sumsq[0] <- sum of squares of the whole row afterwards
+ * segments holds (offset, numel) pairs. A null grads[i] counts as zeros. */
+DBMTL_API int32_t dbmtl_accumulate(void* row, int32_t state_dtype, int64_t num_segments, const int64_t* segments,
+                                   const void* const* grads, const uint8_t* grad_dtypes, double decay, double gain,
+                                   double* sumsq, int32_t num_threads, void* stream);
+
+/* out <- (accumulate ? out : 0) + sum_t weights[t] * rows[t]; a row whose weight is 0 is not read. */
+DBMTL_API int32_t dbmtl_combine(const void* rows, int32_t state_dtype, int64_t row_stride, int64_t num_tasks,
+                                int64_t num_params, const double* weights, void* out, int32_t out_dtype,
+                                int32_t accumulate, int32_t num_threads, void* stream);
+
+/* gramian[i * num_tasks + j] <- <rows[i], rows[j]>, in f64. */
+DBMTL_API int32_t dbmtl_gramian(const void* rows, int32_t state_dtype, int64_t row_stride, int64_t num_tasks,
+                                int64_t num_params, double* gramian, int32_t num_threads, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* DBMTL_H */

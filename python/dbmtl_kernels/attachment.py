@@ -1,0 +1,49 @@
+"""Attachment: hooks before and after ``optimizer.step()``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Attachment:
+    """A removable handle, as PyTorch's hooks return; also a context manager that removes at its end.
+
+    Args:
+        optimizer: whose steps to watch.
+        before: called before each step.
+        after: called after each step.
+        removed: called once on removal.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        before: Callable[[], None],
+        after: Callable[[], None],
+        removed: Callable[[], None],
+    ) -> None:
+        def pre(*_: Any) -> None:
+            before()
+
+        def post(*_: Any) -> None:
+            after()
+
+        self._handles = [optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)]
+        self._removed: Callable[[], None] | None = removed
+
+    def remove(self) -> None:
+        """Detach; once is enough, more does no harm."""
+        for handle in self._handles:
+            handle.remove()
+        if self._removed is not None:
+            self._removed()
+            self._removed = None
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()

@@ -1,0 +1,100 @@
+"""Which implementation serves a tensor. A backend is a module with the four functions of `Backend`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+from types import ModuleType
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from . import eager, native
+
+NAMES = ("native", "eager")
+ENVIRONMENT = "DBMTL_BACKEND"
+
+
+class Backend(Protocol):
+    """What `ops` calls. Arguments are checked and contiguous by then; sizes and dtypes agree."""
+
+    @staticmethod
+    def balance_(
+        grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `functional.balance_`."""
+
+    @staticmethod
+    def accumulate_(
+        row: Tensor,
+        sumsq: Tensor,
+        grads: list[Tensor | None],
+        segments: Tensor,
+        decay: float,
+        gain: float,
+        loss_scale: Tensor | None,
+    ) -> None:
+        """See `ops.accumulate_`."""
+
+    @staticmethod
+    def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) -> None:
+        """See `ops.combine_out`."""
+
+    @staticmethod
+    def gramian(rows: Tensor) -> Tensor:
+        """See `ops.gramian`."""
+
+    @staticmethod
+    def missing(device: torch.device) -> str | None:
+        """Why this backend cannot serve tensors on ``device``; None if it can."""
+
+
+def _module(name: str) -> Backend:
+    modules: dict[str, ModuleType] = {"native": native, "eager": eager}
+    return cast(Backend, modules[name])
+
+
+def resolve(name: str, device: torch.device) -> Backend:
+    """The backend called ``name``, or for "auto" the one that ``DBMTL_BACKEND`` or the device asks for.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a backend asked for by name that cannot serve this device, with the reason.
+    """
+    return _resolve(name, os.environ.get(ENVIRONMENT, "auto") if name == "auto" else name, device.type)
+
+
+@cache
+def _resolve(argument: str, name: str, device_type: str) -> Backend:
+    device = torch.device(device_type)
+    if name == "auto":
+        return _choose(device)
+    source = f"{ENVIRONMENT}={name}" if argument == "auto" else f"backend={name!r}"
+    if name not in NAMES:
+        raise ValueError(f"unknown backend: {source}; known: 'auto', {', '.join(map(repr, NAMES))}")
+    backend = _module(name)
+    reason = backend.missing(device)
+    if reason is not None:
+        raise RuntimeError(f"{source} was asked for but cannot serve tensors on {device_type!r}: {reason}")
+    return backend
+
+
+def _choose(device: torch.device) -> Backend:
+    if device.type != "cpu":
+        return _module("eager")
+    reason = native.missing(device)
+    if reason is None:
+        return _module("native")
+    warnings.warn(  # once: the choice is cached
+        f"dbmtl_kernels: the native CPU backend is not available ({reason}); using the slower eager backend",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return _module("eager")
+
+
+def clear_cache() -> None:
+    """Forget what was chosen, for tests that change what there is to choose from."""
+    _resolve.cache_clear()

@@ -1,0 +1,91 @@
+"""Every op in plain in-place PyTorch: the fallback on any device, and the yardstick the kernels must beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..weighting import max_norm_weights
+
+
+def missing(device: torch.device) -> str | None:
+    """Serves every device."""
+    return None
+
+
+def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _update(row: Tensor, grad: Tensor | None, decay: float, gain: float | Tensor) -> None:
+    """row <- decay * row + gain * grad, in fp32 whatever the storage."""
+    work = _arithmetic(row.dtype)
+    if grad is None:
+        row.mul_(decay)
+    elif decay == 0.0:  # nothing is left of the state: do not read it
+        row.copy_(grad.to(work) * gain)
+    elif row.dtype == work:
+        row.mul_(decay).add_(grad.to(work) * gain)
+    else:
+        row.copy_(row.to(work) * decay + grad.to(work) * gain)
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float64 if x.device.type == "cpu" else None).square()
+
+
+def balance_(
+    grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float
+) -> tuple[Tensor, Tensor]:
+    """See `functional.balance_`."""
+    norms = torch.empty(ema.shape[0], dtype=_arithmetic(ema.dtype), device=ema.device)
+    for t in range(ema.shape[0]):
+        _update(ema[t], grads[t], beta, 1.0 - beta)
+        norms[t] = _sum_of_squares(ema[t]).sqrt()
+    weights = max_norm_weights(norms, eps, constant if scale == "constant" else scale)
+    ema.masked_fill_(~torch.isfinite(norms)[:, None], 0.0)
+    out = torch.empty(ema.shape[1], dtype=grads.dtype, device=ema.device)
+    combine_out(ema, weights, out, accumulate=False)
+    return out, norms
+
+
+def accumulate_(
+    row: Tensor,
+    sumsq: Tensor,
+    grads: list[Tensor | None],
+    segments: Tensor,
+    decay: float,
+    gain: float,
+    loss_scale: Tensor | None,
+) -> None:
+    """See `ops.accumulate_`."""
+    scaled: float | Tensor = gain
+    if loss_scale is not None:
+        scaled = torch.where(loss_scale == 0, 0.0, gain / loss_scale).to(_arithmetic(row.dtype))
+    total = torch.zeros_like(sumsq)
+    for grad, (offset, numel) in zip(grads, segments.tolist(), strict=True):
+        segment = row[offset : offset + numel]
+        _update(segment, None if grad is None else grad.reshape(-1), decay, scaled)
+        if numel:
+            total += _sum_of_squares(segment)
+    sumsq.copy_(total)
+
+
+def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) -> None:
+    """See `ops.combine_out`."""
+    work = _arithmetic(rows.dtype)
+    used = weights != 0
+    if rows.device.type == "cpu":
+        rows, weights = (rows, weights) if used.all() else (rows[used], weights[used])
+    else:  # no sync: what is left out must still not turn 0 * inf into NaN
+        rows = torch.where(used[:, None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
+    total = weights.to(work) @ rows.to(work)
+    if accumulate:
+        total += out
+    out.copy_(total)
+
+
+def gramian(rows: Tensor) -> Tensor:
+    """See `ops.gramian`."""
+    work = rows.to(_arithmetic(rows.dtype))
+    return work @ work.T

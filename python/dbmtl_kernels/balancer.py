@@ -1,0 +1,419 @@
+"""DBMTL: what a user touches. Runs the K backward passes and keeps the books of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from . import losses as loss_values
+from .attachment import Attachment
+from .buffer import TaskGradientBuffer
+from .gradients import Flats, Kept, SharedGradients
+from .layout import ParameterLayout
+from .weighting import check_scale, max_norm_weights
+
+STATE_VERSION = 1
+
+
+class DBMTL:
+    """Dual-balancing multi-task learning (DB-MTL) for any PyTorch training loop.
+
+    In step k, with theta the P shared parameters and K losses::
+
+        g_t  = grad_theta log(loss_t + eps)
+        m_t  = beta_k * m_t + (1 - beta_k) * g_t          beta_k = beta / k ** beta_sigma, m_t = 0 at the start
+        grad = alpha * sum_t m_t / (||m_t|| + eps)        alpha = max_t ||m_t||
+
+    ``grad`` goes to the shared parameters' ``.grad`` (added to what is there, as autograd would); every other
+    parameter gets the plain gradient of the sum of the log-losses. Source: arXiv 2308.12029, Algorithm 1.
+
+    A *step* is one update of the EMA. By itself, each `backward` (each `balance`, with `task`) is a step. After
+    ``attach(optimizer)`` everything up to ``optimizer.step()`` is one step, and each backward in it adds to the
+    task gradients and leaves the balanced gradient so far in ``.grad``.
+
+    Args:
+        shared_parameters: leaf tensors on one device, dense, each once, requiring grad; P elements in all. Dtypes
+            may differ.
+        num_tasks: K >= 1.
+        beta: forgetting rate in [0, 1).
+        beta_sigma: decay exponent >= 0; 0 keeps beta constant.
+        eps: > 0, in the logarithm and added to the norms.
+        scale: alpha: "max" (the method), "mean", "median", "min", or a number.
+        log_transform: balance the logs of the losses given. False takes the losses as they are. Does not concern
+            `task`, where the caller runs backward.
+        state_dtype: dtype of the EMA: float32, bfloat16 or float64. Memory held: (K + 1) P elements.
+        backend: "auto", or a backend by name.
+
+    Raises:
+        ValueError: a value out of range, or parameters that are empty, repeated, not leaf or not requiring grad.
+        TypeError: a value or dtype of the wrong kind.
+        RuntimeError: a backend asked for by name that cannot serve these parameters.
+    """
+
+    def __init__(
+        self,
+        shared_parameters: Iterable[Tensor],
+        num_tasks: int,
+        *,
+        beta: float = 0.9,
+        beta_sigma: float = 0.5,
+        eps: float = 1e-8,
+        scale: str | float = "max",
+        log_transform: bool = True,
+        state_dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+    ) -> None:
+        if isinstance(num_tasks, bool) or not isinstance(num_tasks, int):
+            raise TypeError(f"num_tasks must be an int, got {type(num_tasks).__name__}")
+        if num_tasks < 1:
+            raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"beta must be in [0, 1), got {beta}")
+        if not 0.0 <= beta_sigma < float("inf"):
+            raise ValueError(f"beta_sigma must be finite and not negative, got {beta_sigma}")
+        if not 0.0 < eps < float("inf"):
+            raise ValueError(f"eps must be positive and finite, got {eps}")
+        self.num_tasks = num_tasks
+        self.beta = beta
+        self.beta_sigma = beta_sigma
+        self.eps = eps
+        self.scale = check_scale(scale)
+        self.log_transform = log_transform
+        layout = ParameterLayout(shared_parameters, state_dtype)
+        backends.resolve(backend, layout.device)
+        self.buffer = TaskGradientBuffer(layout, num_tasks, backend)
+        self._grads = SharedGradients(self.buffer)
+        self._attachment: Attachment | None = None
+        self._inside: int | None = None  # the task whose context is open
+
+        self._step = 0
+        self._open = False  # a step has begun and not ended
+        self._seen = [False] * num_tasks  # tasks that have a gradient in this step
+        self._pending: set[int] = set()  # tasks entered since the last balance
+        self._loss_scale: Tensor | None = None  # the factor that this step's gradients carry
+        device = layout.device
+        self._broken = torch.zeros(num_tasks, dtype=torch.bool, device=device)  # not finite in this step
+        self._norms = torch.zeros_like(self.buffer.sumsq)
+        self._weights = torch.zeros_like(self.buffer.sumsq)
+        self._nonfinite_steps = torch.zeros(num_tasks, dtype=torch.int64, device=device)
+
+    # --- what a user reads --------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Number of EMA updates begun."""
+        return self._step
+
+    @property
+    def norms(self) -> Tensor:
+        """(K,) norms of the task gradients (their EMA) at the last balance, on the device, without a sync.
+
+        float32, or float64 with a float64 state. Not finite where the gradient was not.
+        """
+        return self._norms.to(self._report_dtype)
+
+    @property
+    def weights(self) -> Tensor:
+        """(K,) weights of the task gradients at the last balance, on the device, without a sync."""
+        return self._weights.to(self._report_dtype)
+
+    @property
+    def nonfinite_steps(self) -> Tensor:
+        """(K,) int64: in how many steps each task's gradient was not finite."""
+        return self._nonfinite_steps
+
+    @property
+    def _report_dtype(self) -> torch.dtype:
+        return torch.float64 if self.buffer.rows.dtype == torch.float64 else torch.float32
+
+    # --- ways in ------------------------------------------------------------------------------------------------
+
+    def __call__(self, losses: Sequence[Tensor] | Tensor, *, retain_graph: bool = False) -> Tensor:
+        """A scalar whose ``backward()`` is the balanced backward.
+
+        Its value is the sum of the log-losses. The gradient that arrives at it is the factor by which the caller
+        scaled the loss (a GradScaler's scale, 1 / accumulation steps): the task gradients are computed with it,
+        the state is kept without it, ``.grad`` comes out with it. Under ``torch.no_grad()`` only the value.
+
+        Args:
+            losses: K scalars, as a sequence or a (K,) tensor, each with a graph.
+            retain_graph: keep the graphs of the losses, for another backward through them.
+
+        Raises:
+            ValueError: the number of losses is not K; one is not a scalar; one is <= -eps and has no log (seen on a
+                CPU only: elsewhere it would take a sync, and gives NaN, which the state survives).
+            TypeError: one is not a floating-point tensor.
+            RuntimeError: one has no graph; a `task` context is open.
+        """
+        scalars = loss_values.check(losses, self.num_tasks, self.eps if self.log_transform else None)
+        value = loss_values.total(scalars, self.eps if self.log_transform else None)
+        if not torch.is_grad_enabled():
+            return value
+        loss_values.check_graphs(scalars)
+        anchor = torch.zeros((), dtype=value.dtype, device=value.device, requires_grad=True)
+
+        def run(factor: Tensor) -> None:
+            self._run(scalars, _or_none(factor), retain_graph)
+
+        out: Tensor = _Balanced.apply(anchor, value, run, retain_graph)  # type: ignore[no-untyped-call]
+        return out
+
+    def backward(self, losses: Sequence[Tensor] | Tensor, *, retain_graph: bool = False) -> None:
+        """``balancer(losses).backward()``, named. Arguments and errors as for `__call__`."""
+        scalars = loss_values.check(losses, self.num_tasks, self.eps if self.log_transform else None)
+        loss_values.check_graphs(scalars)
+        self._run(scalars, None, retain_graph)
+
+    @contextmanager
+    def task(self, index: int, *, loss_scale: float | Tensor | None = None) -> Iterator[None]:
+        """Whatever is backpropagated inside counts as the gradient of task ``index``.
+
+        Run ``log_transform(loss).backward()`` inside, once or more, then the next task; then `balance` (or
+        ``optimizer.step()``, when attached). Tasks left out of a step keep their state and are left out of the sum.
+
+        Args:
+            index: 0 <= index < K.
+            loss_scale: the factor by which the losses are scaled (``scaler.get_scale()``); see `__call__`.
+
+        Raises:
+            ValueError: the index is out of range.
+            RuntimeError: the task was entered already since the last `balance`, or another context is open.
+        """
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"the task index must be an int, got {type(index).__name__}")
+        if not 0 <= index < self.num_tasks:
+            raise ValueError(f"task index {index} is out of range for {self.num_tasks} tasks")
+        self._refuse_inside("task()")
+        kept = self._take()
+        if index in self._pending:
+            self._grads.put_back(kept)
+            raise RuntimeError(f"task {index} was entered already in this step; call balance() (or optimizer.step())")
+        self._inside = index
+        try:
+            yield
+            scale = None if loss_scale is None else torch.as_tensor(loss_scale, device=self.buffer.rows.device)
+            self._accumulate(index, None if scale is None else _or_none(scale))
+            self._pending.add(index)
+        finally:
+            self._inside = None
+            self._grads.put_back(kept)
+
+    def balance(self) -> None:
+        """Write the balanced gradient of the tasks entered with `task` to ``.grad``.
+
+        Ends the step, unless attached: then ``optimizer.step()`` does (and calls this itself where need be).
+
+        Raises:
+            RuntimeError: no task was entered since the last `balance`, or a `task` context is open.
+        """
+        self._refuse_inside("balance()")
+        if not self._pending:
+            raise RuntimeError("balance() has nothing to balance: no task() was entered since the last step")
+        kept = self._take()
+        self._write(kept)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
+        """Let ``optimizer.step()`` end a step, for gradient accumulation and for `task` without `balance`.
+
+        A step that never comes (a GradScaler skipped it) is noticed when the gradients have been thrown away
+        (``zero_grad``) by the next backward.
+
+        Returns:
+            a handle; its ``remove()`` detaches.
+
+        Raises:
+            RuntimeError: attached already.
+            ValueError: the optimizer holds none of the shared parameters.
+        """
+        if self._attachment is not None:
+            raise RuntimeError("already attached to an optimizer; call remove() on the handle that attach() returned")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in self.buffer.layout.parameters):
+            raise ValueError(f"{type(optimizer).__name__} holds none of the shared parameters")
+        self._attachment = Attachment(optimizer, self._before_optimizer, self._end_step, self._detached)
+        return self._attachment
+
+    # --- the state ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to go on bit for bit. Tensors are references, as in PyTorch."""
+        return {
+            "version": STATE_VERSION,
+            "parameters": [[dtype, list(shape)] for dtype, shape in self.buffer.layout.signature()],
+            "rows": self.buffer.rows,
+            "sumsq": self.buffer.sumsq,
+            "step": self._step,
+            "open": self._open,
+            "seen": list(self._seen),
+            "pending": sorted(self._pending),
+            "loss_scale": self._loss_scale,
+            "touched": list(self._grads.touched),
+            "written": self._grads.written,
+            "broken": self._broken,
+            "norms": self._norms,
+            "weights": self._weights,
+            "nonfinite_steps": self._nonfinite_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, copying into this balancer's tensors.
+
+        Raises:
+            ValueError: a state of another version, of other parameters (number, shapes, dtypes), number of tasks or
+                state dtype. Nothing is changed then.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(f"state_dict has version {state.get('version')!r}, this is version {STATE_VERSION}")
+        mine = [[dtype, list(shape)] for dtype, shape in self.buffer.layout.signature()]
+        theirs = [[dtype, list(shape)] for dtype, shape in state["parameters"]]
+        if len(mine) != len(theirs):
+            raise ValueError(f"state_dict is of {len(theirs)} shared parameters, this balancer has {len(mine)}")
+        for index, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            if a != b:
+                raise ValueError(f"shared parameter {index} is {a[0]} {a[1]} here and {b[0]} {b[1]} in the state_dict")
+        rows = state["rows"]
+        if rows.shape != self.buffer.rows.shape:
+            raise ValueError(
+                f"state_dict has rows of shape {tuple(rows.shape)}, this balancer {tuple(self.buffer.rows.shape)} "
+                "(other num_tasks?)"
+            )
+        if rows.dtype != self.buffer.rows.dtype:
+            raise ValueError(f"state_dict has a {rows.dtype} state, this balancer {self.buffer.rows.dtype}")
+        tensors = {
+            "rows": self.buffer.rows,
+            "sumsq": self.buffer.sumsq,
+            "broken": self._broken,
+            "norms": self._norms,
+            "weights": self._weights,
+            "nonfinite_steps": self._nonfinite_steps,
+        }
+        for name, tensor in tensors.items():
+            tensor.copy_(state[name])
+        self._step = int(state["step"])
+        self._open = bool(state["open"])
+        self._seen = [bool(x) for x in state["seen"]]
+        self._pending = {int(x) for x in state["pending"]}
+        scale = state["loss_scale"]
+        self._loss_scale = None if scale is None else scale.to(self.buffer.rows.device)
+        self._grads.touched = [bool(x) for x in state["touched"]]
+        self._grads.written = bool(state["written"])
+
+    # --- one step -----------------------------------------------------------------------------------------------
+
+    def _run(self, losses: list[Tensor], factor: Tensor | None, retain_graph: bool) -> None:
+        """K backward passes, each gathered into its row before the next, then the balanced gradient."""
+        self._refuse_inside("backward()")
+        kept = self._take()
+        last = self.num_tasks - 1
+        try:
+            for index, loss in enumerate(losses):
+                seed = loss_values.seed(loss, self.eps if self.log_transform else None, factor)
+                torch.autograd.backward(loss, grad_tensors=seed, retain_graph=retain_graph or index < last)
+                self._accumulate(index, factor)
+        except BaseException:
+            self._grads.put_back(kept)
+            raise
+        self._write(kept)
+
+    @torch.no_grad()
+    def _take(self) -> Kept:
+        """Take every shared ``.grad`` away; a step whose gradients were thrown away ends here."""
+        kept, dropped = self._grads.take(self._fill)
+        if dropped:
+            self._end_step()
+        return kept
+
+    @torch.no_grad()
+    def _accumulate(self, task: int, factor: Tensor | None) -> None:
+        grads = self._grads.hand_over()
+        if not self._open:
+            self._begin_step(factor)
+        beta = self.beta / self._step**self.beta_sigma
+        decay = 1.0 if self._seen[task] else beta
+        self.buffer.accumulate(task, grads, decay, 1.0 - beta, self._loss_scale)
+        self._seen[task] = True
+
+    @torch.no_grad()
+    def _write(self, kept: Kept) -> None:
+        """Norms, weights, the balanced gradient, ``.grad``."""
+        norms = self.buffer.norms
+        broken = ~torch.isfinite(norms)
+        self._nonfinite_steps += broken & ~self._broken
+        self._broken |= broken
+        seen = torch.tensor(self._seen, device=norms.device)
+        self._norms = norms
+        self._weights = max_norm_weights(norms, self.eps, self.scale, seen & ~self._broken)
+        if norms.device.type != "cpu" or bool(self._broken.any()):
+            self.buffer.forget(self._broken)
+        self._grads.write(kept, self._fill)
+        self._pending.clear()
+        if self._attachment is None:
+            self._end_step()
+
+    def _fill(self, flats: Flats, accumulate: bool) -> None:
+        """The balanced gradient of the last weights, carrying the loss scale."""
+        weights = self._weights
+        if self._loss_scale is not None:
+            scale = self._loss_scale.to(weights.dtype)
+            # A scaler must see the overflow. Factors up to 1 are those of accumulation, where nobody looks for it.
+            overflow = self._broken & (scale > 1)
+            weights = torch.where(overflow, torch.nan, weights * scale)
+        self.buffer.combine(weights, flats, accumulate)
+
+    def _begin_step(self, factor: Tensor | None) -> None:
+        self._open = True
+        self._step += 1
+        self._seen = [False] * self.num_tasks
+        self._loss_scale = factor
+        self._broken.zero_()
+
+    def _end_step(self) -> None:
+        self._open = False
+        self._pending.clear()
+        self._grads.written = False
+
+    def _before_optimizer(self) -> None:
+        if self._pending:
+            self.balance()
+
+    def _detached(self) -> None:
+        self._attachment = None
+
+    def _refuse_inside(self, what: str) -> None:
+        if self._inside is not None:
+            raise RuntimeError(f"{what} inside the context of task({self._inside}); leave it first")
+
+
+def _or_none(factor: Tensor) -> Tensor | None:
+    """A loss scale of exactly 1 is none; elsewhere than on a CPU it would take a sync to know."""
+    return None if factor.device.type == "cpu" and float(factor) == 1.0 else factor.detach().clone()
+
+
+class _Balanced(torch.autograd.Function):
+    """Hands the incoming gradient to ``run``; the losses' graphs are not part of the outer graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, value: Tensor, run: Callable[[Tensor], None], retain_graph: bool
+    ) -> Tensor:
+        ctx.run = run
+        ctx.retain_graph = retain_graph
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
+        run = ctx.run
+        if run is None:
+            raise RuntimeError(
+                "backward() through this balanced loss a second time: its graphs are freed; pass retain_graph=True to "
+                "balancer(losses)"
+            )
+        if not ctx.retain_graph:
+            ctx.run = None
+        run(grads[0])
+        return None, None, None, None

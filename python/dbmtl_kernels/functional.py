@@ -1,0 +1,64 @@
+"""Stateless entry points: the dense op, and the log transformation of a loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .weighting import check_scale
+
+
+def balance_(
+    grads: Tensor,
+    ema: Tensor,
+    beta: float = 0.9,
+    eps: float = 1e-8,
+    scale: str | float = "max",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Balance a K x P matrix of task gradients; ``ema`` is updated in place.
+
+    ``ema <- beta * ema + (1 - beta) * grads``, then
+    ``grad = sum_t alpha / (||ema_t|| + eps) * ema_t``. Not differentiable; works under ``torch.compile``.
+
+    Args:
+        grads: (K, P), float64 with a float64 ema, else float32, bfloat16 or float16. Copied if its rows are not
+            contiguous.
+        ema: (K, P), contiguous, float32 or bfloat16 (float64 with float64 grads); zeros before the first step.
+            Updated in place.
+        beta: forgetting rate in [0, 1).
+        eps: added to the norms, > 0.
+        scale: alpha: "max", "mean", "median", "min", or a number.
+        backend: "auto", or a backend by name ("native", "eager"): works or raises.
+
+    Returns:
+        ``grad`` (P,) in the dtype of grads and ``norms`` (K,), the norms of the new ema, in float32 (float64 with
+        float64). A task whose norm is not finite has weight 0, and its row of ema is set to zero so that it starts
+        afresh; its entry in ``norms`` shows what happened.
+
+    Raises:
+        ValueError: a shape, a non-contiguous ema, beta, eps, scale or an unknown backend.
+        TypeError: a dtype.
+        RuntimeError: different devices, or a backend that cannot serve here.
+
+    Source: arXiv 2308.12029, Algorithm 1, lines for the task-gradient balancing.
+    """
+    scale = check_scale(scale)
+    name, constant = (scale, 0.0) if isinstance(scale, str) else ("constant", scale)
+    return ops.balance_(grads, ema, beta, eps, name, constant, backend)
+
+
+def log_transform(loss: Tensor, eps: float = 1e-8) -> Tensor:
+    """``log(loss + eps)``, in float32 at least: the loss-scale balancing of DB-MTL, differentiable.
+
+    Args:
+        loss: any shape, positive; half precision is widened first (1e-8 is 0 in float16).
+        eps: added to the loss.
+
+    Returns:
+        The shape of ``loss``, in float32 or float64. A loss below ``-eps`` gives NaN, as log does.
+
+    Source: arXiv 2308.12029, equation of the logarithm transformation.
+    """
+    return torch.log(loss.to(torch.promote_types(loss.dtype, torch.float32)) + eps)

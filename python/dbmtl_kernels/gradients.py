@@ -1,0 +1,134 @@
+"""SharedGradients: takes the ``.grad`` of the shared parameters away, hands a task's over, writes the balanced one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .buffer import TaskGradientBuffer
+
+Flats = dict[torch.dtype, Tensor]
+Kept = list[Tensor | None]
+# Fills the flat tensors with the balanced gradient, adding to what is there if the second argument is true.
+Fill = Callable[[Flats, bool], None]
+
+
+class SharedGradients:
+    """The ``.grad`` of the shared parameters before, during and after the backward passes of a step.
+
+    The balanced gradient lives in one flat tensor that is reused from step to step; each ``.grad`` is a view of it.
+    A ``.grad`` that somebody else put there is kept aside during the passes and added to afterwards, in place, as
+    autograd would. Within an open step a later balanced gradient takes the place of an earlier one; whatever was
+    added to it in between (a regulariser's gradient, say) stays.
+
+    Args:
+        buffer: knows the parameters and their layout.
+    """
+
+    def __init__(self, buffer: TaskGradientBuffer) -> None:
+        self._buffer = buffer
+        self._parameters = buffer.layout.parameters
+        self.touched = [False] * len(self._parameters)
+        self._flats: Flats = {}
+        self._views: list[Tensor] = []
+        self._versions: list[int] = []
+        # Whether .grad holds a balanced gradient of the step now open.
+        self.written = False
+
+    def take(self, refill: Fill) -> tuple[Kept, bool]:
+        """Take every ``.grad`` away before the backward passes.
+
+        Args:
+            refill: computes the balanced gradient last written once more.
+
+        Returns:
+            what must be added to, per parameter, and whether the balanced gradient last written was thrown away by
+            the caller (``zero_grad``), which means that no optimizer step will follow it.
+        """
+        kept = [p.grad for p in self._parameters]
+        dropped = False
+        if self.written:
+            dropped = self._was_dropped(kept)
+            kept = self._without_balanced(kept, refill) if not dropped else kept
+            self.written = False
+        for p in self._parameters:
+            p.grad = None
+        return kept, dropped
+
+    def hand_over(self) -> Kept:
+        """The gradients of one backward pass, let go by the parameters."""
+        grads = [p.grad for p in self._parameters]
+        for index, (p, grad) in enumerate(zip(self._parameters, grads, strict=True)):
+            if grad is not None:
+                if grad.layout != torch.strided:
+                    raise TypeError(
+                        f"shared parameter {index} of shape {tuple(p.shape)} has a gradient of layout {grad.layout}; "
+                        "only dense ones can be balanced (sparse=False)"
+                    )
+                self.touched[index] = True
+                p.grad = None
+        return grads
+
+    def put_back(self, kept: Kept) -> None:
+        """Undo `take`."""
+        for p, grad in zip(self._parameters, kept, strict=True):
+            p.grad = grad
+
+    def write(self, kept: Kept, fill: Fill) -> None:
+        """Leave ``kept`` plus the balanced gradient in every ``.grad``.
+
+        Parameters that no task ever touched, or that were frozen since, get ``kept`` back as it was.
+        """
+        if not self._flats:
+            self._flats = self._buffer.new_flats()
+            self._views = self._buffer.layout.views(self._flats)
+        ours = [grad is view for grad, view in zip(kept, self._views, strict=True)]
+        if any(ours):  # nobody set them to None: add to what they hold
+            for view, mine in zip(self._views, ours, strict=True):
+                if not mine:
+                    view.zero_()
+        fill(self._flats, any(ours))
+        for index, (p, grad, view) in enumerate(zip(self._parameters, kept, self._views, strict=True)):
+            if not self.touched[index] or not p.requires_grad:
+                p.grad = grad
+            elif grad is None or ours[index]:
+                p.grad = view
+            else:
+                p.grad = grad.add_(view)
+        self._versions = [view._version for view in self._views]
+        self.written = True
+
+    def _untouched_since(self, index: int, grad: Tensor) -> bool:
+        return grad is self._views[index] and grad._version == self._versions[index]
+
+    def _was_dropped(self, kept: Kept) -> bool:
+        """Whether every gradient written is gone, or is all zeros (only looked at if it changed)."""
+        return all(
+            grad is None or (not self._untouched_since(index, grad) and not bool(grad.any()))
+            for index, (p, grad) in enumerate(zip(self._parameters, kept, strict=True))
+            if self.touched[index] and p.requires_grad
+        )
+
+    def _without_balanced(self, kept: Kept, refill: Fill) -> Kept:
+        """What was in ``.grad`` besides the balanced gradient last written."""
+        changed = {
+            index
+            for index, grad in enumerate(kept)
+            if grad is not None and self.touched[index] and not self._untouched_since(index, grad)
+        }
+        before: list[Tensor] = []
+        if changed:
+            flats = self._buffer.new_flats()
+            refill(flats, False)
+            before = self._buffer.layout.views(flats)
+        rest: Kept = []
+        for index, grad in enumerate(kept):
+            if grad is None or not self.touched[index]:
+                rest.append(grad)
+            elif index in changed:
+                rest.append(grad.sub_(before[index]))
+            else:
+                rest.append(None)
+        return rest

@@ -1,0 +1,132 @@
+"""ParameterLayout: a list of parameters laid out as segments of one padded flat row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SEGMENT_BYTES = 128
+
+
+class Group(NamedTuple):
+    """Parameters of one dtype: columns [start, stop) of the row."""
+
+    dtype: torch.dtype
+    start: int
+    stop: int
+
+
+def _check(parameters: list[Tensor]) -> None:
+    if not parameters:
+        raise ValueError("shared_parameters is empty (a generator that was already used up?)")
+    seen: dict[int, int] = {}
+    for index, p in enumerate(parameters):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"shared_parameters[{index}] must be a tensor, got {type(p).__name__}")
+        if id(p) in seen:
+            raise ValueError(f"shared_parameters[{index}] repeats shared_parameters[{seen[id(p)]}]")
+        seen[id(p)] = index
+        if not p.is_floating_point():
+            raise TypeError(f"shared_parameters[{index}] must be floating point, got {p.dtype}")
+        if not p.is_leaf:
+            raise ValueError(
+                f"shared_parameters[{index}] of shape {tuple(p.shape)} is not a leaf: gradients do not collect in it"
+            )
+        if not p.requires_grad:
+            raise ValueError(
+                f"shared_parameters[{index}] of shape {tuple(p.shape)} does not require grad; pass "
+                "[p for p in ... if p.requires_grad]"
+            )
+        if p.device != parameters[0].device:
+            raise ValueError(
+                f"shared_parameters must be on one device: [0] is on {parameters[0].device}, [{index}] on {p.device}"
+            )
+
+
+class ParameterLayout:
+    """Where each parameter's gradient lies in a row of the task-gradient buffer.
+
+    Each parameter gets a segment that begins on a 128-byte boundary, in the state as in the balanced gradient.
+    Parameters are grouped by dtype, so that one flat tensor per dtype holds a row's worth of gradients; within a
+    group they keep the order in which they were given. Elements lie in the parameter's own memory order where it
+    is dense (so channels-last weights need no copy), else in logical order.
+
+    Args:
+        parameters: leaf tensors on one device, each once, floating point, requiring grad.
+        state_dtype: dtype of the rows.
+
+    Attributes:
+        parameters: the tensors, as given.
+        segments: (n, 2) int64 on the CPU: offset and numel of each parameter, in the order given.
+        groups: one `Group` per parameter dtype.
+        row_numel: elements of a row, padding included.
+        numel: elements of all parameters.
+
+    Raises:
+        ValueError: empty, repeated, not a leaf, not requiring grad, several devices.
+        TypeError: not a tensor, not floating point, or a state dtype other than float32, bfloat16, float64.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], state_dtype: torch.dtype = torch.float32) -> None:
+        self.parameters = list(parameters)
+        _check(self.parameters)
+        if state_dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            raise TypeError(f"state_dtype must be float32, bfloat16 or float64, got {state_dtype}")
+        self.state_dtype = state_dtype
+        self.device = self.parameters[0].device
+        self.numel = sum(p.numel() for p in self.parameters)
+        self.dense = [p.is_contiguous() or _is_permuted(p) for p in self.parameters]
+
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for index, p in enumerate(self.parameters):
+            by_dtype.setdefault(p.dtype, []).append(index)
+        offsets = [0] * len(self.parameters)
+        self.groups: list[Group] = []
+        end = 0
+        for dtype, members in by_dtype.items():
+            pad = SEGMENT_BYTES // min(state_dtype.itemsize, dtype.itemsize)
+            start = end = _round_up(end, pad)
+            for index in members:
+                offsets[index] = end
+                end = _round_up(end + self.parameters[index].numel(), pad)
+            self.groups.append(Group(dtype, start, end))
+        self.row_numel = end
+        self.segments = torch.tensor(
+            [[o, p.numel()] for o, p in zip(offsets, self.parameters, strict=True)], dtype=torch.int64
+        )
+
+    def signature(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Dtype and shape of each parameter: what must agree for a state to fit."""
+        return [(str(p.dtype), tuple(p.shape)) for p in self.parameters]
+
+    def in_row_order(self, index: int, grad: Tensor) -> Tensor:
+        """``grad`` of parameter ``index`` as a tensor whose logical order is the row's; a view where it can be."""
+        p = self.parameters[index]
+        if p.is_contiguous() or not self.dense[index]:
+            return grad
+        if grad.stride() != p.stride():
+            grad = torch.empty_strided(p.shape, p.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
+        return grad.as_strided((grad.numel(),), (1,))
+
+    def views(self, flats: dict[torch.dtype, Tensor]) -> list[Tensor]:
+        """Each parameter's part of the flat tensors (one per group), in the parameter's shape and strides."""
+        starts = {group.dtype: group.start for group in self.groups}
+        out = []
+        for p, dense, (offset, numel) in zip(self.parameters, self.dense, self.segments.tolist(), strict=True):
+            begin = offset - starts[p.dtype]
+            part = flats[p.dtype][begin : begin + numel]
+            out.append(part.as_strided(p.shape, p.stride()) if dense else part.view(p.shape))
+        return out
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _is_permuted(p: Tensor) -> bool:
+    """Whether ``p`` fills its memory without gaps or overlaps, in another order than the logical one."""
+    order = sorted(range(p.dim()), key=lambda d: (p.stride(d), p.shape[d]))
+    return p.permute(tuple(reversed(order))).is_contiguous()

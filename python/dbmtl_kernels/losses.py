@@ -1,0 +1,69 @@
+"""The K losses of a step: what they must be, their sum, and the gradient each backward pass starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check(losses: Sequence[Tensor] | Tensor, num_tasks: int, log_eps: float | None) -> list[Tensor]:
+    """K floating-point scalars as a list; ``log_eps`` is the eps of the log transformation, None without it.
+
+    Raises:
+        TypeError: not a sequence or a tensor; a loss is not a floating-point tensor.
+        ValueError: the number of losses is not K; one is not a scalar, or has no log (seen on a CPU only).
+    """
+    if isinstance(losses, Tensor):
+        if losses.dim() != 1:
+            raise ValueError(f"losses given as a tensor must have shape ({num_tasks},), got {tuple(losses.shape)}")
+        scalars = list(losses.unbind())
+    elif isinstance(losses, Sequence):
+        scalars = list(losses)
+    else:
+        raise TypeError(f"losses must be a sequence of scalars or a 1-D tensor, got {type(losses).__name__}")
+    if len(scalars) != num_tasks:
+        raise ValueError(f"expected {num_tasks} losses (num_tasks), got {len(scalars)}")
+    for task, loss in enumerate(scalars):
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"the loss of task {task} must be a tensor, got {type(loss).__name__}")
+        if loss.numel() != 1:
+            raise ValueError(f"the loss of task {task} must be a scalar, got shape {tuple(loss.shape)}")
+        if not loss.is_floating_point():
+            raise TypeError(f"the loss of task {task} must be floating point, got {loss.dtype}")
+        if log_eps is not None and loss.device.type == "cpu" and float(loss.detach()) + log_eps <= 0.0:
+            raise ValueError(
+                f"the loss of task {task} is {float(loss.detach())}: a loss must be positive to have a logarithm "
+                "(log_transform=False takes losses as they are)"
+            )
+    return scalars
+
+
+def check_graphs(losses: list[Tensor]) -> None:
+    """Raise RuntimeError naming the first loss that nothing can be backpropagated from."""
+    for task, loss in enumerate(losses):
+        if not loss.requires_grad:
+            raise RuntimeError(f"the loss of task {task} has no graph: it does not require grad")
+
+
+@torch.no_grad()
+def total(losses: list[Tensor], log_eps: float | None) -> Tensor:
+    """The sum of the losses, or of their logs, as a scalar without a graph; float32 at least."""
+    values = [_wide(loss) for loss in losses]
+    if log_eps is not None:
+        values = [torch.log(v + log_eps) for v in values]
+    return torch.stack([v.to(values[0].device) for v in values]).sum()
+
+
+@torch.no_grad()
+def seed(loss: Tensor, log_eps: float | None, factor: Tensor | None) -> Tensor:
+    """Where a backward pass starts: the derivative of factor * log(loss + eps), in the loss's shape and dtype."""
+    start = torch.ones_like(loss) if log_eps is None else (_wide(loss) + log_eps).reciprocal().view_as(loss)
+    if factor is not None:
+        start = start * factor.to(start.device)
+    return start.to(loss.dtype)
+
+
+def _wide(loss: Tensor) -> Tensor:
+    return loss.detach().reshape(()).to(torch.promote_types(loss.dtype, torch.float32))

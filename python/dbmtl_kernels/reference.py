@@ -1,0 +1,91 @@
+"""DB-MTL in plain PyTorch: out of place, any float dtype, never tuned.
+
+Imports nothing from the rest of the package, so that it can judge it. Source of every formula: Lin et al.,
+"Dual-Balancing for Multi-Task Learning", arXiv 2308.12029, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["accumulate", "balance", "combine", "gramian", "weights"]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """The arithmetic dtype: float64 stays, everything narrower is computed in float32."""
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def weights(norms: Tensor, eps: float = 1e-8, scale: str | float = "max") -> Tensor:
+    """Weights ``alpha / (norms + eps)`` that bring every task gradient to the length alpha.
+
+    Args:
+        norms: (K,) norms of the task gradients. A norm that is not finite gets weight 0 and no say in alpha.
+        eps: added to the norms.
+        scale: alpha: "max", "mean", "median" (mean of the two middle ones if K is even), "min", or a number.
+
+    Returns:
+        (K,) in the dtype of ``norms``. One task (K = 1) is left as it is: its weight is exactly 1, unless
+        ``scale`` is a number.
+    """
+    finite = torch.isfinite(norms)
+    ok = norms[finite]
+    if isinstance(scale, str):
+        if norms.numel() == 1:
+            return finite.to(norms.dtype)
+        if ok.numel() == 0:
+            return torch.zeros_like(norms)
+        alpha = {
+            "max": lambda: ok.max(),
+            "mean": lambda: ok.mean(),
+            "median": lambda: ok.quantile(0.5),
+            "min": lambda: ok.min(),
+        }[scale]()
+    else:
+        alpha = torch.as_tensor(scale, dtype=norms.dtype, device=norms.device)
+    return torch.where(finite, alpha / (norms + eps), torch.zeros_like(norms))
+
+
+def accumulate(row: Tensor, grad: Tensor, decay: float, gain: float) -> tuple[Tensor, Tensor]:
+    """``decay * row + gain * grad`` and its sum of squares: ((P,) in row's dtype, () in float64)."""
+    new = (decay * _wide(row) + gain * grad.to(_wide(row).dtype)).to(row.dtype)
+    return new, new.double().square().sum()
+
+
+def combine(rows: Tensor, weights: Tensor) -> Tensor:
+    """``sum_t weights[t] * rows[t]``: (P,) from (K, P) and (K,). A row whose weight is 0 is left out."""
+    wide = _wide(rows)
+    used = weights != 0
+    return (weights[used, None].to(wide.dtype) * wide[used]).sum(dim=0)
+
+
+def gramian(rows: Tensor) -> Tensor:
+    """``rows @ rows.T``: (K, K) from (K, P), summed in float64."""
+    wide = rows.double()
+    return (wide @ wide.T).to(_wide(rows).dtype)
+
+
+def balance(
+    grads: Tensor, ema: Tensor, beta: float = 0.9, eps: float = 1e-8, scale: str | float = "max"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of DB-MTL on a K x P matrix of task gradients, out of place.
+
+    ``m = beta * ema + (1 - beta) * grads``; ``grad = sum_t alpha / (||m_t|| + eps) * m_t``.
+
+    Args:
+        grads: (K, P) gradients of the log-losses.
+        ema: (K, P) state, zeros before the first step.
+        beta: forgetting rate in [0, 1).
+        eps: added to the norms.
+        scale: alpha, see `weights`.
+
+    Returns:
+        ``grad`` (P,) in the dtype of grads, the new ``ema`` (K, P) in the dtype of ema, and ``norms`` (K,) in
+        float32 (float64 if ema is). A task whose norm is not finite is left out and its new ema is zero.
+    """
+    m = (beta * _wide(ema) + (1.0 - beta) * grads.to(_wide(ema).dtype)).to(ema.dtype)
+    norms = m.double().square().sum(dim=1).sqrt()
+    w = weights(norms, eps, scale)
+    new_ema = torch.where(torch.isfinite(norms)[:, None], m, torch.zeros_like(m))
+    return combine(new_ema, w).to(grads.dtype), new_ema, norms.to(_wide(ema).dtype)
