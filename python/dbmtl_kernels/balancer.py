@@ -12,7 +12,7 @@ from torch import Tensor
 from . import backends
 from . import losses as loss_values
 from .attachment import Attachment
-from .buffer import TaskGradientBuffer
+from .buffer import Coefficients, RowUpdate, TaskGradientBuffer
 from .gradients import Flats, Kept, SharedGradients
 from .layout import ParameterLayout
 from .weighting import check_scale, max_norm_weights
@@ -197,7 +197,7 @@ class DBMTL:
         try:
             yield
             scale = None if loss_scale is None else torch.as_tensor(loss_scale, device=self.buffer.rows.device)
-            self._accumulate(index, None if scale is None else _or_none(scale))
+            self._finish(index, self._update(index, None if scale is None else _or_none(scale)))
             self._pending.add(index)
         finally:
             self._inside = None
@@ -311,10 +311,13 @@ class DBMTL:
         kept = self._take()
         last = self.num_tasks - 1
         try:
-            for index, loss in enumerate(losses):
-                seed = loss_values.seed(loss, self.eps if self.log_transform else None, factor)
-                torch.autograd.backward(loss, grad_tensors=seed, retain_graph=retain_graph or index < last)
-                self._accumulate(index, factor)
+            with self._grads.handing_over() as follow:
+                for index, loss in enumerate(losses):
+                    seed = loss_values.seed(loss, self.eps if self.log_transform else None, factor)
+                    update = self._update(index, factor)
+                    follow(update)
+                    torch.autograd.backward(loss, grad_tensors=seed, retain_graph=retain_graph or index < last)
+                    self._finish(index, update)
         except BaseException:
             self._grads.put_back(kept)
             raise
@@ -328,14 +331,20 @@ class DBMTL:
             self._end_step()
         return kept
 
+    def _update(self, task: int, factor: Tensor | None) -> RowUpdate:
+        """The EMA update of one row; begins the step when the first gradient has come."""
+
+        def begin() -> Coefficients:
+            if not self._open:
+                self._begin_step(factor)
+            beta = self.beta / self._step**self.beta_sigma
+            return (1.0 if self._seen[task] else beta), 1.0 - beta, self._loss_scale
+
+        return RowUpdate(self.buffer, task, begin)
+
     @torch.no_grad()
-    def _accumulate(self, task: int, factor: Tensor | None) -> None:
-        grads = self._grads.hand_over()
-        if not self._open:
-            self._begin_step(factor)
-        beta = self.beta / self._step**self.beta_sigma
-        decay = 1.0 if self._seen[task] else beta
-        self.buffer.accumulate(task, grads, decay, 1.0 - beta, self._loss_scale)
+    def _finish(self, task: int, update: RowUpdate) -> None:
+        self._grads.hand_over(update)
         self._seen[task] = True
 
     @torch.no_grad()

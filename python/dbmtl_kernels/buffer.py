@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from . import ops
 from .backends import native
 from .layout import ParameterLayout
+
+# On a CPU a gradient is gathered while it is still in cache: as soon as this much of a task's has arrived.
+FLUSH_BYTES = 2 << 20
+# decay, gain and loss scale of a row's update
+Coefficients = tuple[float, float, Tensor | None]
 
 
 def allocate(*shape: int, dtype: torch.dtype, device: torch.device, zero: bool = False) -> Tensor:
@@ -28,6 +35,7 @@ class TaskGradientBuffer:
     Attributes:
         rows: (K, row_numel) in ``layout.state_dtype``; padding is zero.
         sumsq: (K,) sums of squares of the rows, float64 where the device has it.
+        early: whether gradients are gathered while a backward pass runs (on a CPU), or at its end in one launch.
     """
 
     def __init__(self, layout: ParameterLayout, num_tasks: int, backend: str = "auto") -> None:
@@ -35,6 +43,7 @@ class TaskGradientBuffer:
         self.backend = backend
         device = layout.device
         self.rows = allocate(num_tasks, layout.row_numel, dtype=layout.state_dtype, device=device, zero=True)
+        self.early = device.type == "cpu"
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.sumsq = torch.zeros(num_tasks, dtype=wide, device=device)
 
@@ -55,17 +64,7 @@ class TaskGradientBuffer:
             gain: factor of the gradients.
             loss_scale: one number that the gradients carry and the state must not.
         """
-        ordered = [None if g is None else self.layout.in_row_order(i, g) for i, g in enumerate(grads)]
-        ops.accumulate_(
-            self.rows[task],
-            self.sumsq[task : task + 1],
-            ordered,
-            self.layout.segments,
-            decay,
-            gain,
-            loss_scale,
-            self.backend,
-        )
+        RowUpdate(self, task, lambda: (decay, gain, loss_scale)).finish(grads)
 
     def combine(self, weights: Tensor, flats: dict[torch.dtype, Tensor], accumulate: bool = False) -> None:
         """``sum_t weights[t] * rows[t]`` into one flat tensor per parameter dtype (see `new_flats`), in place."""
@@ -96,3 +95,80 @@ class TaskGradientBuffer:
         else:
             self.rows.masked_fill_(tasks[:, None], 0.0)
         self.sumsq.masked_fill_(tasks, 0.0)
+
+
+class RowUpdate:
+    """One update of one row, fed with gradients as a backward pass produces them.
+
+    Gathering early saves a CPU a trip to memory, lets the allocator use each gradient's memory for the next, and
+    holds less than a whole task's gradients. Elsewhere all is gathered by `finish`, in one launch.
+
+    Args:
+        buffer: whose row.
+        task: which row.
+        begin: gives decay, gain and loss scale; called once, before anything is written.
+    """
+
+    def __init__(self, buffer: TaskGradientBuffer, task: int, begin: Callable[[], Coefficients]) -> None:
+        self._buffer = buffer
+        self._task = task
+        self._begin = begin
+        self._coefficients: Coefficients | None = None
+        self._indices: list[int] = []
+        self._grads: list[Tensor | None] = []
+        self._bytes = 0
+        self._arrived: set[int] = set()
+        self._parts: list[Tensor] = []  # sums of squares of what was gathered early
+        self._again = False
+
+    def add(self, index: int, grad: Tensor) -> None:
+        """The gradient of parameter ``index``. A second one (a re-entrant checkpoint) is added to the first."""
+        if index in self._arrived:
+            self._flush()
+            self._again = True
+            self._gather([index], [grad])
+            return
+        self._arrived.add(index)
+        self._indices.append(index)
+        self._grads.append(grad)
+        self._bytes += grad.nbytes
+        if self._bytes >= FLUSH_BYTES and self._buffer.early:
+            self._flush()
+
+    def finish(self, grads: list[Tensor | None]) -> None:
+        """The gradients that `add` did not get; a parameter that never had one counts as zeros."""
+        for index, grad in enumerate(grads):
+            if grad is not None:
+                self.add(index, grad)
+        if len(self._arrived) < len(grads):
+            for index in range(len(grads)):
+                if index not in self._arrived:
+                    self._indices.append(index)
+                    self._grads.append(None)
+        self._flush()
+        if self._again:
+            everything = list(range(len(grads)))
+            self._parts = [self._gather(everything, [None] * len(grads))]
+        total = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts).sum()
+        self._buffer.sumsq[self._task] = total
+
+    def _flush(self) -> None:
+        if self._indices:
+            self._parts.append(self._gather(self._indices, self._grads))
+            self._indices, self._grads, self._bytes = [], [], 0
+
+    def _gather(self, indices: list[int], grads: list[Tensor | None]) -> Tensor:
+        if self._coefficients is None:
+            self._coefficients = self._begin()
+        decay, gain, loss_scale = self._coefficients
+        if self._again:  # this segment's state has decayed already
+            decay = 1.0
+        buffer, layout = self._buffer, self._buffer.layout
+        if layout.permuted:
+            grads = [None if g is None else layout.in_row_order(i, g) for i, g in zip(indices, grads, strict=True)]
+        sumsq = torch.empty_like(buffer.sumsq[:1])
+        segments = layout.segments_of(tuple(indices))
+        ops.accumulate_(
+            buffer.rows[self._task], sumsq, grads, segments, decay, gain, loss_scale, buffer.backend
+        )
+        return sumsq

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops as ops  # registers what is called below
 from .weighting import check_scale
 
 
@@ -46,7 +46,8 @@ def balance_(
     """
     scale = check_scale(scale)
     name, constant = (scale, 0.0) if isinstance(scale, str) else ("constant", scale)
-    return ops.balance_(grads, ema, beta, eps, name, constant, backend)
+    grad, norms = torch.ops.dbmtl_kernels.balance_(grads, ema, beta, eps, name, constant, backend)
+    return grad, norms
 
 
 def log_transform(loss: Tensor, eps: float = 1e-8) -> Tensor:

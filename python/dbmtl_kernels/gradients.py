@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from .buffer import TaskGradientBuffer
+from .buffer import RowUpdate, TaskGradientBuffer
 
 Flats = dict[torch.dtype, Tensor]
 Kept = list[Tensor | None]
@@ -57,19 +58,51 @@ class SharedGradients:
             p.grad = None
         return kept, dropped
 
-    def hand_over(self) -> Kept:
-        """The gradients of one backward pass, let go by the parameters."""
-        grads = [p.grad for p in self._parameters]
-        for index, (p, grad) in enumerate(zip(self._parameters, grads, strict=True)):
-            if grad is not None:
-                if grad.layout != torch.strided:
-                    raise TypeError(
-                        f"shared parameter {index} of shape {tuple(p.shape)} has a gradient of layout {grad.layout}; "
-                        "only dense ones can be balanced (sparse=False)"
-                    )
-                self.touched[index] = True
-                p.grad = None
-        return grads
+    def hand_over(self, update: RowUpdate) -> None:
+        """Give ``update`` what is left in ``.grad`` after a backward pass, and finish it."""
+        grads = [None if p.grad is None else self._release(index) for index, p in enumerate(self._parameters)]
+        update.finish(grads)
+
+    @contextmanager
+    def handing_over(self) -> Iterator[Callable[[RowUpdate], None]]:
+        """While inside, each ``.grad`` goes to the current update as soon as a backward pass has made it.
+
+        Yields:
+            a function that makes an update the current one. `hand_over` is still due after each pass.
+        """
+        current: list[RowUpdate] = []
+
+        def follow(update: RowUpdate) -> None:
+            current[:] = [update]
+
+        def hook_of(index: int) -> Callable[[Tensor], None]:
+            def hook(_: Tensor) -> None:
+                current[0].add(index, self._release(index))
+
+            return hook
+
+        handles = []
+        if self._buffer.early:
+            for index, p in enumerate(self._parameters):
+                handles.append(p.register_post_accumulate_grad_hook(hook_of(index)))
+        try:
+            yield follow
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _release(self, index: int) -> Tensor:
+        p = self._parameters[index]
+        grad = p.grad
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise TypeError(
+                f"shared parameter {index} of shape {tuple(p.shape)} has a gradient of layout {grad.layout}; "
+                "only dense ones can be balanced (sparse=False)"
+            )
+        self.touched[index] = True
+        p.grad = None
+        return grad.detach()
 
     def put_back(self, kept: Kept) -> None:
         """Undo `take`."""

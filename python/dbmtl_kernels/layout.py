@@ -78,6 +78,7 @@ class ParameterLayout:
         self.state_dtype = state_dtype
         self.device = self.parameters[0].device
         self.numel = sum(p.numel() for p in self.parameters)
+        self.permuted = any(not p.is_contiguous() for p in self.parameters)
         self.dense = [p.is_contiguous() or _is_permuted(p) for p in self.parameters]
 
         by_dtype: dict[torch.dtype, list[int]] = {}
@@ -97,6 +98,16 @@ class ParameterLayout:
         self.segments = torch.tensor(
             [[o, p.numel()] for o, p in zip(offsets, self.parameters, strict=True)], dtype=torch.int64
         )
+        self._subsets: dict[tuple[int, ...], Tensor] = {tuple(range(len(self.parameters))): self.segments}
+
+    def segments_of(self, indices: tuple[int, ...]) -> Tensor:
+        """The rows of `segments` of some parameters; remembered, as every step asks for the same ones."""
+        found = self._subsets.get(indices)
+        if found is None:
+            if len(self._subsets) >= 1024:  # a model whose graph never repeats
+                self._subsets.clear()
+            found = self._subsets[indices] = self.segments[list(indices)]
+        return found
 
     def signature(self) -> list[tuple[str, tuple[int, ...]]]:
         """Dtype and shape of each parameter: what must agree for a state to fit."""

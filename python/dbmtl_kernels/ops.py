@@ -2,12 +2,15 @@
 
 Ops are registered under ``torch.ops.dbmtl_kernels`` with `torch.library.Library` (about 2 us a call, where
 ``custom_op`` costs 11). None of them is differentiable. Whatever is wrong is raised before anything is written.
+
+The functions here are the ops' implementations. The engine calls them as they are, as it runs inside a backward
+pass where nothing is traced; `functional` goes through ``torch.ops``, so that ``torch.compile`` sees one node.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,18 +22,18 @@ _LIBRARY = torch.library.Library("dbmtl_kernels", "DEF")
 
 GRAD_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_Implementation = TypeVar("_Implementation", bound=Callable[..., Any])
 
 
-def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as the op ``schema`` describes; return the op."""
+def _define(schema: str, fake: Callable[..., Any]) -> Callable[[_Implementation], _Implementation]:
+    """Register the decorated function as the op that ``schema`` describes."""
     name = schema.split("(", 1)[0]
 
-    def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    def register(implementation: _Implementation) -> _Implementation:
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"dbmtl_kernels::{name}", fake, lib=_LIBRARY)
-        op: Callable[..., Any] = getattr(torch.ops.dbmtl_kernels, name).default
-        return op
+        return implementation
 
     return register
 
@@ -123,20 +126,23 @@ def _check_accumulate(
             f"segments must be a CPU int64 tensor of shape ({len(grads)}, 2), got {segments.dtype} of shape "
             f"{tuple(segments.shape)} on {segments.device}"
         )
-    for index, grad in enumerate(grads):
-        if grad is not None:
+    device, strided = row.device, torch.strided
+    for index, grad in enumerate(grads):  # hundreds of them, every step: no work but the checks
+        if grad is None:
+            continue
+        if grad.dtype not in GRAD_DTYPES:
             _one_of(f"the dtype of grads[{index}]", grad.dtype, GRAD_DTYPES)
-            if grad.layout != torch.strided:
-                raise TypeError(f"grads[{index}] must be a dense tensor, got layout {grad.layout}")
+        if grad.layout is not strided:
+            raise TypeError(f"grads[{index}] must be a dense tensor, got layout {grad.layout}")
+        if grad.device != device:
             _same_device(f"grads[{index}]", grad, "row", row)
 
 
 def _check_segments(row: Tensor, grads: list[Tensor | None], segments: Tensor) -> None:
+    end = row.numel()
     for index, ((offset, numel), grad) in enumerate(zip(segments.tolist(), grads, strict=True)):
-        if offset < 0 or numel < 0 or offset + numel > row.numel():
-            raise ValueError(
-                f"segment {index} covers [{offset}, {offset + numel}) of a row of {row.numel()} elements"
-            )
+        if offset < 0 or numel < 0 or offset + numel > end:
+            raise ValueError(f"segment {index} covers [{offset}, {offset + numel}) of a row of {end} elements")
         if grad is not None and grad.numel() != numel:
             raise ValueError(f"grads[{index}] has {grad.numel()} elements, its segment has {numel}")
 

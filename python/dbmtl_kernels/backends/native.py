@@ -150,7 +150,8 @@ def accumulate_(
         gain = gain / factor if factor != 0.0 else 0.0
     n = len(grads)
     addresses = (_ptr * n)(*[None if g is None else g.data_ptr() for g in grads])
-    dtypes = bytes([0 if g is None else DTYPES[g.dtype] for g in grads])
+    codes, f32 = DTYPES, torch.float32
+    dtypes = bytes([0 if g is None or g.dtype is f32 else codes[g.dtype] for g in grads])
     _check(
         _library().dbmtl_accumulate(
             row.data_ptr(),
