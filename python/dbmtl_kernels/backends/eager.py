@@ -61,7 +61,8 @@ def accumulate_(
     """See `ops.accumulate_`."""
     scaled: float | Tensor = gain
     if loss_scale is not None:
-        scaled = torch.where(loss_scale == 0, 0.0, gain / loss_scale).to(_arithmetic(row.dtype))
+        factor = loss_scale.to(_arithmetic(row.dtype))
+        scaled = torch.where(factor == 0, 0.0, gain / factor)
     total = torch.zeros_like(sumsq)
     for grad, (offset, numel) in zip(grads, segments.tolist(), strict=True):
         segment = row[offset : offset + numel]

@@ -1,0 +1,205 @@
+"""The multi-task network of the MultiMNIST demo, the methods compared, and their one training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from multi_mnist_data import CANVAS, Pairs
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from tqdm import tqdm
+
+import dbmtl_kernels as dbk
+
+TASKS = ("left digit", "right digit", "reconstruction")
+NUM_TASKS = len(TASKS)
+HIGHER_IS_BETTER = (True, True, False)
+NUM_CLASSES = 10
+FEATURES = 192
+COSINE_EVERY = 5
+
+SINGLE_TASK = "single-task"
+EQUAL_WEIGHTING = "equal weighting"
+LOG_ONLY = "log only"
+MAX_NORM_ONLY = "max-norm only"
+DB_MTL = "DB-MTL"
+MULTI_TASK_METHODS = (EQUAL_WEIGHTING, LOG_ONLY, MAX_NORM_ONLY, DB_MTL)
+
+
+class MultiTaskNet(nn.Module):
+    """A convolutional trunk shared by all tasks, and one head a task: two classifiers and a decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        side = CANVAS // 4
+        self.trunk = nn.Sequential(
+            nn.Conv2d(1, 8, 5, stride=2, padding=2, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 32, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * side * side, FEATURES, bias=False),
+            nn.BatchNorm1d(FEATURES),
+            nn.ReLU(),
+        )
+        classifiers = [
+            nn.Sequential(nn.Linear(FEATURES, 64), nn.ReLU(), nn.Linear(64, NUM_CLASSES)) for _ in range(2)
+        ]
+        decoder = nn.Sequential(
+            nn.Linear(FEATURES, 256),
+            nn.ReLU(),
+            nn.Linear(256, CANVAS * CANVAS),
+            nn.Sigmoid(),
+            nn.Unflatten(1, (1, CANVAS, CANVAS)),
+        )
+        self.heads = nn.ModuleList([*classifiers, decoder])
+
+    def forward(self, images: Tensor, tasks: Sequence[int] = range(NUM_TASKS)) -> list[Tensor]:
+        """The output of the head of each of ``tasks``."""
+        features = self.trunk(images)
+        return [self.heads[task](features) for task in tasks]
+
+
+def squared_error(output: Tensor, images: Tensor) -> Tensor:
+    """Sum of squares of each image, mean over the batch."""
+    return (output - images).square().sum() / len(images)
+
+
+def task_losses(model: MultiTaskNet, pairs: Pairs, tasks: Sequence[int] = range(NUM_TASKS)) -> list[Tensor]:
+    """One forward pass; the loss of each of ``tasks``."""
+    targets = (pairs.left, pairs.right, pairs.images)
+    losses = (F.cross_entropy, F.cross_entropy, squared_error)
+    outputs = model(pairs.images, tasks)
+    return [losses[task](output, targets[task]) for task, output in zip(tasks, outputs, strict=True)]
+
+
+@torch.no_grad()
+def evaluate(model: MultiTaskNet, pairs: Pairs) -> list[float]:
+    """The metric of each task: accuracy of left and right digit in %, squared error of the reconstruction."""
+    model.eval()
+    totals = torch.zeros(NUM_TASKS)
+    for indices in torch.arange(len(pairs)).split(1000):
+        part = pairs.batch(indices)
+        left, right, reconstruction = model(part.images)
+        hits = [(left.argmax(1) == part.left).sum(), (right.argmax(1) == part.right).sum()]
+        totals += torch.stack([*hits, squared_error(reconstruction, part.images) * len(part)])
+    model.train()
+    left, right, error = (totals / len(pairs)).tolist()
+    return [100 * left, 100 * right, error]
+
+
+Objective = Callable[[list[Tensor]], Tensor]
+
+
+def make_objective(method: str, model: MultiTaskNet) -> Objective:
+    """What turns the K losses into the scalar whose ``backward()`` fills the gradients."""
+    if method == DB_MTL:
+        return dbk.DBMTL(model.trunk.parameters(), num_tasks=NUM_TASKS)
+    if method == MAX_NORM_ONLY:
+        # beta 0: each step's own gradients are balanced, so that neither the log nor the average helps
+        return dbk.DBMTL(model.trunk.parameters(), num_tasks=NUM_TASKS, log_transform=False, beta=0.0)
+    if method == LOG_ONLY:
+        return lambda losses: torch.stack([dbk.log_transform(loss) for loss in losses]).sum()
+    if method in (EQUAL_WEIGHTING, SINGLE_TASK):
+        return lambda losses: torch.stack(losses).sum()
+    raise ValueError(f"unknown method {method!r}")
+
+
+@dataclass
+class History:
+    """What one run left behind.
+
+    Attributes:
+        losses: (steps, number of tasks trained).
+        norms: (steps, K) norms of the task gradients, as the balancer saw them; empty without one.
+        weights: (steps, K) weights of the task gradients; empty without a balancer.
+        cosine_steps: (C,) the steps at which cosine similarities were taken.
+        cosines: (C, K, K) cosine similarities of the task gradients.
+        validation: metric of each task on the validation pairs, after training.
+        test: the same on the test pairs.
+    """
+
+    losses: Tensor
+    norms: Tensor
+    weights: Tensor
+    cosine_steps: Tensor
+    cosines: Tensor
+    validation: list[float]
+    test: list[float]
+
+
+def cosine_similarities(balancer: dbk.DBMTL) -> Tensor:
+    """(K, K) cosine similarities of the task gradients that the balancer holds."""
+    gramian = balancer.buffer.gramian()
+    norms = gramian.diagonal().sqrt().clamp_min(1e-30)
+    return gramian / norms[:, None] / norms[None, :]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every run of one seed has in common."""
+
+    splits: tuple[Pairs, Pairs, Pairs]
+    epochs: int
+    batch_size: int
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of one run."""
+        return self.epochs * (len(self.splits[0]) // self.batch_size)
+
+
+def train(method: str, learning_rate: float, settings: Settings, tasks: Sequence[int] = range(NUM_TASKS)) -> History:
+    """Train one network with one method at one learning rate.
+
+    Initial weights and batches depend on ``settings.seed`` alone, so they are the same for every method.
+
+    Args:
+        method: one of `MULTI_TASK_METHODS`, or `SINGLE_TASK`.
+        learning_rate: of Adam.
+        settings: data, length and seed of the run.
+        tasks: the tasks to train on; one for `SINGLE_TASK`.
+    """
+    torch.manual_seed(settings.seed)
+    model = MultiTaskNet()
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+    objective = make_objective(method, model)
+    balancer = objective if isinstance(objective, dbk.DBMTL) else None
+    train_pairs, validation_pairs, test_pairs = settings.splits
+    generator = torch.Generator().manual_seed(settings.seed)
+    losses, norms, weights, cosines, cosine_steps = [], [], [], [], []
+
+    name = f"{method} ({', '.join(TASKS[t] for t in tasks)})" if method == SINGLE_TASK else method
+    with tqdm(total=settings.steps, desc=f"{name}, rate {learning_rate:g}", unit="step", mininterval=0.5) as bar:
+        for _ in range(settings.epochs):
+            order = torch.randperm(len(train_pairs), generator=generator)
+            for indices in order.split(settings.batch_size)[: len(train_pairs) // settings.batch_size]:
+                step_losses = task_losses(model, train_pairs.batch(indices), tasks)
+                optimizer.zero_grad()
+                objective(step_losses).backward()
+                optimizer.step()
+
+                losses.append(torch.stack(step_losses).detach())
+                if balancer is not None:
+                    norms.append(balancer.norms)
+                    weights.append(balancer.weights)
+                    if (len(losses) - 1) % COSINE_EVERY == 0:
+                        cosine_steps.append(len(losses))
+                        cosines.append(cosine_similarities(balancer))
+                bar.update()
+            bar.set_postfix_str(" ".join(f"{value:.3g}" for value in losses[-1].tolist()))
+
+    return History(
+        losses=torch.stack(losses),
+        norms=torch.stack(norms) if norms else torch.empty(0, NUM_TASKS),
+        weights=torch.stack(weights) if weights else torch.empty(0, NUM_TASKS),
+        cosine_steps=torch.tensor(cosine_steps),
+        cosines=torch.stack(cosines) if cosines else torch.empty(0, NUM_TASKS, NUM_TASKS),
+        validation=evaluate(model, validation_pairs),
+        test=evaluate(model, test_pairs),
+    )
