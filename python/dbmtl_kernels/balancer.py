@@ -277,13 +277,13 @@ class DBMTL:
             if a != b:
                 raise ValueError(f"shared parameter {index} is {a[0]} {a[1]} here and {b[0]} {b[1]} in the state_dict")
         rows = state["rows"]
+        if rows.dtype != self.buffer.rows.dtype:
+            raise ValueError(f"state_dict has a {rows.dtype} state, this balancer {self.buffer.rows.dtype}")
         if rows.shape != self.buffer.rows.shape:
             raise ValueError(
                 f"state_dict has rows of shape {tuple(rows.shape)}, this balancer {tuple(self.buffer.rows.shape)} "
                 "(other num_tasks?)"
             )
-        if rows.dtype != self.buffer.rows.dtype:
-            raise ValueError(f"state_dict has a {rows.dtype} state, this balancer {self.buffer.rows.dtype}")
         tensors = {
             "rows": self.buffer.rows,
             "sumsq": self.buffer.sumsq,

@@ -84,7 +84,8 @@ class SharedGradients:
         handles = []
         if self._buffer.early:
             for index, p in enumerate(self._parameters):
-                handles.append(p.register_post_accumulate_grad_hook(hook_of(index)))
+                if p.requires_grad:  # may have been frozen since
+                    handles.append(p.register_post_accumulate_grad_hook(hook_of(index)))
         try:
             yield follow
         finally:
@@ -134,7 +135,8 @@ class SharedGradients:
         self.written = True
 
     def _untouched_since(self, index: int, grad: Tensor) -> bool:
-        return grad is self._views[index] and grad._version == self._versions[index]
+        # No views yet: the state was loaded in the middle of a step.
+        return bool(self._views) and grad is self._views[index] and grad._version == self._versions[index]
 
     def _was_dropped(self, kept: Kept) -> bool:
         """Whether every gradient written is gone, or is all zeros (only looked at if it changed)."""
