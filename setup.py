@@ -25,7 +25,14 @@ COMMON = ["balance.cpp", "buffer.cpp", "dispatch.cpp", "kernels_baseline.cpp"]
 # One translation unit per instruction set; the library picks one at run time.
 X86 = {
     "kernels_avx2.cpp": ["-mavx2", "-mf16c"],
-    "kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mf16c", "-Wno-maybe-uninitialized"],
+    "kernels_avx512.cpp": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mf16c",
+        "-Wno-maybe-uninitialized",
+    ],
 }
 # No contraction: a fused multiply-add on one instruction set only would change its bits.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall"]
@@ -42,7 +49,9 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         wanted = os.environ.get("DBMTL_BUILD_NATIVE", "")
         if wanted == "0":
-            self.say("DBMTL_BUILD_NATIVE=0: the native CPU kernels are not built; the eager backend will serve.")
+            self.say(
+                "DBMTL_BUILD_NATIVE=0: the native CPU kernels are not built; the eager backend will serve."
+            )
             return
         try:
             self.compile_library(Path(self.get_ext_fullpath(ext.name)))
@@ -81,7 +90,7 @@ class BuildNative(build_ext):
         return ["-fopenmp"]
 
     def say(self, message: str) -> None:
-        self.announce(f"dbmtl_kernels: {message}", level=4)
+        print(f"dbmtl_kernels: {message}", file=sys.stderr, flush=True)
 
 
 class Wheel(bdist_wheel):

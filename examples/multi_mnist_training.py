@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import dbmtl_kernels as dbk
 import torch
 from multi_mnist_data import CANVAS, Pairs
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from tqdm import tqdm
 
-import dbmtl_kernels as dbk
-
 TASKS = ("left digit", "right digit", "reconstruction")
 NUM_TASKS = len(TASKS)
 HIGHER_IS_BETTER = (True, True, False)
 NUM_CLASSES = 10
-FEATURES = 192
+FEATURES = 384
 COSINE_EVERY = 5
 
 SINGLE_TASK = "single-task"
@@ -78,18 +77,20 @@ def task_losses(model: MultiTaskNet, pairs: Pairs, tasks: Sequence[int] = range(
 
 
 @torch.no_grad()
-def evaluate(model: MultiTaskNet, pairs: Pairs) -> list[float]:
-    """The metric of each task: accuracy of left and right digit in %, squared error of the reconstruction."""
+def evaluate(model: MultiTaskNet, pairs: Pairs, tasks: Sequence[int] = range(NUM_TASKS)) -> Tensor:
+    """The metric of each of ``tasks``: accuracy of a digit in %, squared error of the reconstruction."""
     model.eval()
-    totals = torch.zeros(NUM_TASKS)
+    totals = torch.zeros(len(tasks))
     for indices in torch.arange(len(pairs)).split(1000):
         part = pairs.batch(indices)
-        left, right, reconstruction = model(part.images)
-        hits = [(left.argmax(1) == part.left).sum(), (right.argmax(1) == part.right).sum()]
-        totals += torch.stack([*hits, squared_error(reconstruction, part.images) * len(part)])
+        targets = (part.left, part.right, part.images)
+        for i, (task, output) in enumerate(zip(tasks, model(part.images, tasks), strict=True)):
+            if HIGHER_IS_BETTER[task]:
+                totals[i] += 100 * (output.argmax(1) == targets[task]).sum()
+            else:
+                totals[i] += squared_error(output, targets[task]) * len(part)
     model.train()
-    left, right, error = (totals / len(pairs)).tolist()
-    return [100 * left, 100 * right, error]
+    return totals / len(pairs)
 
 
 Objective = Callable[[list[Tensor]], Tensor]
@@ -114,13 +115,13 @@ class History:
     """What one run left behind.
 
     Attributes:
-        losses: (steps, number of tasks trained).
+        losses: (steps, T), a column for each task trained.
         norms: (steps, K) norms of the task gradients, as the balancer saw them; empty without one.
         weights: (steps, K) weights of the task gradients; empty without a balancer.
         cosine_steps: (C,) the steps at which cosine similarities were taken.
         cosines: (C, K, K) cosine similarities of the task gradients.
-        validation: metric of each task on the validation pairs, after training.
-        test: the same on the test pairs.
+        validation: (T,) metric of each task trained, on the validation pairs, after training.
+        test: (T,) the same on the test pairs.
     """
 
     losses: Tensor
@@ -128,8 +129,8 @@ class History:
     weights: Tensor
     cosine_steps: Tensor
     cosines: Tensor
-    validation: list[float]
-    test: list[float]
+    validation: Tensor
+    test: Tensor
 
 
 def cosine_similarities(balancer: dbk.DBMTL) -> Tensor:
@@ -154,20 +155,23 @@ class Settings:
         return self.epochs * (len(self.splits[0]) // self.batch_size)
 
 
-def train(method: str, learning_rate: float, settings: Settings, tasks: Sequence[int] = range(NUM_TASKS)) -> History:
+def train(
+    method: str, learning_rate: float, settings: Settings, tasks: Sequence[int] = range(NUM_TASKS)
+) -> History:
     """Train one network with one method at one learning rate.
 
     Initial weights and batches depend on ``settings.seed`` alone, so they are the same for every method.
 
     Args:
         method: one of `MULTI_TASK_METHODS`, or `SINGLE_TASK`.
-        learning_rate: of Adam.
+        learning_rate: of Adam at the start; it falls to zero along a cosine.
         settings: data, length and seed of the run.
         tasks: the tasks to train on; one for `SINGLE_TASK`.
     """
     torch.manual_seed(settings.seed)
     model = MultiTaskNet()
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     objective = make_objective(method, model)
     balancer = objective if isinstance(objective, dbk.DBMTL) else None
     train_pairs, validation_pairs, test_pairs = settings.splits
@@ -175,7 +179,9 @@ def train(method: str, learning_rate: float, settings: Settings, tasks: Sequence
     losses, norms, weights, cosines, cosine_steps = [], [], [], [], []
 
     name = f"{method} ({', '.join(TASKS[t] for t in tasks)})" if method == SINGLE_TASK else method
-    with tqdm(total=settings.steps, desc=f"{name}, rate {learning_rate:g}", unit="step", mininterval=0.5) as bar:
+    with tqdm(
+        total=settings.steps, desc=f"{name}, rate {learning_rate:g}", unit="step", mininterval=0.5
+    ) as bar:
         for _ in range(settings.epochs):
             order = torch.randperm(len(train_pairs), generator=generator)
             for indices in order.split(settings.batch_size)[: len(train_pairs) // settings.batch_size]:
@@ -183,6 +189,7 @@ def train(method: str, learning_rate: float, settings: Settings, tasks: Sequence
                 optimizer.zero_grad()
                 objective(step_losses).backward()
                 optimizer.step()
+                scheduler.step()
 
                 losses.append(torch.stack(step_losses).detach())
                 if balancer is not None:
@@ -200,6 +207,17 @@ def train(method: str, learning_rate: float, settings: Settings, tasks: Sequence
         weights=torch.stack(weights) if weights else torch.empty(0, NUM_TASKS),
         cosine_steps=torch.tensor(cosine_steps),
         cosines=torch.stack(cosines) if cosines else torch.empty(0, NUM_TASKS, NUM_TASKS),
-        validation=evaluate(model, validation_pairs),
-        test=evaluate(model, test_pairs),
+        validation=evaluate(model, validation_pairs, tasks),
+        test=evaluate(model, test_pairs, tasks),
+    )
+
+
+def train_single_tasks(learning_rate: float, settings: Settings) -> History:
+    """Train one network a task, each on its task alone; their histories as one of K tasks."""
+    runs = [train(SINGLE_TASK, learning_rate, settings, (task,)) for task in range(NUM_TASKS)]
+    return replace(
+        runs[0],
+        losses=torch.cat([run.losses for run in runs], dim=1),
+        validation=torch.cat([run.validation for run in runs]),
+        test=torch.cat([run.test for run in runs]),
     )

@@ -4,14 +4,13 @@ import copy
 import gc
 import weakref
 
+import dbmtl_kernels as dbk
 import numpy as np
 import oracle
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-import dbmtl_kernels as dbk
 
 EPS = 1e-8
 
@@ -26,9 +25,7 @@ def make(*params, num_tasks=2, **options):
 
 def quadratics(*params, num_tasks=2):
     """Positive losses that all parameters take part in."""
-    return [
-        sum(((p - t) * (1 + 3 * t)).square().sum() for p in params) + 0.5 for t in range(num_tasks)
-    ]
+    return [sum(((p - t) * (1 + 3 * t)).square().sum() for p in params) + 0.5 for t in range(num_tasks)]
 
 
 def flat_gradients(losses, params, log=True):
@@ -38,7 +35,10 @@ def flat_gradients(losses, params, log=True):
         grads = torch.autograd.grad(value, params, retain_graph=True, allow_unused=True)
         rows.append(
             torch.cat(
-                [torch.zeros(p.numel()) if g is None else g.reshape(-1) for g, p in zip(grads, params, strict=True)]
+                [
+                    torch.zeros(p.numel()) if g is None else g.reshape(-1)
+                    for g, p in zip(grads, params, strict=True)
+                ]
             )
         )
     return torch.stack(rows).double().numpy()
@@ -603,4 +603,6 @@ def test_narrower_states_stay_close(state_dtype):
         for p in params:
             p.grad = None
     assert balancer.buffer.rows.dtype == state_dtype
-    assert balancer.buffer.gramian().diagonal().sqrt().numpy() == pytest.approx(balancer.norms.numpy(), rel=1e-4)
+    assert balancer.buffer.gramian().diagonal().sqrt().numpy() == pytest.approx(
+        balancer.norms.numpy(), rel=1e-4
+    )

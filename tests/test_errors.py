@@ -2,12 +2,11 @@
 
 import copy
 
+import dbmtl_kernels as dbk
 import pytest
 import torch
-from torch import nn
-
-import dbmtl_kernels as dbk
 from dbmtl_kernels import ops
+from torch import nn
 
 
 def leaf(*shape, dtype=torch.float32):
@@ -50,15 +49,27 @@ LOSSES = {
     "matrix": (lambda t, h: torch.stack(losses(t, h))[None], ValueError, r"shape \(3,\), got \(1, 3\)"),
     "not a sequence": (lambda t, h: sum(losses(t, h)).item(), TypeError, "got float"),
     "a generator": (lambda t, h: (x for x in losses(t, h)), TypeError, "got generator"),
-    "not a tensor": (lambda t, h: [*losses(t, h)[:2], 1.5], TypeError, "loss of task 2 must be a tensor, got float"),
+    "not a tensor": (
+        lambda t, h: [*losses(t, h)[:2], 1.5],
+        TypeError,
+        "loss of task 2 must be a tensor, got float",
+    ),
     "not a scalar": (
         lambda t, h: [*losses(t, h)[:2], h[2](t(torch.randn(8, 4)))],
         ValueError,
         r"loss of task 2 must be a scalar, got shape \(8, 1\)",
     ),
     "integer": (lambda t, h: [torch.tensor(3), *losses(t, h)[1:]], TypeError, r"loss of task 0.*torch.int64"),
-    "no graph": (lambda t, h: [*losses(t, h)[:1], torch.tensor(1.0), losses(t, h)[2]], RuntimeError, "task 1 has no gr"),
-    "negative": (lambda t, h: [*losses(t, h)[:2], losses(t, h)[2] - 9.5], ValueError, r"loss of task 2 is -\d"),
+    "no graph": (
+        lambda t, h: [*losses(t, h)[:1], torch.tensor(1.0), losses(t, h)[2]],
+        RuntimeError,
+        "task 1 has no gr",
+    ),
+    "negative": (
+        lambda t, h: [*losses(t, h)[:2], losses(t, h)[2] - 9.5],
+        ValueError,
+        r"loss of task 2 is -\d",
+    ),
 }
 
 
@@ -98,7 +109,11 @@ PARAMETERS = {
     "empty": (list, ValueError, "empty"),
     "repeated": (lambda: [leaf(2), repeated, repeated], ValueError, r"\[2\] repeats shared_parameters\[1\]"),
     "not a leaf": (lambda: [leaf(2), leaf(2, 3) * 2], ValueError, r"\[1\] of shape \(2, 3\) is not a leaf"),
-    "no grad": (lambda: [leaf(2), torch.zeros(7)], ValueError, r"\[1\] of shape \(7,\) does not require grad"),
+    "no grad": (
+        lambda: [leaf(2), torch.zeros(7)],
+        ValueError,
+        r"\[1\] of shape \(7,\) does not require grad",
+    ),
     "not a tensor": (lambda: [leaf(2), "weight"], TypeError, r"\[1\] must be a tensor, got str"),
     "complex": (lambda: [leaf(2, dtype=torch.complex64)], TypeError, "complex64"),
     "several devices": (
@@ -146,12 +161,27 @@ DENSE = {
     "shape": (lambda: (torch.ones(3, 4), torch.ones(3, 5)), {}, ValueError, r"\(3, 4\) and \(3, 5\)"),
     "one dimension": (lambda: (torch.ones(4), torch.ones(4)), {}, ValueError, r"got \(4,\)"),
     "no task": (lambda: (torch.ones(0, 4), torch.ones(0, 4)), {}, ValueError, r"got \(0, 4\)"),
-    "dtype family": (lambda: (torch.ones(3, 4).double(), torch.ones(3, 4)), {}, TypeError, "float64.*float32"),
-    "dtype family, ema": (lambda: (torch.ones(3, 4), torch.ones(3, 4).double()), {}, TypeError, "float32.*float64"),
+    "dtype family": (
+        lambda: (torch.ones(3, 4).double(), torch.ones(3, 4)),
+        {},
+        TypeError,
+        "float64.*float32",
+    ),
+    "dtype family, ema": (
+        lambda: (torch.ones(3, 4), torch.ones(3, 4).double()),
+        {},
+        TypeError,
+        "float32.*float64",
+    ),
     "integer grads": (lambda: (torch.ones(3, 4).int(), torch.ones(3, 4)), {}, TypeError, "grads.*int32"),
     "fp16 ema": (lambda: (torch.ones(3, 4).half(), torch.ones(3, 4).half()), {}, TypeError, "ema.*float16"),
     "device": (lambda: (torch.ones(3, 4, device="meta"), torch.ones(3, 4)), {}, RuntimeError, "meta.*cpu"),
-    "non-contiguous ema": (lambda: (torch.ones(3, 4), torch.ones(4, 3).T), {}, ValueError, r"contiguous.*\(1, 3\)"),
+    "non-contiguous ema": (
+        lambda: (torch.ones(3, 4), torch.ones(4, 3).T),
+        {},
+        ValueError,
+        r"contiguous.*\(1, 3\)",
+    ),
     "ema of every second column": (
         lambda: (torch.ones(3, 4), torch.ones(3, 8)[:, ::2]),
         {},
@@ -241,7 +271,9 @@ def test_combine_and_gramian():
 # --- task(), balance(), attach() ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("index", "kind"), [(3, ValueError), (-1, ValueError), (1.0, TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("index", "kind"), [(3, ValueError), (-1, ValueError), (1.0, TypeError), (True, TypeError)]
+)
 def test_task_index(index, kind, model):
     balancer = model[2]
     before = snapshot(balancer)

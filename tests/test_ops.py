@@ -1,12 +1,11 @@
 """Registration (opcheck, torch.compile) and the parity of accumulate_, combine and gramian with float64."""
 
+import dbmtl_kernels as dbk
 import pytest
 import torch
-from torch.library import opcheck
-
-import dbmtl_kernels as dbk
 from dbmtl_kernels import ops, reference
 from dbmtl_kernels.backends import native
+from torch.library import opcheck
 
 OPS = torch.ops.dbmtl_kernels
 BACKENDS = ("native", "eager")
@@ -21,7 +20,9 @@ def row_problem(state, grad_dtypes, sizes=(5, 33, 1, 20000, 0, 64)):
         segments.append([end, size])
         end += size + 7
     row = torch.randn(end, dtype=torch.float64).to(state)
-    grads = [torch.randn(n, dtype=torch.float64).to(grad_dtypes[i % len(grad_dtypes)]) for i, n in enumerate(sizes)]
+    grads = [
+        torch.randn(n, dtype=torch.float64).to(grad_dtypes[i % len(grad_dtypes)]) for i, n in enumerate(sizes)
+    ]
     return row, torch.zeros(1, dtype=torch.float64), grads, torch.tensor(segments)
 
 
@@ -184,7 +185,14 @@ def test_compile_fullgraph():
 
 @pytest.mark.parametrize("scale", ["max", "mean", "median", "min", 0.5])
 def test_weights_agree_with_the_reference(scale):
-    for norms in ([1.0], [0.0], [3.0, 0.0, 1.0], [4.0, 1.0, 2.0, 8.0], [1.0, float("inf"), 3.0], [float("nan")] * 2):
+    for norms in (
+        [1.0],
+        [0.0],
+        [3.0, 0.0, 1.0],
+        [4.0, 1.0, 2.0, 8.0],
+        [1.0, float("inf"), 3.0],
+        [float("nan")] * 2,
+    ):
         x = torch.tensor(norms, dtype=torch.float64)
         ours = dbk.weighting.max_norm_weights(x, 1e-8, scale)
         torch.testing.assert_close(ours, reference.weights(x, 1e-8, scale), rtol=1e-12, atol=0)

@@ -2,11 +2,10 @@
 
 import io
 
+import dbmtl_kernels as dbk
 import pytest
 import torch
 from training import Net, batches, train_by_the_paper
-
-import dbmtl_kernels as dbk
 
 PRECISION = {torch.float64: (200, 1e-9), torch.float32: (20, 1e-5)}
 

@@ -55,10 +55,18 @@ class Algorithm1:
     """The state and the update of the paper: K flat vectors, torch.autograd.grad, a loop over tasks."""
 
     def __init__(
-        self, shared: list[Tensor], num_tasks: int, beta: float, sigma: float, eps: float = 1e-8, log: bool = True
+        self,
+        shared: list[Tensor],
+        num_tasks: int,
+        beta: float,
+        sigma: float,
+        eps: float = 1e-8,
+        log: bool = True,
     ) -> None:
         self.shared, self.beta, self.sigma, self.eps, self.log = shared, beta, sigma, eps, log
-        self.m = [torch.zeros(sum(p.numel() for p in shared), dtype=shared[0].dtype) for _ in range(num_tasks)]
+        self.m = [
+            torch.zeros(sum(p.numel() for p in shared), dtype=shared[0].dtype) for _ in range(num_tasks)
+        ]
         self.k = 0
 
     def gradients(self, losses: list[Tensor], heads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

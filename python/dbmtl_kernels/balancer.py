@@ -192,11 +192,15 @@ class DBMTL:
         kept = self._take()
         if index in self._pending:
             self._grads.put_back(kept)
-            raise RuntimeError(f"task {index} was entered already in this step; call balance() (or optimizer.step())")
+            raise RuntimeError(
+                f"task {index} was entered already in this step; call balance() (or optimizer.step())"
+            )
         self._inside = index
         try:
             yield
-            scale = None if loss_scale is None else torch.as_tensor(loss_scale, device=self.buffer.rows.device)
+            scale = (
+                None if loss_scale is None else torch.as_tensor(loss_scale, device=self.buffer.rows.device)
+            )
             self._finish(index, self._update(index, None if scale is None else _or_none(scale)))
             self._pending.add(index)
         finally:
@@ -231,7 +235,9 @@ class DBMTL:
             ValueError: the optimizer holds none of the shared parameters.
         """
         if self._attachment is not None:
-            raise RuntimeError("already attached to an optimizer; call remove() on the handle that attach() returned")
+            raise RuntimeError(
+                "already attached to an optimizer; call remove() on the handle that attach() returned"
+            )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in held for p in self.buffer.layout.parameters):
             raise ValueError(f"{type(optimizer).__name__} holds none of the shared parameters")
@@ -268,14 +274,20 @@ class DBMTL:
                 state dtype. Nothing is changed then.
         """
         if state.get("version") != STATE_VERSION:
-            raise ValueError(f"state_dict has version {state.get('version')!r}, this is version {STATE_VERSION}")
+            raise ValueError(
+                f"state_dict has version {state.get('version')!r}, this is version {STATE_VERSION}"
+            )
         mine = [[dtype, list(shape)] for dtype, shape in self.buffer.layout.signature()]
         theirs = [[dtype, list(shape)] for dtype, shape in state["parameters"]]
         if len(mine) != len(theirs):
-            raise ValueError(f"state_dict is of {len(theirs)} shared parameters, this balancer has {len(mine)}")
+            raise ValueError(
+                f"state_dict is of {len(theirs)} shared parameters, this balancer has {len(mine)}"
+            )
         for index, (a, b) in enumerate(zip(mine, theirs, strict=True)):
             if a != b:
-                raise ValueError(f"shared parameter {index} is {a[0]} {a[1]} here and {b[0]} {b[1]} in the state_dict")
+                raise ValueError(
+                    f"shared parameter {index} is {a[0]} {a[1]} here and {b[0]} {b[1]} in the state_dict"
+                )
         rows = state["rows"]
         if rows.dtype != self.buffer.rows.dtype:
             raise ValueError(f"state_dict has a {rows.dtype} state, this balancer {self.buffer.rows.dtype}")
@@ -313,10 +325,10 @@ class DBMTL:
         try:
             with self._grads.handing_over() as follow:
                 for index, loss in enumerate(losses):
-                    seed = loss_values.seed(loss, self.eps if self.log_transform else None, factor)
+                    root = loss_values.scaled(loss, self.eps if self.log_transform else None, factor)
                     update = self._update(index, factor)
                     follow(update)
-                    torch.autograd.backward(loss, grad_tensors=seed, retain_graph=retain_graph or index < last)
+                    root.backward(retain_graph=retain_graph or index < last)
                     self._finish(index, update)
         except BaseException:
             self._grads.put_back(kept)

@@ -53,7 +53,12 @@ class TaskGradientBuffer:
         return self.sumsq.sqrt()
 
     def accumulate(
-        self, task: int, grads: list[Tensor | None], decay: float, gain: float, loss_scale: Tensor | None = None
+        self,
+        task: int,
+        grads: list[Tensor | None],
+        decay: float,
+        gain: float,
+        loss_scale: Tensor | None = None,
     ) -> None:
         """``rows[task] <- decay * rows[task] + gain / loss_scale * grads`` in one pass; see `ops.accumulate_`.
 
@@ -100,8 +105,7 @@ class TaskGradientBuffer:
 class RowUpdate:
     """One update of one row, fed with gradients as a backward pass produces them.
 
-    Gathering early saves a CPU a trip to memory, lets the allocator use each gradient's memory for the next, and
-    holds less than a whole task's gradients. Elsewhere all is gathered by `finish`, in one launch.
+    On a CPU, gathering early finds gradients still in cache. Elsewhere all is gathered by `finish`, in one launch.
 
     Args:
         buffer: whose row.
@@ -165,7 +169,9 @@ class RowUpdate:
             decay = 1.0
         buffer, layout = self._buffer, self._buffer.layout
         if layout.permuted:
-            grads = [None if g is None else layout.in_row_order(i, g) for i, g in zip(indices, grads, strict=True)]
+            grads = [
+                None if g is None else layout.in_row_order(i, g) for i, g in zip(indices, grads, strict=True)
+            ]
         sumsq = torch.empty_like(buffer.sumsq[:1])
         segments = layout.segments_of(tuple(indices))
         ops.accumulate_(

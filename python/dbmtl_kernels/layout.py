@@ -126,7 +126,9 @@ class ParameterLayout:
         """Each parameter's part of the flat tensors (one per group), in the parameter's shape and strides."""
         starts = {group.dtype: group.start for group in self.groups}
         out = []
-        for p, dense, (offset, numel) in zip(self.parameters, self.dense, self.segments.tolist(), strict=True):
+        for p, dense, (offset, numel) in zip(
+            self.parameters, self.dense, self.segments.tolist(), strict=True
+        ):
             begin = offset - starts[p.dtype]
             part = flats[p.dtype][begin : begin + numel]
             out.append(part.as_strided(p.shape, p.stride()) if dense else part.view(p.shape))

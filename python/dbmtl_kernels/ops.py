@@ -115,7 +115,9 @@ def _check_accumulate(
 ) -> None:
     _one_of("the dtype of row", row.dtype, STATE_DTYPES)
     if row.dim() != 1 or not row.is_contiguous():
-        raise ValueError(f"row must be 1-D and contiguous, got shape {tuple(row.shape)}, strides {row.stride()}")
+        raise ValueError(
+            f"row must be 1-D and contiguous, got shape {tuple(row.shape)}, strides {row.stride()}"
+        )
     if sumsq.numel() != 1 or sumsq.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"sumsq must be one float, got {tuple(sumsq.shape)} of {sumsq.dtype}")
     _same_device("sumsq", sumsq, "row", row)
@@ -142,7 +144,9 @@ def _check_segments(row: Tensor, grads: list[Tensor | None], segments: Tensor) -
     end = row.numel()
     for index, ((offset, numel), grad) in enumerate(zip(segments.tolist(), grads, strict=True)):
         if offset < 0 or numel < 0 or offset + numel > end:
-            raise ValueError(f"segment {index} covers [{offset}, {offset + numel}) of a row of {end} elements")
+            raise ValueError(
+                f"segment {index} covers [{offset}, {offset + numel}) of a row of {end} elements"
+            )
         if grad is not None and grad.numel() != numel:
             raise ValueError(f"grads[{index}] has {grad.numel()} elements, its segment has {numel}")
 

@@ -51,7 +51,8 @@ class Backend(Protocol):
         """Why this backend cannot serve tensors on ``device``; None if it can."""
 
 
-def _module(name: str) -> Backend:
+def get(name: str) -> Backend:
+    """The backend called ``name``, whether it can serve or not."""
     modules: dict[str, ModuleType] = {"native": native, "eager": eager}
     return cast(Backend, modules[name])
 
@@ -74,7 +75,7 @@ def _resolve(argument: str, name: str, device_type: str) -> Backend:
     source = f"{ENVIRONMENT}={name}" if argument == "auto" else f"backend={name!r}"
     if name not in NAMES:
         raise ValueError(f"unknown backend: {source}; known: 'auto', {', '.join(map(repr, NAMES))}")
-    backend = _module(name)
+    backend = get(name)
     reason = backend.missing(device)
     if reason is not None:
         raise RuntimeError(f"{source} was asked for but cannot serve tensors on {device_type!r}: {reason}")
@@ -83,16 +84,16 @@ def _resolve(argument: str, name: str, device_type: str) -> Backend:
 
 def _choose(device: torch.device) -> Backend:
     if device.type != "cpu":
-        return _module("eager")
+        return get("eager")
     reason = native.missing(device)
     if reason is None:
-        return _module("native")
+        return get("native")
     warnings.warn(  # once: the choice is cached
         f"dbmtl_kernels: the native CPU backend is not available ({reason}); using the slower eager backend",
         RuntimeWarning,
         stacklevel=2,
     )
-    return _module("eager")
+    return get("eager")
 
 
 def clear_cache() -> None:

@@ -18,7 +18,7 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 def _update(row: Tensor, grad: Tensor | None, decay: float, gain: float | Tensor) -> None:
-    """row <- decay * row + gain * grad, in fp32 whatever the storage."""
+    """Row <- decay * row + gain * grad, in fp32 whatever the storage."""
     work = _arithmetic(row.dtype)
     if grad is None:
         row.mul_(decay)

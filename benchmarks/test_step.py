@@ -1,0 +1,125 @@
+"""A whole training step: an MLP trunk of 8 M parameters, K=3, batch 32, against the bare K backward passes."""
+
+import dbmtl_kernels as dbk
+import timing
+import torch
+from torch import nn
+from torch.nn import functional
+
+K, BATCH = 3, 32
+WIDTHS = (1000, 2000, 2000, 1000)
+
+
+class Problem:
+    """The model, one batch, and its optimizer; all contenders share them."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for a, b in zip(WIDTHS, WIDTHS[1:], strict=False):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+        self.trunk = nn.Sequential(*layers)
+        self.heads = nn.ModuleList(nn.Linear(WIDTHS[-1], 10) for _ in range(K))
+        self.parameters = [*self.trunk.parameters(), *self.heads.parameters()]
+        self.x = torch.randn(BATCH, WIDTHS[0])
+        self.y = torch.randint(0, 10, (K, BATCH))
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
+        self.balancers = {
+            dtype: dbk.DBMTL(self.trunk.parameters(), K, state_dtype=dtype)
+            for dtype in (torch.float32, torch.bfloat16)
+        }
+
+    def losses(self) -> list[torch.Tensor]:
+        z = self.trunk(self.x)
+        return [functional.cross_entropy(head(z), y) for head, y in zip(self.heads, self.y, strict=True)]
+
+
+def bare(problem, losses):
+    """K backward passes; .grad accumulates, as autograd does when nothing is done to the gradients."""
+    for t, loss in enumerate(losses):
+        loss.backward(retain_graph=t < K - 1)
+
+
+def bare_let_go(problem, losses):
+    """K backward passes, each .grad thrown away before the next."""
+    for t, loss in enumerate(losses):
+        loss.backward(retain_graph=t < K - 1)
+        if t < K - 1:
+            problem.optimizer.zero_grad()
+
+
+def equal_weighting(problem, losses):
+    sum(losses).backward()
+
+
+def ours(problem, losses):
+    problem.balancers[torch.float32](losses).backward()
+
+
+def ours_bf16_state(problem, losses):
+    problem.balancers[torch.bfloat16](losses).backward()
+
+
+def authors(problem, losses):
+    """The authors' arithmetic, gradients gathered parameter by parameter into a vector (on the device)."""
+    shared = list(problem.trunk.parameters())
+    rows = []
+    for loss in losses:
+        grads = torch.autograd.grad(torch.log(loss + 1e-8), shared, retain_graph=True)
+        flat = torch.zeros(sum(p.numel() for p in shared))
+        offset = 0
+        for g in grads:
+            flat[offset : offset + g.numel()] = g.reshape(-1)
+            offset += g.numel()
+        rows.append(flat)
+    sum(torch.log(loss + 1e-8) for loss in losses).backward(inputs=list(problem.heads.parameters()))
+    grads = torch.stack(rows)
+    state = getattr(problem, "state", torch.zeros_like(grads))
+    problem.state = new = grads + 0.9 * (state - grads)
+    norms = new.norm(dim=-1)
+    alpha = norms.max() / (norms + 1e-8)
+    out = sum(alpha[i] * new[i] for i in range(K))
+    offset = 0
+    for p in shared:
+        p.grad = out[offset : offset + p.numel()].view_as(p).clone()
+        offset += p.numel()
+
+
+CONTENDERS = {
+    "bare K backward passes": bare,
+    "bare, each .grad let go": bare_let_go,
+    "equal weighting": equal_weighting,
+    "dbmtl_kernels": ours,
+    "dbmtl_kernels, bf16 state": ours_bf16_state,
+    "authors' arithmetic": authors,
+}
+
+
+def test_whole_step(save, rounds):
+    problem = Problem()
+    assert sum(p.numel() for p in problem.trunk.parameters()) >= 8_000_000
+    backward: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+
+    def step(name):
+        problem.optimizer.zero_grad()
+        losses = problem.losses()
+        start = timing.time.perf_counter()
+        CONTENDERS[name](problem, losses)
+        backward[name].append(timing.time.perf_counter() - start)
+        problem.optimizer.step()
+
+    whole = timing.interleaved({n: lambda n=n: step(n) for n in CONTENDERS}, rounds=2 * rounds, warmup=3)
+    backward = {name: times[3:] for name, times in backward.items()}
+    rows = []
+    for name in CONTENDERS:
+        row = {"contender": name}
+        for what, times in (("step", whole), ("backward", backward)):
+            row |= {f"{what}_{k}": v for k, v in timing.summary(times[name]).items()}
+            row[f"{what}_ratio"] = timing.ratio(times, name, "bare K backward passes")
+        rows.append(row)
+        print(
+            f"{name:28s} step {row['step_p50_ms']:7.1f} ms {row['step_ratio']:5.2f}   "
+            f"backward {row['backward_p50_ms']:7.1f} ms {row['backward_ratio']:5.2f}"
+        )
+    timing.record("step", rows, save)
+    ours_row = next(row for row in rows if row["contender"] == "dbmtl_kernels")
+    assert ours_row["step_ratio"] <= 1.15

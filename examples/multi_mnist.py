@@ -1,0 +1,179 @@
+"""DB-MTL on MultiMNIST: two digits to classify and the image to reconstruct, from one shared trunk.
+
+Trains single-task networks, equal weighting (the sum of the losses), the log alone, max-norm balancing alone, and
+DB-MTL, all with the same learning-rate sweep, weights and batches. Prints the metrics and the time of a step, and
+saves a picture. Exit status 0 only if the networks trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+try:
+    from multi_mnist_data import load_digits, make_splits
+    from multi_mnist_plot import save_figure
+    from multi_mnist_report import Result, choose, print_results, print_times
+    from multi_mnist_timing import time_steps
+    from multi_mnist_training import (
+        DB_MTL,
+        MULTI_TASK_METHODS,
+        SINGLE_TASK,
+        TASKS,
+        History,
+        Settings,
+        train,
+        train_single_tasks,
+    )
+    from rich.console import Console
+except ModuleNotFoundError as error:
+    sys.exit(f"The demo needs {error.name}, which is not installed: pip install 'dbmtl-kernels[demo]'")
+
+VALIDATION_PAIRS = 2000
+TEST_PAIRS = 4000
+MIN_ACCURACY = 30.0  # %, three times chance
+FULL = {"epochs": 1, "train_size": 10_000, "seeds": 1, "lr": [1e-3, 3e-3], "batch_size": 32}
+QUICK = {"epochs": 1, "train_size": 1_500, "seeds": 1, "lr": [3e-3], "batch_size": 32}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+
+    def positive(text: str) -> int:
+        if (value := int(text)) < 1:
+            raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+        return value
+
+    def rate(text: str) -> float:
+        if not 0.0 < (value := float(text)) < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be positive and finite, got {value}")
+        return value
+
+    def default(name: str) -> str:
+        full, quick = (
+            " ".join(f"{v:g}" for v in (value if isinstance(value, list) else [value]))
+            for value in (FULL[name], QUICK[name])
+        )
+        return f"(default: {full}; with --quick: {quick})" if full != quick else f"(default: {full})"
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--epochs", type=positive, help=f"passes over the training pairs {default('epochs')}")
+    parser.add_argument(
+        "--train-size", type=positive, help=f"number of training pairs to compose {default('train_size')}"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=positive,
+        help="number of seeds to average over; a seed fixes data split, initial weights and batches for every "
+        f"method {default('seeds')}",
+    )
+    parser.add_argument(
+        "--lr",
+        type=rate,
+        nargs="+",
+        help="learning rates of Adam to try with every method, the best being chosen on validation pairs; one "
+        f"fixes it {default('lr')}",
+    )
+    parser.add_argument("--batch-size", type=positive, help=f"pairs in a batch {default('batch_size')}")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/multi_mnist.png"),
+        help="where the picture goes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=positive, default=2, help="CPU threads for PyTorch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a smoke test of about ten seconds, too short for its numbers to mean much",
+    )
+    args = parser.parse_args(argv)
+    for name, value in (QUICK if args.quick else FULL).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.lr = list(dict.fromkeys(args.lr))
+    if not 2 <= args.batch_size <= args.train_size:
+        parser.error(
+            f"--batch-size {args.batch_size} must be in 2..{args.train_size}, the number of training pairs"
+        )
+    return args
+
+
+def train_all(args: argparse.Namespace) -> tuple[dict[tuple[str, float], list[History]], Settings]:
+    """Every method at every learning rate with every seed; and the settings of the first seed."""
+    digits, classes = load_digits()
+    sizes = (args.train_size, VALIDATION_PAIRS, TEST_PAIRS)
+    all_settings = [
+        Settings(make_splits(digits, classes, sizes, seed), args.epochs, args.batch_size, seed)
+        for seed in range(args.seeds)
+    ]
+    runs: dict[tuple[str, float], list[History]] = {}
+    for rate in args.lr:
+        runs[SINGLE_TASK, rate] = [train_single_tasks(rate, settings) for settings in all_settings]
+        for method in MULTI_TASK_METHODS:
+            runs[method, rate] = [train(method, rate, settings) for settings in all_settings]
+    return runs, all_settings[0]
+
+
+def find_failures(runs: dict[tuple[str, float], list[History]], results: dict[str, Result]) -> list[str]:
+    """Why this does not count as trained; empty if it does.
+
+    Every loss of every run must be finite, every task's loss must have fallen at the chosen learning rates (last
+    tenth of the steps against the first), and DB-MTL must classify both digits with `MIN_ACCURACY` at least.
+    """
+    failures = [
+        f"{method} at learning rate {rate:g}: a loss is not finite"
+        for (method, rate), histories in runs.items()
+        if not all(bool(torch.isfinite(history.losses).all()) for history in histories)
+    ]
+    for result in results.values():
+        for history in result.histories:
+            tenth = max(1, len(history.losses) // 10)
+            fell = history.losses[-tenth:].mean(0) < history.losses[:tenth].mean(0)
+            failures += [
+                f"{result.method}: the loss of the {task} did not fall"
+                for task, ok in zip(TASKS, fell.tolist(), strict=True)
+                if not ok
+            ]
+    for task, accuracy in zip(TASKS[:2], results[DB_MTL].test.mean(0).tolist(), strict=False):
+        if accuracy < MIN_ACCURACY:
+            failures.append(f"{DB_MTL}: accuracy of the {task} is {accuracy:.1f} %, below {MIN_ACCURACY:g} %")
+    return failures
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the demo.
+
+    Returns:
+        the exit status: 0 if the networks trained, else 1.
+    """
+    begin = time.perf_counter()
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    console = Console(soft_wrap=False)
+    runs, settings = train_all(args)
+    results = choose(runs, args.lr)
+    times = time_steps(
+        settings.splits[0].batch(torch.arange(args.batch_size)), seed=0, rounds=8 if args.quick else 40
+    )
+    save_figure(results, args.out)
+
+    print_results(console, results, args.lr)
+    print_times(console, times)
+    console.print(f"Picture: {args.out}. {time.perf_counter() - begin:.0f} s in all.", highlight=False)
+    failures = find_failures(runs, results)
+    for failure in failures:
+        print(f"not trained: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
