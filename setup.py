@@ -49,9 +49,7 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         wanted = os.environ.get("DBMTL_BUILD_NATIVE", "")
         if wanted == "0":
-            self.say(
-                "DBMTL_BUILD_NATIVE=0: the native CPU kernels are not built; the eager backend will serve."
-            )
+            self.say("DBMTL_BUILD_NATIVE=0: the native CPU kernels are not built; the eager backend will serve.")
             return
         try:
             self.compile_library(Path(self.get_ext_fullpath(ext.name)))

@@ -1,5 +1,7 @@
 """A whole training step: an MLP trunk of 8 M parameters, K=3, batch 32, against the bare K backward passes."""
 
+from itertools import pairwise
+
 import dbmtl_kernels as dbk
 import timing
 import torch
@@ -15,7 +17,7 @@ class Problem:
 
     def __init__(self) -> None:
         layers: list[nn.Module] = []
-        for a, b in zip(WIDTHS, WIDTHS[1:], strict=False):
+        for a, b in pairwise(WIDTHS):
             layers += [nn.Linear(a, b), nn.ReLU()]
         self.trunk = nn.Sequential(*layers)
         self.heads = nn.ModuleList(nn.Linear(WIDTHS[-1], 10) for _ in range(K))
@@ -24,8 +26,7 @@ class Problem:
         self.y = torch.randint(0, 10, (K, BATCH))
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
         self.balancers = {
-            dtype: dbk.DBMTL(self.trunk.parameters(), K, state_dtype=dtype)
-            for dtype in (torch.float32, torch.bfloat16)
+            dtype: dbk.DBMTL(self.trunk.parameters(), K, state_dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
         }
 
     def losses(self) -> list[torch.Tensor]:

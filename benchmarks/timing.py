@@ -20,9 +20,7 @@ from dbmtl_kernels.backends import native
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(
-    contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2
-) -> dict[str, list[float]]:
+def interleaved(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
     """Seconds of each call, by contender; warm-up rounds are left out."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(warmup + rounds):
@@ -53,9 +51,7 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         cpu = names[0] if names else cpu
     return {
         "date": datetime.date.today().isoformat(),
@@ -76,6 +72,4 @@ def record(name: str, rows: list[dict[str, Any]], folder: Path) -> None:
     with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)

@@ -1,8 +1,8 @@
 """DB-MTL on MultiMNIST: two digits to classify and the image to reconstruct, from one shared trunk.
 
-Trains single-task networks, equal weighting (the sum of the losses), the log alone, max-norm balancing alone, and
-DB-MTL, all with the same learning-rate sweep, weights and batches. Prints the metrics and the time of a step, and
-saves a picture. Exit status 0 only if the networks trained.
+Trains single-task networks, equal weighting (the sum of the losses), the log only, max-norm balancing only,
+and DB-MTL, all with the same learning-rate sweep, initial weights and batches. Prints the metrics and the
+time of a step, and saves a picture. Exit status 0 only if the networks trained.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"The demo needs {error.name}, which is not installed: pip install 'dbmtl-kernels[demo]'")
 
-VALIDATION_PAIRS = 2000
-TEST_PAIRS = 4000
-MIN_ACCURACY = 30.0  # %, three times chance
-FULL = {"epochs": 1, "train_size": 10_000, "seeds": 1, "lr": [1e-3, 3e-3], "batch_size": 32}
-QUICK = {"epochs": 1, "train_size": 1_500, "seeds": 1, "lr": [3e-3], "batch_size": 32}
+MIN_ACCURACY = 50.0  # %, five times chance
+FULL_PAIRS = (2000, 4000)  # validation, test
+QUICK_PAIRS = (500, 1000)
+FULL = {"epochs": 1, "train_size": 8_000, "seeds": 1, "lr": [3e-3, 1e-2], "batch_size": 32}
+QUICK = {"epochs": 1, "train_size": 1_280, "seeds": 1, "lr": [3e-3], "batch_size": 32}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -60,9 +60,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         )
         return f"(default: {full}; with --quick: {quick})" if full != quick else f"(default: {full})"
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=positive, help=f"passes over the training pairs {default('epochs')}")
     parser.add_argument(
         "--train-size", type=positive, help=f"number of training pairs to compose {default('train_size')}"
@@ -70,15 +68,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seeds",
         type=positive,
-        help="number of seeds to average over; a seed fixes data split, initial weights and batches for every "
-        f"method {default('seeds')}",
+        help="number of seeds to average over; a seed fixes data split, initial weights and batches for all "
+        f"methods {default('seeds')}",
     )
     parser.add_argument(
         "--lr",
         type=rate,
         nargs="+",
-        help="learning rates of Adam to try with every method, the best being chosen on validation pairs; one "
-        f"fixes it {default('lr')}",
+        help="initial learning rates of Adam to try with every method, the best being chosen on validation "
+        f"pairs; a single one is used as it is {default('lr')}",
     )
     parser.add_argument("--batch-size", type=positive, help=f"pairs in a batch {default('batch_size')}")
     parser.add_argument(
@@ -88,7 +86,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="where the picture goes (default: %(default)s)",
     )
     parser.add_argument(
-        "--threads", type=positive, default=2, help="CPU threads for PyTorch (default: %(default)s)"
+        "--threads",
+        type=positive,
+        default=1,
+        help="CPU threads for PyTorch; a second one gains little with so small a network, and costs much "
+        "where the cores are busy with something else (default: %(default)s)",
     )
     parser.add_argument(
         "--quick",
@@ -101,16 +103,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             setattr(args, name, value)
     args.lr = list(dict.fromkeys(args.lr))
     if not 2 <= args.batch_size <= args.train_size:
-        parser.error(
-            f"--batch-size {args.batch_size} must be in 2..{args.train_size}, the number of training pairs"
-        )
+        parser.error(f"--batch-size {args.batch_size} must be in 2..{args.train_size}, the number of training pairs")
     return args
 
 
 def train_all(args: argparse.Namespace) -> tuple[dict[tuple[str, float], list[History]], Settings]:
     """Every method at every learning rate with every seed; and the settings of the first seed."""
     digits, classes = load_digits()
-    sizes = (args.train_size, VALIDATION_PAIRS, TEST_PAIRS)
+    sizes = (args.train_size, *(QUICK_PAIRS if args.quick else FULL_PAIRS))
     all_settings = [
         Settings(make_splits(digits, classes, sizes, seed), args.epochs, args.batch_size, seed)
         for seed in range(args.seeds)
@@ -126,8 +126,8 @@ def train_all(args: argparse.Namespace) -> tuple[dict[tuple[str, float], list[Hi
 def find_failures(runs: dict[tuple[str, float], list[History]], results: dict[str, Result]) -> list[str]:
     """Why this does not count as trained; empty if it does.
 
-    Every loss of every run must be finite, every task's loss must have fallen at the chosen learning rates (last
-    tenth of the steps against the first), and DB-MTL must classify both digits with `MIN_ACCURACY` at least.
+    Every loss of every run must be finite, every task's loss must have fallen at the chosen learning rates
+    (last tenth of the steps against the first), and DB-MTL must reach `MIN_ACCURACY` on both digits.
     """
     failures = [
         f"{method} at learning rate {rate:g}: a loss is not finite"
@@ -158,12 +158,10 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.perf_counter()
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    console = Console(soft_wrap=False)
+    console = Console()
     runs, settings = train_all(args)
     results = choose(runs, args.lr)
-    times = time_steps(
-        settings.splits[0].batch(torch.arange(args.batch_size)), seed=0, rounds=8 if args.quick else 40
-    )
+    times = time_steps(settings.splits[0].batch(torch.arange(args.batch_size)), seed=0, rounds=8 if args.quick else 40)
     save_figure(results, args.out)
 
     print_results(console, results, args.lr)

@@ -45,7 +45,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
 
 
 def compose(digits: Tensor, classes: Tensor, size: int, generator: torch.Generator) -> Pairs:
-    """Draw ``size`` pairs of the given digits and lay each pair on a canvas; where two overlap, the brighter wins."""
+    """Draw ``size`` pairs of digits and lay each on a canvas; where they overlap, the brighter pixel wins."""
     left, right = (torch.randint(len(digits), (size,), generator=generator) for _ in range(2))
     canvas = torch.zeros(size, 1, CANVAS, CANVAS)
     canvas[:, 0, :DIGIT, :DIGIT] = digits[left]
@@ -54,13 +54,11 @@ def compose(digits: Tensor, classes: Tensor, size: int, generator: torch.Generat
     return Pairs(canvas, classes[left], classes[right])
 
 
-def make_splits(
-    digits: Tensor, classes: Tensor, sizes: tuple[int, int, int], seed: int
-) -> tuple[Pairs, Pairs, Pairs]:
+def make_splits(digits: Tensor, classes: Tensor, sizes: tuple[int, int, int], seed: int) -> tuple[Pairs, Pairs, Pairs]:
     """Training, validation and test pairs, of which no two splits share a source digit.
 
-    The source digits are divided first and paired afterwards: pairs drawn first and divided later would put the same
-    handwriting on both sides.
+    The source digits are divided first and paired afterwards: pairs drawn first and divided later would put
+    the same handwriting on both sides.
 
     Args:
         digits: (N, 28, 28) source digits.

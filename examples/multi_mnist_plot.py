@@ -58,8 +58,9 @@ def save_figure(results: Mapping[str, Result], path: Path) -> None:
     balanced, equal, raw = results[DB_MTL], results[EQUAL_WEIGHTING], results[MAX_NORM_ONLY]
     history = balanced.histories[0]
     figure, ((losses, norms), (weights, cosines)) = plt.subplots(
-        2, 2, figsize=(11, 7.4), sharex=True, layout="constrained"
+        2, 2, figsize=(11, 7.6), sharex=True, layout="constrained"
     )
+    figure.suptitle("MultiMNIST, three tasks, first seed")
 
     _draw(losses, equal.histories[0].losses, "--")
     _draw(losses, history.losses, "-")
@@ -72,9 +73,7 @@ def save_figure(results: Mapping[str, Result], path: Path) -> None:
     _legend(norms, {f"log-losses, EMA ({DB_MTL})": "-", f"losses ({MAX_NORM_ONLY})": "--"})
 
     _draw(weights, history.weights, "-")
-    weights.set(
-        title=f"Weight of each task gradient, {DB_MTL}", ylabel="largest norm / own norm", yscale="log"
-    )
+    weights.set(title=f"Weight of each task gradient, {DB_MTL}", ylabel="largest norm / own norm", yscale="log")
     _legend(weights, {})
 
     cosines.axhline(0, color="0.6", linewidth=0.8)

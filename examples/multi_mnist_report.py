@@ -57,8 +57,8 @@ def delta_p(metrics: Tensor, baseline: Tensor) -> Tensor:
 def choose(runs: Runs, rates: Sequence[float]) -> dict[str, Result]:
     """Pick learning rates on the validation pairs and evaluate on the test pairs.
 
-    Single-task learning gets the best rate of each of its networks, a multi-task method the rate with the best
-    Delta_p: both are chosen as favourably, and neither looks at the test pairs.
+    Single-task learning gets the best rate for each of its networks, a multi-task method the one rate with
+    the best Delta_p. Neither looks at the test pairs.
 
     Args:
         runs: all histories.
@@ -80,59 +80,55 @@ def choose(runs: Runs, rates: Sequence[float]) -> dict[str, Result]:
     baseline = torch.stack([test(SINGLE_TASK, single[task])[:, task] for task in columns], dim=1)
 
     histories = runs[SINGLE_TASK, single[0]]
-    results = {
-        SINGLE_TASK: Result(SINGLE_TASK, tuple(single), histories, baseline, delta_p(baseline, baseline))
-    }
+    results = {SINGLE_TASK: Result(SINGLE_TASK, tuple(single), histories, baseline, delta_p(baseline, baseline))}
     for method in MULTI_TASK_METHODS:
         best = max(rates, key=lambda rate, m=method: delta_p(validation(m, rate), baseline_validation).item())
         metrics = test(method, best)
-        results[method] = Result(
-            method, (best,) * NUM_TASKS, runs[method, best], metrics, delta_p(metrics, baseline)
-        )
+        results[method] = Result(method, (best,) * NUM_TASKS, runs[method, best], metrics, delta_p(metrics, baseline))
     return results
 
 
 def print_results(console: Console, results: Mapping[str, Result], rates: Sequence[float]) -> None:
     """The table of metrics."""
     seeds = len(results[DB_MTL].delta_p)
-    table = Table(
-        title="Test metrics, mean over seeds" if seeds > 1 else "Test metrics, one seed", box=SIMPLE_HEAD
-    )
+    table = Table(title="Test metrics, mean over seeds" if seeds > 1 else "Test metrics, one seed", box=SIMPLE_HEAD)
     table.add_column("method")
-    for name in ("left digit\naccuracy %", "right digit\naccuracy %", "reconstruction\nsquared error"):
+    for name in ("left digit\naccuracy %", "right digit\naccuracy %", "reconstr.\nerror", "Delta_p\n%"):
         table.add_column(name, justify="right")
-    table.add_column("Delta_p\n%", justify="right")
     table.add_column("learning\nrate", justify="right")
     for result in results.values():
         left, right, error = result.test.mean(0).tolist()
         delta = f"{result.delta_p.mean():+.1f}"
         if seeds > 1:
             delta += f" ± {result.delta_p.std():.1f}"
-        chosen = dict.fromkeys(result.rates) if len(set(result.rates)) == 1 else result.rates
         table.add_row(
             result.method,
             f"{left:.1f}",
             f"{right:.1f}",
             f"{error:.2f}",
             "0" if result.method == SINGLE_TASK else delta,
-            ", ".join(f"{rate:g}" for rate in chosen),
+            f"{result.rates[0]:g}" if len(set(result.rates)) == 1 else "per task",
             style="bold" if result.method == DB_MTL else None,
         )
     console.print(table)
-    tried = ", ".join(f"{rate:g}" for rate in rates)
     console.print(
-        "Delta_p: mean relative change of the three metrics against single-task learning (one network a task), "
-        f"higher is better. Learning rates tried with every method: {tried}; chosen on validation pairs."
-        + (" One seed: take differences of a point or two for noise (--seeds)." if seeds == 1 else ""),
+        "Reconstruction error: squared error summed over an image. Delta_p: mean relative change of the "
+        "three metrics against single-task learning, higher is better. Learning rates tried with every method: "
+        f"{_listed(rates)}; chosen on validation pairs (single-task: {_listed(results[SINGLE_TASK].rates)})."
+        + (" One seed: a difference of a point or two may be noise, see --seeds." if seeds == 1 else ""),
         highlight=False,
     )
+
+
+def _listed(rates: Sequence[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
 
 
 def print_times(console: Console, times: Mapping[str, float]) -> None:
     """The table of times."""
     table = Table(title="Time of a training step, median", box=SIMPLE_HEAD)
     table.add_column("step")
-    for name in ("ms", "against\nequal weighting", "against the\nauthors' arithmetic"):
+    for name in ("ms", "against equal\nweighting", "against the\nauthors' arithmetic"):
         table.add_column(name, justify="right")
     for method, value in times.items():
         table.add_row(

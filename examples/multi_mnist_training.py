@@ -45,9 +45,7 @@ class MultiTaskNet(nn.Module):
             nn.BatchNorm1d(FEATURES),
             nn.ReLU(),
         )
-        classifiers = [
-            nn.Sequential(nn.Linear(FEATURES, 64), nn.ReLU(), nn.Linear(64, NUM_CLASSES)) for _ in range(2)
-        ]
+        classifiers = [nn.Sequential(nn.Linear(FEATURES, 64), nn.ReLU(), nn.Linear(64, NUM_CLASSES)) for _ in range(2)]
         decoder = nn.Sequential(
             nn.Linear(FEATURES, 256),
             nn.ReLU(),
@@ -155,9 +153,7 @@ class Settings:
         return self.epochs * (len(self.splits[0]) // self.batch_size)
 
 
-def train(
-    method: str, learning_rate: float, settings: Settings, tasks: Sequence[int] = range(NUM_TASKS)
-) -> History:
+def train(method: str, learning_rate: float, settings: Settings, tasks: Sequence[int] = range(NUM_TASKS)) -> History:
     """Train one network with one method at one learning rate.
 
     Initial weights and batches depend on ``settings.seed`` alone, so they are the same for every method.
@@ -179,9 +175,7 @@ def train(
     losses, norms, weights, cosines, cosine_steps = [], [], [], [], []
 
     name = f"{method} ({', '.join(TASKS[t] for t in tasks)})" if method == SINGLE_TASK else method
-    with tqdm(
-        total=settings.steps, desc=f"{name}, rate {learning_rate:g}", unit="step", mininterval=0.5
-    ) as bar:
+    with tqdm(total=settings.steps, desc=f"{name}, rate {learning_rate:g}", unit="step", mininterval=0.5) as bar:
         for _ in range(settings.epochs):
             order = torch.randperm(len(train_pairs), generator=generator)
             for indices in order.split(settings.batch_size)[: len(train_pairs) // settings.batch_size]:
@@ -198,8 +192,8 @@ def train(
                     if (len(losses) - 1) % COSINE_EVERY == 0:
                         cosine_steps.append(len(losses))
                         cosines.append(cosine_similarities(balancer))
+                bar.set_postfix_str(" ".join(f"{value:.3g}" for value in losses[-1].tolist()), refresh=False)
                 bar.update()
-            bar.set_postfix_str(" ".join(f"{value:.3g}" for value in losses[-1].tolist()))
 
     return History(
         losses=torch.stack(losses),

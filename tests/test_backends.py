@@ -50,13 +50,11 @@ def test_environment(monkeypatch):
 
 
 def test_native_refuses_other_devices():
-    with pytest.raises(RuntimeError, match="backend='native'.*'meta'.*CPU tensors only"):
+    with pytest.raises(RuntimeError, match=r"backend='native'.*'meta'.*CPU tensors only"):
         backends.resolve("native", torch.device("meta"))
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"), [(None, "was not built.*compiler"), (b"junk", "could not be loaded")]
-)
+@pytest.mark.parametrize(("content", "reason"), [(None, "was not built.*compiler"), (b"junk", "could not be loaded")])
 def test_without_the_library(monkeypatch, tmp_path, content, reason):
     without_library(monkeypatch, tmp_path, content)
     grads = torch.randn(3, 40)
@@ -111,9 +109,7 @@ def test_the_c_abi_names_the_argument_and_writes_nothing():
 
 
 def test_report():
-    lines = subprocess.run(
-        [sys.executable, "-m", "dbmtl_kernels"], capture_output=True, text=True, check=True
-    ).stdout
+    lines = subprocess.run([sys.executable, "-m", "dbmtl_kernels"], capture_output=True, text=True, check=True).stdout
     assert "native" in lines
     assert "will be used" in lines
     assert "eager: works, not used unless asked for" in lines

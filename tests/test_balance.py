@@ -68,9 +68,7 @@ def test_parity_with_the_oracle(size, dtypes, backend):
         rounding = 1e-12 if ema_dtype == torch.float64 else 1e-5
         stored = ULP.get(ema_dtype, 0.0)
         row_terms = terms.max(axis=1, keepdims=True)
-        assert (
-            np.abs(numpy(ema) - expected_ema) <= stored * np.abs(expected_ema) + rounding * row_terms
-        ).all()
+        assert (np.abs(numpy(ema) - expected_ema) <= stored * np.abs(expected_ema) + rounding * row_terms).all()
         if ema_dtype == torch.bfloat16:  # from here on the stored state is what counts
             expected, _, expected_norms = oracle.balance(numpy(ema), numpy(ema), 0.0, 1e-8, scale)
         assert (np.abs(numpy(norms) - expected_norms) <= rounding * np.sqrt((terms**2).sum(axis=1))).all()

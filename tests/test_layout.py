@@ -10,8 +10,7 @@ from torch import nn
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16, torch.float64, torch.float32)])
 def test_segments_are_aligned_and_apart(state, dtypes):
     params = [
-        nn.Parameter(torch.zeros(n, dtype=dtypes[i % len(dtypes)]))
-        for i, n in enumerate((1, 32, 33, 0, 7, 1000))
+        nn.Parameter(torch.zeros(n, dtype=dtypes[i % len(dtypes)])) for i, n in enumerate((1, 32, 33, 0, 7, 1000))
     ]
     layout = dbk.ParameterLayout(params, state)
     end = 0

@@ -20,9 +20,7 @@ def row_problem(state, grad_dtypes, sizes=(5, 33, 1, 20000, 0, 64)):
         segments.append([end, size])
         end += size + 7
     row = torch.randn(end, dtype=torch.float64).to(state)
-    grads = [
-        torch.randn(n, dtype=torch.float64).to(grad_dtypes[i % len(grad_dtypes)]) for i, n in enumerate(sizes)
-    ]
+    grads = [torch.randn(n, dtype=torch.float64).to(grad_dtypes[i % len(grad_dtypes)]) for i, n in enumerate(sizes)]
     return row, torch.zeros(1, dtype=torch.float64), grads, torch.tensor(segments)
 
 

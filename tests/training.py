@@ -64,9 +64,7 @@ class Algorithm1:
         log: bool = True,
     ) -> None:
         self.shared, self.beta, self.sigma, self.eps, self.log = shared, beta, sigma, eps, log
-        self.m = [
-            torch.zeros(sum(p.numel() for p in shared), dtype=shared[0].dtype) for _ in range(num_tasks)
-        ]
+        self.m = [torch.zeros(sum(p.numel() for p in shared), dtype=shared[0].dtype) for _ in range(num_tasks)]
         self.k = 0
 
     def gradients(self, losses: list[Tensor], heads: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -46,15 +46,15 @@ extern "C" int32_t dbmtl_balance(const void* grads, int32_t grad_dtype, int64_t 
 
 #pragma omp parallel num_threads(threads)
   {
-    const Share share(num_tiles);
-    for (int64_t tile = share.begin; tile < share.end; ++tile) {
+    // Handed out as threads come for more: one that the system disturbs does not keep the others waiting.
+#pragma omp for schedule(dynamic, kTilesAtOnce)
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
       const int64_t begin = tile * kTile, n = tile_size(tile, num_params);
       for (int64_t t = 0; t < num_tasks; ++t)
         slots[t * num_tiles + tile] =
             ema_sumsq(at(ema, t * state_row_stride + begin, state_dtype),
                       at(grads, t * grad_row_stride + begin, grad_dtype), n, beta, 1.0 - beta);
     }
-#pragma omp barrier
 #pragma omp single
     {
       for (int64_t t = 0; t < num_tasks; ++t) {
@@ -67,7 +67,9 @@ extern "C" int32_t dbmtl_balance(const void* grads, int32_t grad_dtype, int64_t 
     }
     // Backwards, so that what the first phase touched last is still in cache.
     const void** mine = &rows[num_tasks * thread_index()];
-    for (int64_t tile = share.end - 1; tile >= share.begin; --tile) {
+#pragma omp for schedule(dynamic, kTilesAtOnce)
+    for (int64_t i = 0; i < num_tiles; ++i) {
+      const int64_t tile = num_tiles - 1 - i;
       const int64_t begin = tile * kTile, n = tile_size(tile, num_params);
       int64_t next = 0;
       for (int64_t t = 0; t < num_tasks; ++t) {

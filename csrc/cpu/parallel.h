@@ -13,6 +13,7 @@
 namespace dbmtl {
 
 constexpr int64_t kTile = 16384;                   // elements
+constexpr int64_t kTilesAtOnce = 4;                // how many a thread takes at a time
 constexpr int64_t kSerialBelow = 2 * kTile;      // not worth waking a thread for
 constexpr int64_t kStreamFromBytes = 4 << 20;      // an output this large will not be read from cache
 constexpr int64_t kStripes = 256;                  // partial Gramians, and so the most threads that share one

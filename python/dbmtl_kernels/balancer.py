@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -160,7 +160,7 @@ class DBMTL:
         def run(factor: Tensor) -> None:
             self._run(scalars, _or_none(factor), retain_graph)
 
-        out: Tensor = _Balanced.apply(anchor, value, run, retain_graph)  # type: ignore[no-untyped-call]
+        out: Tensor = loss_values.BalancedLoss.apply(anchor, value, run, retain_graph)  # type: ignore[no-untyped-call]
         return out
 
     def backward(self, losses: Sequence[Tensor] | Tensor, *, retain_graph: bool = False) -> None:
@@ -192,15 +192,11 @@ class DBMTL:
         kept = self._take()
         if index in self._pending:
             self._grads.put_back(kept)
-            raise RuntimeError(
-                f"task {index} was entered already in this step; call balance() (or optimizer.step())"
-            )
+            raise RuntimeError(f"task {index} was entered already in this step; call balance() (or optimizer.step())")
         self._inside = index
         try:
             yield
-            scale = (
-                None if loss_scale is None else torch.as_tensor(loss_scale, device=self.buffer.rows.device)
-            )
+            scale = None if loss_scale is None else torch.as_tensor(loss_scale, device=self.buffer.rows.device)
             self._finish(index, self._update(index, None if scale is None else _or_none(scale)))
             self._pending.add(index)
         finally:
@@ -235,9 +231,7 @@ class DBMTL:
             ValueError: the optimizer holds none of the shared parameters.
         """
         if self._attachment is not None:
-            raise RuntimeError(
-                "already attached to an optimizer; call remove() on the handle that attach() returned"
-            )
+            raise RuntimeError("already attached to an optimizer; call remove() on the handle that attach() returned")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in held for p in self.buffer.layout.parameters):
             raise ValueError(f"{type(optimizer).__name__} holds none of the shared parameters")
@@ -250,7 +244,7 @@ class DBMTL:
         """Everything a resumed run needs to go on bit for bit. Tensors are references, as in PyTorch."""
         return {
             "version": STATE_VERSION,
-            "parameters": [[dtype, list(shape)] for dtype, shape in self.buffer.layout.signature()],
+            "parameters": self.buffer.layout.signature(),
             "rows": self.buffer.rows,
             "sumsq": self.buffer.sumsq,
             "step": self._step,
@@ -274,20 +268,8 @@ class DBMTL:
                 state dtype. Nothing is changed then.
         """
         if state.get("version") != STATE_VERSION:
-            raise ValueError(
-                f"state_dict has version {state.get('version')!r}, this is version {STATE_VERSION}"
-            )
-        mine = [[dtype, list(shape)] for dtype, shape in self.buffer.layout.signature()]
-        theirs = [[dtype, list(shape)] for dtype, shape in state["parameters"]]
-        if len(mine) != len(theirs):
-            raise ValueError(
-                f"state_dict is of {len(theirs)} shared parameters, this balancer has {len(mine)}"
-            )
-        for index, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-            if a != b:
-                raise ValueError(
-                    f"shared parameter {index} is {a[0]} {a[1]} here and {b[0]} {b[1]} in the state_dict"
-                )
+            raise ValueError(f"state_dict has version {state.get('version')!r}, this is version {STATE_VERSION}")
+        self.buffer.layout.check_signature(state["parameters"])
         rows = state["rows"]
         if rows.dtype != self.buffer.rows.dtype:
             raise ValueError(f"state_dict has a {rows.dtype} state, this balancer {self.buffer.rows.dtype}")
@@ -413,28 +395,3 @@ class DBMTL:
 def _or_none(factor: Tensor) -> Tensor | None:
     """A loss scale of exactly 1 is none; elsewhere than on a CPU it would take a sync to know."""
     return None if factor.device.type == "cpu" and float(factor) == 1.0 else factor.detach().clone()
-
-
-class _Balanced(torch.autograd.Function):
-    """Hands the incoming gradient to ``run``; the losses' graphs are not part of the outer graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, value: Tensor, run: Callable[[Tensor], None], retain_graph: bool
-    ) -> Tensor:
-        ctx.run = run
-        ctx.retain_graph = retain_graph
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
-        run = ctx.run
-        if run is None:
-            raise RuntimeError(
-                "backward() through this balanced loss a second time: its graphs are freed; pass retain_graph=True to "
-                "balancer(losses)"
-            )
-        if not ctx.retain_graph:
-            ctx.run = None
-        run(grads[0])
-        return None, None, None, None

@@ -169,12 +169,8 @@ class RowUpdate:
             decay = 1.0
         buffer, layout = self._buffer, self._buffer.layout
         if layout.permuted:
-            grads = [
-                None if g is None else layout.in_row_order(i, g) for i, g in zip(indices, grads, strict=True)
-            ]
+            grads = [None if g is None else layout.in_row_order(i, g) for i, g in zip(indices, grads, strict=True)]
         sumsq = torch.empty_like(buffer.sumsq[:1])
         segments = layout.segments_of(tuple(indices))
-        ops.accumulate_(
-            buffer.rows[self._task], sumsq, grads, segments, decay, gain, loss_scale, buffer.backend
-        )
+        ops.accumulate_(buffer.rows[self._task], sumsq, grads, segments, decay, gain, loss_scale, buffer.backend)
         return sumsq

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,9 +109,19 @@ class ParameterLayout:
             found = self._subsets[indices] = self.segments[list(indices)]
         return found
 
-    def signature(self) -> list[tuple[str, tuple[int, ...]]]:
+    def signature(self) -> list[list[Any]]:
         """Dtype and shape of each parameter: what must agree for a state to fit."""
-        return [(str(p.dtype), tuple(p.shape)) for p in self.parameters]
+        return [[str(p.dtype), list(p.shape)] for p in self.parameters]
+
+    def check_signature(self, other: list[list[Any]]) -> None:
+        """Raise ValueError unless ``other`` is the `signature` of a layout of the same parameters."""
+        if len(other) != len(self.parameters):
+            raise ValueError(f"the state is of {len(other)} shared parameters, there are {len(self.parameters)} here")
+        for index, ((dtype, shape), (their_dtype, their_shape)) in enumerate(zip(self.signature(), other, strict=True)):
+            if (dtype, shape) != (their_dtype, list(their_shape)):
+                raise ValueError(
+                    f"shared parameter {index} is {dtype} {shape} here and {their_dtype} {their_shape} in the state"
+                )
 
     def in_row_order(self, index: int, grad: Tensor) -> Tensor:
         """``grad`` of parameter ``index`` as a tensor whose logical order is the row's; a view where it can be."""
@@ -126,9 +136,7 @@ class ParameterLayout:
         """Each parameter's part of the flat tensors (one per group), in the parameter's shape and strides."""
         starts = {group.dtype: group.start for group in self.groups}
         out = []
-        for p, dense, (offset, numel) in zip(
-            self.parameters, self.dense, self.segments.tolist(), strict=True
-        ):
+        for p, dense, (offset, numel) in zip(self.parameters, self.dense, self.segments.tolist(), strict=True):
             begin = offset - starts[p.dtype]
             part = flats[p.dtype][begin : begin + numel]
             out.append(part.as_strided(p.shape, p.stride()) if dense else part.view(p.shape))

@@ -1,8 +1,9 @@
-"""The K losses of a step: what they must be, their sum, and what each backward pass starts from."""
+"""The K losses of a step: what they must be, where each backward pass starts, the scalar a user calls."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,7 @@ def check(losses: Sequence[Tensor] | Tensor, num_tasks: int, log_eps: float | No
     """
     if isinstance(losses, Tensor):
         if losses.dim() != 1:
-            raise ValueError(
-                f"losses given as a tensor must have shape ({num_tasks},), got {tuple(losses.shape)}"
-            )
+            raise ValueError(f"losses given as a tensor must have shape ({num_tasks},), got {tuple(losses.shape)}")
         scalars = list(losses.unbind())
     elif isinstance(losses, Sequence):
         scalars = list(losses)
@@ -74,3 +73,28 @@ def scaled(loss: Tensor, log_eps: float | None, factor: Tensor | None) -> Tensor
 
 def _wide(loss: Tensor) -> Tensor:
     return loss.detach().reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
+
+
+class BalancedLoss(torch.autograd.Function):
+    """Hands the incoming gradient to ``run``; the losses' graphs are not part of the outer graph."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, value: Tensor, run: Callable[[Tensor], None], retain_graph: bool) -> Tensor:
+        """The value, cut off from the losses."""
+        ctx.run = run
+        ctx.retain_graph = retain_graph
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
+        """Run the backward passes once (more often with retain_graph)."""
+        run = ctx.run
+        if run is None:
+            raise RuntimeError(
+                "backward() through this balanced loss a second time: its graphs are freed; pass retain_graph=True to "
+                "balancer(losses)"
+            )
+        if not ctx.retain_graph:
+            ctx.run = None
+        run(grads[0])
+        return None, None, None, None

@@ -72,8 +72,7 @@ def _check_balance(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: s
     _same_device("grads", grads, "ema", ema)
     if not ema.is_contiguous():
         raise ValueError(
-            f"ema is updated in place and must be contiguous, got strides {ema.stride()} for shape "
-            f"{tuple(ema.shape)}"
+            f"ema is updated in place and must be contiguous, got strides {ema.stride()} for shape {tuple(ema.shape)}"
         )
     if not 0.0 <= beta < 1.0:
         raise ValueError(f"beta must be in [0, 1), got {beta}")
@@ -115,9 +114,7 @@ def _check_accumulate(
 ) -> None:
     _one_of("the dtype of row", row.dtype, STATE_DTYPES)
     if row.dim() != 1 or not row.is_contiguous():
-        raise ValueError(
-            f"row must be 1-D and contiguous, got shape {tuple(row.shape)}, strides {row.stride()}"
-        )
+        raise ValueError(f"row must be 1-D and contiguous, got shape {tuple(row.shape)}, strides {row.stride()}")
     if sumsq.numel() != 1 or sumsq.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"sumsq must be one float, got {tuple(sumsq.shape)} of {sumsq.dtype}")
     _same_device("sumsq", sumsq, "row", row)
@@ -144,9 +141,7 @@ def _check_segments(row: Tensor, grads: list[Tensor | None], segments: Tensor) -
     end = row.numel()
     for index, ((offset, numel), grad) in enumerate(zip(segments.tolist(), grads, strict=True)):
         if offset < 0 or numel < 0 or offset + numel > end:
-            raise ValueError(
-                f"segment {index} covers [{offset}, {offset + numel}) of a row of {end} elements"
-            )
+            raise ValueError(f"segment {index} covers [{offset}, {offset + numel}) of a row of {end} elements")
         if grad is not None and grad.numel() != numel:
             raise ValueError(f"grads[{index}] has {grad.numel()} elements, its segment has {numel}")
 

@@ -17,9 +17,7 @@ def check_scale(scale: str | float) -> str | float:
     """
     if isinstance(scale, str):
         if scale not in SCALES:
-            raise ValueError(
-                f"scale must be one of {', '.join(map(repr, SCALES))} or a number, got {scale!r}"
-            )
+            raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))} or a number, got {scale!r}")
         return scale
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a string or a number, got {type(scale).__name__}")

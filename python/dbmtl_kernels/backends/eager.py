@@ -31,12 +31,11 @@ def _update(row: Tensor, grad: Tensor | None, decay: float, gain: float | Tensor
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.float64 if x.device.type == "cpu" else None).square()
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64 if x.device.type == "cpu" else None)
+    return norm.square()
 
 
-def balance_(
-    grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float
-) -> tuple[Tensor, Tensor]:
+def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float) -> tuple[Tensor, Tensor]:
     """See `functional.balance_`."""
     norms = torch.empty(ema.shape[0], dtype=_arithmetic(ema.dtype), device=ema.device)
     for t in range(ema.shape[0]):
