@@ -31,7 +31,9 @@ try:
     )
     from rich.console import Console
 except ModuleNotFoundError as error:
-    sys.exit(f"The demo needs {error.name}, which is not installed: pip install 'dbmtl-kernels[demo]'")
+    sys.exit(
+        f"The demo needs {(error.name or '').partition('.')[0]}, which is not installed: pip install 'dbmtl-kernels[demo]'"
+    )
 
 MIN_ACCURACY = 50.0  # %, five times chance
 FULL_PAIRS = (2000, 4000)  # validation, test

@@ -33,7 +33,7 @@ def smooth(values: Tensor, window: int) -> Tensor:
 def _draw(axes: Axes, values: Tensor, line: str) -> None:
     """One line a task, over the steps."""
     steps = range(1, len(values) + 1)
-    for column, colour in zip(smooth(values, max(1, len(values) // 40)).T, TASK_COLOURS, strict=True):
+    for column, colour in zip(smooth(values, max(1, len(values) // 20)).T, TASK_COLOURS, strict=True):
         axes.plot(steps, column, line, color=colour, linewidth=1.6 if line == "-" else 1.2)
 
 
@@ -92,5 +92,5 @@ def save_figure(results: Mapping[str, Result], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
     plt.close(figure)

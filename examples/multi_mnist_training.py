@@ -95,7 +95,10 @@ Objective = Callable[[list[Tensor]], Tensor]
 
 
 def make_objective(method: str, model: MultiTaskNet) -> Objective:
-    """What turns the K losses into the scalar whose ``backward()`` fills the gradients."""
+    """What turns the K losses into the scalar whose ``backward()`` fills the gradients.
+
+    A balancer is called like a sum: in a loop of one's own, ``balancer(losses).backward()``.
+    """
     if method == DB_MTL:
         return dbk.DBMTL(model.trunk.parameters(), num_tasks=NUM_TASKS)
     if method == MAX_NORM_ONLY:
@@ -172,7 +175,11 @@ def train(method: str, learning_rate: float, settings: Settings, tasks: Sequence
     balancer = objective if isinstance(objective, dbk.DBMTL) else None
     train_pairs, validation_pairs, test_pairs = settings.splits
     generator = torch.Generator().manual_seed(settings.seed)
-    losses, norms, weights, cosines, cosine_steps = [], [], [], [], []
+    losses: list[Tensor] = []
+    norms: list[Tensor] = []
+    weights: list[Tensor] = []
+    cosines: list[Tensor] = []
+    cosine_steps: list[int] = []
 
     name = f"{method} ({', '.join(TASKS[t] for t in tasks)})" if method == SINGLE_TASK else method
     with tqdm(total=settings.steps, desc=f"{name}, rate {learning_rate:g}", unit="step", mininterval=0.5) as bar:

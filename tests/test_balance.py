@@ -215,6 +215,13 @@ def test_sums_of_squares_neither_overflow_nor_vanish(magnitude):
     assert relative(numpy(grad), expected) <= 1e-5
 
 
+def test_no_graph_is_recorded():
+    grads = torch.randn(3, 40, requires_grad=True) * 2
+    grad, norms = dbk.balance_(grads, torch.zeros(3, 40))
+    assert not grad.requires_grad
+    assert not norms.requires_grad
+
+
 def test_empty_rows():
     grad, norms = dbk.balance_(torch.empty(3, 0), torch.empty(3, 0))
     assert grad.shape == (0,)
