@@ -31,9 +31,8 @@ try:
     )
     from rich.console import Console
 except ModuleNotFoundError as error:
-    sys.exit(
-        f"The demo needs {(error.name or '').partition('.')[0]}, which is not installed: pip install 'dbmtl-kernels[demo]'"
-    )
+    package = str(error.name).partition(".")[0]
+    sys.exit(f"The demo needs {package}, which is not installed: pip install 'dbmtl-kernels[demo]'")
 
 MIN_ACCURACY = 50.0  # %, five times chance
 FULL_PAIRS = (2000, 4000)  # validation, test

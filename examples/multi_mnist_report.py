@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from multi_mnist_timing import AUTHORS
@@ -79,7 +79,10 @@ def choose(runs: Runs, rates: Sequence[float]) -> dict[str, Result]:
     baseline_validation = torch.stack([validation(SINGLE_TASK, single[task])[task] for task in columns])
     baseline = torch.stack([test(SINGLE_TASK, single[task])[:, task] for task in columns], dim=1)
 
-    histories = runs[SINGLE_TASK, single[0]]
+    histories = [
+        replace(networks[0], losses=torch.stack([networks[task].losses[:, task] for task in columns], dim=1))
+        for networks in zip(*(runs[SINGLE_TASK, rate] for rate in single), strict=True)
+    ]
     results = {SINGLE_TASK: Result(SINGLE_TASK, tuple(single), histories, baseline, delta_p(baseline, baseline))}
     for method in MULTI_TASK_METHODS:
         best = max(rates, key=lambda rate, m=method: delta_p(validation(m, rate), baseline_validation).item())
@@ -91,8 +94,12 @@ def choose(runs: Runs, rates: Sequence[float]) -> dict[str, Result]:
 def print_results(console: Console, results: Mapping[str, Result], rates: Sequence[float]) -> None:
     """The table of metrics."""
     seeds = len(results[DB_MTL].delta_p)
-    table = Table(title="Test metrics, mean over seeds" if seeds > 1 else "Test metrics, one seed", box=SIMPLE_HEAD)
-    table.add_column("method")
+    table = Table(
+        title="Test metrics, mean over seeds" if seeds > 1 else "Test metrics, one seed",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("method", no_wrap=True)
     for name in ("left digit\naccuracy %", "right digit\naccuracy %", "reconstr.\nerror", "Delta_p\n%"):
         table.add_column(name, justify="right")
     table.add_column("learning\nrate", justify="right")
@@ -100,7 +107,7 @@ def print_results(console: Console, results: Mapping[str, Result], rates: Sequen
         left, right, error = result.test.mean(0).tolist()
         delta = f"{result.delta_p.mean():+.1f}"
         if seeds > 1:
-            delta += f" ± {result.delta_p.std():.1f}"
+            delta += f" ±{result.delta_p.std():.1f}"
         table.add_row(
             result.method,
             f"{left:.1f}",
@@ -115,7 +122,8 @@ def print_results(console: Console, results: Mapping[str, Result], rates: Sequen
         "Reconstruction error: squared error summed over an image. Delta_p: mean relative change of the "
         "three metrics against single-task learning, higher is better. Learning rates tried with every method: "
         f"{_listed(rates)}; chosen on validation pairs (single-task: {_listed(results[SINGLE_TASK].rates)})."
-        + (" One seed: a difference of a point or two may be noise, see --seeds." if seeds == 1 else ""),
+        + (" One seed: a difference of a point or two may be noise, see --seeds." if seeds == 1 else "")
+        + (" ±: standard deviation over the seeds." if seeds > 1 else ""),
         highlight=False,
     )
 
@@ -126,8 +134,8 @@ def _listed(rates: Sequence[float]) -> str:
 
 def print_times(console: Console, times: Mapping[str, float]) -> None:
     """The table of times."""
-    table = Table(title="Time of a training step, median", box=SIMPLE_HEAD)
-    table.add_column("step")
+    table = Table(title="Time of a training step, median", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("step", no_wrap=True)
     for name in ("ms", "against equal\nweighting", "against the\nauthors' arithmetic"):
         table.add_column(name, justify="right")
     for method, value in times.items():
