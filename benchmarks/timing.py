@@ -1,4 +1,7 @@
-"""Interleaved timing: every contender once a round, so that what disturbs the machine disturbs all of them."""
+"""Interleaved timing: every contender once a round, so that what disturbs the machine disturbs all of them.
+
+Each round starts with another contender: what one leaves behind (freed memory, a cold cache) falls on all in turn.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,11 @@ RESULTS = Path(__file__).parent / "results"
 def interleaved(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
     """Seconds of each call, by contender; warm-up rounds are left out."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
     for round_ in range(warmup + rounds):
-        for name, call in contenders.items():
+        shift = round_ % len(names)
+        for name in names[shift:] + names[:shift]:
+            call = contenders[name]
             start = time.perf_counter()
             result = call()
             elapsed = time.perf_counter() - start
