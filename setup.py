@@ -47,12 +47,14 @@ class BuildNative(build_ext):
         return os.path.join(*fullname.split(".")) + (".dylib" if sys.platform == "darwin" else ".so")
 
     def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.unlink(missing_ok=True)  # an earlier build's must not pass for this one's
         wanted = os.environ.get("DBMTL_BUILD_NATIVE", "")
         if wanted == "0":
             self.say("DBMTL_BUILD_NATIVE=0: the native CPU kernels are not built; the eager backend will serve.")
             return
         try:
-            self.compile_library(Path(self.get_ext_fullpath(ext.name)))
+            self.compile_library(target)
         except (OSError, subprocess.CalledProcessError) as error:
             if wanted == "1":
                 raise
