@@ -110,7 +110,7 @@ def test_reference_against_the_oracle(dtype, scale):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", ["transposed", "every second column", "row stride", "expanded"])
+@pytest.mark.parametrize("layout", ["transposed", "every second column", "row stride", "expanded", "expanded rows"])
 def test_noncontiguous_gradients(backend, layout):
     base = torch.randn(600, 5) if layout == "transposed" else torch.randn(5, 1200)
     grads = {
@@ -118,6 +118,7 @@ def test_noncontiguous_gradients(backend, layout):
         "every second column": lambda: base[:, ::2],
         "row stride": lambda: base[:, 17:617],
         "expanded": lambda: base[:, :1].expand(5, 600),
+        "expanded rows": lambda: base[:1, :600].expand(5, 600),
     }[layout]()
     ema = torch.randn(5, 600)
     expected, expected_ema, _ = oracle.balance(numpy(grads), numpy(ema))
@@ -220,6 +221,25 @@ def test_no_graph_is_recorded():
     grad, norms = dbk.balance_(grads, torch.zeros(3, 40))
     assert not grad.requires_grad
     assert not norms.requires_grad
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_an_idle_task_beside_a_huge_one(backend):
+    grads = torch.zeros(2, 8)
+    grads[0] = 3e31
+    if backend == "reference":
+        grad, _, _ = dbk.reference.balance(grads, torch.zeros(2, 8), 0.0)
+    else:
+        grad, _ = dbk.balance_(grads, torch.zeros(2, 8), 0.0, backend=backend)
+    torch.testing.assert_close(grad, grads[0])
+
+
+def test_autograd_knows_that_the_state_changed():
+    ema, x = torch.zeros(2, 8), torch.ones(2, 8, requires_grad=True)
+    y = (x * ema).sum()
+    dbk.balance_(torch.ones(2, 8), ema)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 def test_empty_rows():

@@ -77,7 +77,7 @@ def test_no_log_transform():
     expected, _, _ = oracle.balance(flat_gradients(losses, [p], log=False), np.zeros((2, 6)), 0.0)
     balancer = make(p, log_transform=False, beta=0.0)
     loss = balancer(losses)
-    assert float(loss.detach()) == pytest.approx(float(sum(losses)))
+    assert float(loss.detach()) == pytest.approx(float(sum(losses).detach()))
     loss.backward()
     close(flat_grad([p]), expected)
 
@@ -344,6 +344,122 @@ def test_an_exception_inside_a_task_leaves_everything_as_it_was():
     balancer.balance()
 
 
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_reentrant_checkpoint_decays_what_is_reached_once(backend):
+    first, shared, last = (nn.Linear(5, 5).double() for _ in range(3))
+    x = torch.randn(4, 5, dtype=torch.float64).requires_grad_()
+
+    def loss(reentrant):
+        z = first(x)
+        for _ in range(2):
+            z = checkpoint(shared, z, use_reentrant=True) if reentrant else shared(z)
+        return (z - 1).square().mean() + 1
+
+    results = []
+    for reentrant in (False, True):
+        params = [*first.parameters(), *shared.parameters(), *last.parameters()]
+        balancer = make(*params, num_tasks=2, beta=0.5, backend=backend)
+        for _ in range(3):
+            for p in params:
+                p.grad = None
+            balancer([loss(reentrant), loss(reentrant) + last(x).square().mean()]).backward()
+        results.append((flat_grad(params), balancer.norms.numpy()))
+    close(results[1][0], results[0][0])
+    close(results[1][1], results[0][1])
+
+
+def test_a_failure_in_a_later_task_counts_nothing_twice():
+    p = leaf(4)
+    balancer = make(p, beta=0.0)
+
+    class Fail(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise ZeroDivisionError
+
+    losses = quadratics(p)
+    with pytest.raises(ZeroDivisionError):
+        balancer([losses[0], Fail.apply(losses[1])]).backward()
+    assert p.grad is None
+    expected, _, norms = oracle.balance(flat_gradients(quadratics(p), [p]), np.zeros((2, 4)), 0.0)
+    balancer(quadratics(p)).backward()
+    close(p.grad.numpy(), expected)
+    close(balancer.norms.numpy(), norms)
+
+
+@pytest.mark.parametrize("how", ["task", "call"])
+def test_a_failure_in_a_longer_step_keeps_the_balanced_gradient(how):
+    p = leaf(4)
+    balancer = make(p, beta=0.0)
+    optimizer = torch.optim.SGD([p], lr=0.0)
+    balancer.attach(optimizer)
+    balancer(quadratics(p)).backward()
+    before = p.grad.clone()
+
+    def fail():
+        if how == "task":
+            with balancer.task(0):
+                raise ZeroDivisionError
+        loss = p.square().sum() + 1
+        torch.autograd.grad(loss, p)  # frees the graph
+        balancer([loss, loss]).backward()
+
+    with pytest.raises((ZeroDivisionError, RuntimeError)):
+        fail()
+    close(p.grad.numpy(), before.numpy())
+    assert balancer.step == 1
+    balancer(quadratics(p)).backward()
+    close(p.grad.numpy(), 2 * before.numpy(), rtol=1e-7)  # eps weighs half as much on the sum of two
+
+
+def test_losses_that_never_reach_the_shared_parameters():
+    p, q = leaf(4), leaf(3)
+    balancer = make(p)
+    optimizer = torch.optim.SGD([p, q], lr=0.1)
+    balancer.attach(optimizer)
+    for _ in range(3):
+        balancer(quadratics(q)).backward()
+    assert balancer.step == 1
+    assert p.grad is None
+
+
+def test_a_frozen_parameters_old_grad_is_left_alone():
+    a, b = leaf(4), leaf(3)
+    balancer = make(a, b)
+    balancer(quadratics(a, b)).backward()
+    a.requires_grad_(False)
+    old = a.grad.clone()
+    b.grad = None
+    balancer(quadratics(a, b)).backward()
+    assert torch.equal(a.grad, old)
+
+
+def test_detaching_ends_the_step():
+    p = leaf(4)
+    balancer = make(p)
+    handle = balancer.attach(torch.optim.SGD([p], lr=0.1))
+    balancer(quadratics(p)).backward()
+    handle.remove()
+    p.grad = None
+    balancer(quadratics(p)).backward()
+    assert balancer.step == 2
+
+
+def test_a_first_factor_of_zero_does_not_set_the_unit():
+    p = leaf(4)
+    balancer = make(p, beta=0.0)
+    balancer.attach(torch.optim.SGD([p], lr=0.1))
+    (balancer(quadratics(p)) * 0.0).backward()
+    assert (p.grad == 0).all()
+    (balancer(quadratics(p)) * 0.5).backward()
+    expected, _, _ = oracle.balance(flat_gradients(quadratics(p), [p]), np.zeros((2, 4)), 0.0)
+    close(p.grad.numpy(), 0.5 * expected)
+
+
 # --- tasks and steps ------------------------------------------------------------------------------------------
 
 
@@ -414,6 +530,69 @@ def test_a_regulariser_beside_accumulated_backwards_stays(when, zero):
         penalty = np.concatenate([6 * p.detach().numpy(), np.full(40, 3.0)])
         close(flat_grad([p, q]), expected + penalty)
         optimizer.step()
+
+
+@pytest.mark.parametrize("extra_at", [0, 1, 2])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("zero", [True, False])
+def test_what_is_added_once_stays_through_later_backwards(zero, first, extra_at):
+    """The extra comes in one place only; two steps, so that .grad may be our own zeroed view at the start."""
+    p, q = leaf(6), leaf(40)
+    balancer = make(p, q, beta=0.5)
+    optimizer = torch.optim.SGD([p, q], lr=0.0)
+    balancer.attach(optimizer)
+    ema = np.zeros((2, 46))
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=zero)
+        for micro in range(4):
+            if first and micro == extra_at:
+                (p.sum() + 2 * q.sum()).backward()
+            balancer(quadratics(p, q)).backward()
+            if not first and micro == extra_at:
+                (p.sum() + 2 * q.sum()).backward()
+        expected, ema, _ = oracle.balance(4 * flat_gradients(quadratics(p, q), [p, q]), ema, 0.5)
+        close(flat_grad([p, q]), expected + np.concatenate([np.ones(6), np.full(40, 2.0)]))
+        optimizer.step()
+    assert balancer.step == 2
+
+
+def test_attached_without_zero_grad_gradients_add_up():
+    p = leaf(6)
+    balancer = make(p, beta=0.0)
+    optimizer = torch.optim.SGD([p], lr=0.0)
+    balancer.attach(optimizer)
+    one, _, _ = oracle.balance(flat_gradients(quadratics(p), [p]), np.zeros((2, 6)), 0.0)
+    for total in (2, 4, 6):
+        for _ in range(2):
+            balancer(quadratics(p)).backward()
+        close(p.grad.numpy(), total * one, rtol=1e-7)  # eps weighs half as much on the sum of two
+        optimizer.step()
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_a_thrown_away_step_followed_by_a_regulariser(zero):
+    """The regulariser's fresh .grad must not pass for ours, nor lose our non-finite gradient's value."""
+    p = leaf(6, dtype=torch.float32)
+    balancer = dbk.DBMTL([p], 2, beta_sigma=0.0)
+    optimizer = torch.optim.SGD([p], lr=1e-3)
+    balancer.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0, growth_interval=1000)
+    moved = []
+    for step in range(6):
+        before = p.detach().clone()
+        optimizer.zero_grad(set_to_none=zero)
+        scaler.scale(p.square().sum()).backward()
+        losses = quadratics(p)
+        if step == 2:
+            losses[1] = losses[1] * float("inf")
+        scaler.scale(balancer(losses)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        moved.append(not torch.equal(p.detach(), before))
+    assert moved == [True, True, False, True, True, True]
+    assert scaler.get_scale() == 32768.0
+    assert balancer.step == 6
+    assert torch.isfinite(p).all()
 
 
 @pytest.mark.parametrize("zero", [True, False])

@@ -313,6 +313,58 @@ def test_nothing_inside_a_task(model):
     balancer.balance()
 
 
+def test_backward_while_tasks_wait(model):
+    trunk, heads, balancer = model
+    with balancer.task(1):
+        losses(trunk, heads)[1].log().backward()
+    before = snapshot(balancer)
+    with pytest.raises(RuntimeError, match=r"task\(s\) \[1\] wait for balance"):
+        balancer.backward(losses(trunk, heads))
+    assert_untouched(balancer, before)
+    balancer.balance()
+
+
+def test_scaled_tasks_left_to_the_optimizer(model):
+    trunk, heads, balancer = model
+    optimizer = torch.optim.SGD(trunk.parameters(), lr=0.1)
+    balancer.attach(optimizer)
+    weight = trunk.weight.detach().clone()
+    with balancer.task(1, loss_scale=1024.0):
+        (losses(trunk, heads)[1].log() * 1024).backward()
+    with pytest.raises(RuntimeError, match=r"balance\(\) before scaler.unscale_"):
+        optimizer.step()
+    assert torch.equal(trunk.weight, weight)
+    balancer.balance()
+    optimizer.step()
+
+
+CHANGES = {
+    "memory order": (lambda m: m.to(memory_format=torch.channels_last), "strides"),
+    "dtype": (lambda m: m.double(), "float64"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_parameters_changed_since(name):
+    change, message = CHANGES[name]
+    conv = nn.Conv2d(3, 4, 3)
+    balancer = dbk.DBMTL(conv.parameters(), 1)
+    change(conv)
+    x = torch.randn(1, 3, 5, 5, dtype=conv.weight.dtype)
+    with pytest.raises(RuntimeError, match=f"shared parameter 0 was .*{message}.*model.to"):
+        balancer([conv(x).square().mean()]).backward()
+    assert (balancer.buffer.rows == 0).all()
+    assert balancer.step == 0
+    assert conv.weight.grad is None
+
+
+def test_state_of_another_memory_order():
+    conv, other_conv = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    state = dbk.DBMTL(conv.parameters(), 2).state_dict()
+    with pytest.raises(ValueError, match=r"memory order \[0, 2, 3, 1\] here and \[0, 1, 2, 3\]"):
+        dbk.DBMTL(other_conv.parameters(), 2).load_state_dict(state)
+
+
 def test_balance_without_a_task(model):
     balancer = model[2]
     before = snapshot(balancer)
@@ -356,9 +408,12 @@ STATES = {
     "order": (lambda: other(((3,), (4, 5))), "shared parameter 0"),
     "dtype": (lambda: other(dtype=torch.float64), "shared parameter 0.*float32.*float64"),
     "num_tasks": (lambda: other(num_tasks=2), "num_tasks"),
-    "state_dtype": (lambda: other(state_dtype=torch.bfloat16), r"bfloat16 state.*float32"),
+    "state_dtype": (lambda: other(state_dtype=torch.bfloat16), r"rows in torch.bfloat16.*float32"),
     "version": (lambda: other() | {"version": 99}, "99"),
     "not ours": (dict, "None"),
+    "incomplete": (lambda: {k: v for k, v in other().items() if k not in ("seen", "broken")}, "lacks broken, seen"),
+    "touched": (lambda: other() | {"touched": [True]}, "1 entries of touched, this balancer 2"),
+    "norms": (lambda: other() | {"norms": torch.zeros(2, dtype=torch.float64)}, r"norms of shape \(2,\)"),
 }
 
 

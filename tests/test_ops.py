@@ -66,6 +66,15 @@ def test_accumulate_reads_any_strides_in_logical_order(backend):
     torch.testing.assert_close(row, torch.cat([g.reshape(-1) for g in grads]))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accumulate_without_decay_reads_nothing_of_the_row(backend):
+    row, sumsq = torch.full((40,), float("nan")), torch.zeros(1, dtype=torch.float64)
+    negative = torch.randn(20, dtype=torch.complex64).conj().imag
+    assert negative.is_neg()
+    ops.accumulate_(row, sumsq, [negative, None], torch.tensor([[0, 20], [20, 20]]), 0.0, 1.0, None, backend)
+    torch.testing.assert_close(row, torch.cat([negative, torch.zeros(20)]))
+
+
 def test_accumulate_same_bits_for_any_thread_count_and_instruction_set():
     results = []
     for threads in (1, 2, 5):
@@ -124,6 +133,13 @@ def test_gramian(backend, state):
         bound = (1e-12 if state == torch.float64 else 1e-5) * expected.diagonal().max()
         assert (gram.double() - expected).abs().max() <= bound
         assert torch.equal(gram, gram.T) or backend == "eager"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_overlap(backend):
+    rows = torch.randn(1, 50).expand(4, 50)
+    torch.testing.assert_close(ops.combine(rows, torch.ones(4), None, backend), 4 * rows[0])
+    torch.testing.assert_close(ops.gramian(rows, backend), reference.gramian(rows))
 
 
 def test_gramian_same_bits_for_any_thread_count_and_instruction_set():

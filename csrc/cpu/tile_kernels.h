@@ -51,7 +51,9 @@ double ema_sumsq(void* state_, const void* grad_, int64_t n, double decay, doubl
     const F64 wide = widen(x);
     sum = add(sum, mul(wide, wide));
   };
-  if (grad == nullptr) {
+  if (grad == nullptr && decay == 0.0) {
+    std::memset(state, 0, size_t(n) * sizeof(S));
+  } else if (grad == nullptr) {
     each_group(state, grad, n, [&](S* m, const G*) {
       V x;
       load(x, m);

@@ -3,10 +3,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "dbmtl.h"
 
 namespace dbmtl {
+
+// No weight is larger: times the zeros of a task without gradient it still gives zero.
+constexpr double kLargest = std::numeric_limits<float>::max();
 
 // weights[t] = 0 marks a row whose norm is not finite. `scratch` holds num_tasks numbers.
 inline void weights_from_sumsq(const double* sumsq, int64_t num_tasks, double eps, int32_t scale, double constant,
@@ -30,7 +34,7 @@ inline void weights_from_sumsq(const double* sumsq, int64_t num_tasks, double ep
   const bool single = num_tasks == 1 && scale != DBMTL_SCALE_CONSTANT;
   for (int64_t t = 0; t < num_tasks; ++t) {
     const bool ok = std::isfinite(norms[t]);
-    weights[t] = !ok ? 0.0 : single ? 1.0 : alpha / (norms[t] + eps);
+    weights[t] = !ok ? 0.0 : single ? 1.0 : std::min(alpha / (norms[t] + eps), kLargest);
   }
 }
 

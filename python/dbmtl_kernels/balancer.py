@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, checkpoint
 from . import losses as loss_values
 from .attachment import Attachment
 from .buffer import Coefficients, RowUpdate, TaskGradientBuffer
@@ -141,7 +141,8 @@ class DBMTL:
         the state is kept without it, ``.grad`` comes out with it. Under ``torch.no_grad()`` only the value.
 
         Args:
-            losses: K scalars, as a sequence or a (K,) tensor, each with a graph.
+            losses: K scalars, as a sequence or a (K,) tensor, each with a graph. Prefer a sequence: in the one graph
+                of a tensor every pass runs through every loss, and a NaN in one reaches them all.
             retain_graph: keep the graphs of the losses, for another backward through them.
 
         Raises:
@@ -158,7 +159,7 @@ class DBMTL:
         anchor = torch.zeros((), dtype=value.dtype, device=value.device, requires_grad=True)
 
         def run(factor: Tensor) -> None:
-            self._run(scalars, _or_none(factor), retain_graph)
+            self._run(scalars, loss_values.factor_or_none(factor), retain_graph)
 
         out: Tensor = loss_values.BalancedLoss.apply(anchor, value, run, retain_graph)  # type: ignore[no-untyped-call]
         return out
@@ -178,7 +179,8 @@ class DBMTL:
 
         Args:
             index: 0 <= index < K.
-            loss_scale: the factor by which the losses are scaled (``scaler.get_scale()``); see `__call__`.
+            loss_scale: the factor by which the losses are scaled (``scaler.get_scale()``); see `__call__`. With it,
+                `balance` must come before ``scaler.unscale_`` and ``scaler.step``.
 
         Raises:
             ValueError: the index is out of range.
@@ -189,19 +191,22 @@ class DBMTL:
         if not 0 <= index < self.num_tasks:
             raise ValueError(f"task index {index} is out of range for {self.num_tasks} tasks")
         self._refuse_inside("task()")
-        kept = self._take()
         if index in self._pending:
-            self._grads.put_back(kept)
             raise RuntimeError(f"task {index} was entered already in this step; call balance() (or optimizer.step())")
+        kept, balanced = self._take()
         self._inside = index
         try:
             yield
             scale = None if loss_scale is None else torch.as_tensor(loss_scale, device=self.buffer.rows.device)
-            self._finish(index, self._update(index, None if scale is None else _or_none(scale)))
+            self._finish(index, self._update(index, None if scale is None else loss_values.factor_or_none(scale)))
             self._pending.add(index)
+        except BaseException:
+            self._give_back(kept, balanced)
+            raise
+        else:
+            self._grads.put_back(kept)
         finally:
             self._inside = None
-            self._grads.put_back(kept)
 
     def balance(self) -> None:
         """Write the balanced gradient of the tasks entered with `task` to ``.grad``.
@@ -214,7 +219,7 @@ class DBMTL:
         self._refuse_inside("balance()")
         if not self._pending:
             raise RuntimeError("balance() has nothing to balance: no task() was entered since the last step")
-        kept = self._take()
+        kept, _ = self._take()
         self._write(kept)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
@@ -264,20 +269,10 @@ class DBMTL:
         """Take over what `state_dict` gave, copying into this balancer's tensors.
 
         Raises:
-            ValueError: a state of another version, of other parameters (number, shapes, dtypes), number of tasks or
-                state dtype. Nothing is changed then.
+            ValueError: a state of another version, of other parameters (number, dtypes, shapes, memory order), number
+                of tasks or state dtype, or an incomplete one. Nothing is changed then.
         """
-        if state.get("version") != STATE_VERSION:
-            raise ValueError(f"state_dict has version {state.get('version')!r}, this is version {STATE_VERSION}")
-        self.buffer.layout.check_signature(state["parameters"])
-        rows = state["rows"]
-        if rows.dtype != self.buffer.rows.dtype:
-            raise ValueError(f"state_dict has a {rows.dtype} state, this balancer {self.buffer.rows.dtype}")
-        if rows.shape != self.buffer.rows.shape:
-            raise ValueError(
-                f"state_dict has rows of shape {tuple(rows.shape)}, this balancer {tuple(self.buffer.rows.shape)} "
-                "(other num_tasks?)"
-            )
+        checkpoint.check(state, self.state_dict(), self.buffer.layout)
         tensors = {
             "rows": self.buffer.rows,
             "sumsq": self.buffer.sumsq,
@@ -294,16 +289,18 @@ class DBMTL:
         self._pending = {int(x) for x in state["pending"]}
         scale = state["loss_scale"]
         self._loss_scale = None if scale is None else scale.to(self.buffer.rows.device)
-        self._grads.touched = [bool(x) for x in state["touched"]]
-        self._grads.written = bool(state["written"])
+        self._grads.resume([bool(x) for x in state["touched"]], bool(state["written"]))
 
     # --- one step -----------------------------------------------------------------------------------------------
 
     def _run(self, losses: list[Tensor], factor: Tensor | None, retain_graph: bool) -> None:
         """K backward passes, each gathered into its row before the next, then the balanced gradient."""
         self._refuse_inside("backward()")
-        kept = self._take()
+        if self._pending:
+            raise RuntimeError(f"backward() while task(s) {sorted(self._pending)} wait for balance(); call it first")
+        kept, balanced = self._take()
         last = self.num_tasks - 1
+        update = self._update(0, factor)
         try:
             with self._grads.handing_over() as follow:
                 for index, loss in enumerate(losses):
@@ -313,17 +310,40 @@ class DBMTL:
                     root.backward(retain_graph=retain_graph or index < last)
                     self._finish(index, update)
         except BaseException:
-            self._grads.put_back(kept)
+            with torch.no_grad():
+                update.abandon()
+            self._give_back(kept, balanced)
             raise
         self._write(kept)
 
     @torch.no_grad()
-    def _take(self) -> Kept:
-        """Take every shared ``.grad`` away; a step whose gradients were thrown away ends here."""
-        kept, dropped = self._grads.take(self._fill)
+    def _take(self) -> tuple[Kept, bool]:
+        """Take every shared ``.grad`` away; a step whose gradients were thrown away ends here.
+
+        Returns:
+            what must be added to, and whether ``.grad`` held a balanced gradient of this step besides.
+        """
+        self.buffer.layout.check_unchanged()
+        balanced = self._grads.written
+        kept, dropped = self._grads.take(self._fill, lambda: bool(self._overflow().any()))
         if dropped:
             self._end_step()
-        return kept
+        return kept, balanced and not dropped
+
+    @torch.no_grad()
+    def _give_back(self, kept: Kept, balanced: bool) -> None:
+        """After a failure: ``.grad`` as it was, as far as the rows still allow.
+
+        Rows that were fed before the failure stay fed. A step with nothing else in it ends, so that nothing counts
+        twice; in a longer one ``.grad`` is balanced anew.
+        """
+        if balanced:
+            self._grads.put_back([None] * len(kept))
+            self._write(kept)
+        else:
+            self._grads.put_back(kept)
+            if not self._pending:
+                self._end_step()
 
     def _update(self, task: int, factor: Tensor | None) -> RowUpdate:
         """The EMA update of one row; begins the step when the first gradient has come."""
@@ -331,6 +351,8 @@ class DBMTL:
         def begin() -> Coefficients:
             if not self._open:
                 self._begin_step(factor)
+            elif self._loss_scale is not None and loss_values.is_zero(self._loss_scale):
+                self._loss_scale = factor  # nothing counted so far
             beta = self.beta / self._step**self.beta_sigma
             return (1.0 if self._seen[task] else beta), 1.0 - beta, self._loss_scale
 
@@ -362,11 +384,17 @@ class DBMTL:
         """The balanced gradient of the last weights, carrying the loss scale."""
         weights = self._weights
         if self._loss_scale is not None:
-            scale = self._loss_scale.to(weights.dtype)
-            # A scaler must see the overflow. Factors up to 1 are those of accumulation, where nobody looks for it.
-            overflow = self._broken & (scale > 1)
-            weights = torch.where(overflow, torch.nan, weights * scale)
+            weights = torch.where(self._overflow(), torch.nan, weights * self._loss_scale.to(weights.dtype))
         self.buffer.combine(weights, flats, accumulate)
+
+    def _overflow(self) -> Tensor:
+        """(K,) bool: tasks whose overflow a GradScaler must see.
+
+        Factors up to 1 are those of accumulation, where nobody looks for it.
+        """
+        if self._loss_scale is None:
+            return torch.zeros_like(self._broken)
+        return self._broken & (self._loss_scale > 1)
 
     def _begin_step(self, factor: Tensor | None) -> None:
         self._open = True
@@ -381,17 +409,19 @@ class DBMTL:
         self._grads.written = False
 
     def _before_optimizer(self) -> None:
-        if self._pending:
-            self.balance()
+        if not self._pending:
+            return
+        if self._loss_scale is not None:
+            raise RuntimeError(
+                "optimizer.step() would see gradients that carry the loss scale: with a GradScaler, call "
+                "balancer.balance() before scaler.unscale_() and scaler.step()"
+            )
+        self.balance()
 
     def _detached(self) -> None:
         self._attachment = None
+        self._end_step()
 
     def _refuse_inside(self, what: str) -> None:
         if self._inside is not None:
             raise RuntimeError(f"{what} inside the context of task({self._inside}); leave it first")
-
-
-def _or_none(factor: Tensor) -> Tensor | None:
-    """A loss scale of exactly 1 is none; elsewhere than on a CPU it would take a sync to know."""
-    return None if factor.device.type == "cpu" and float(factor) == 1.0 else factor.detach().clone()

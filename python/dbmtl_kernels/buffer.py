@@ -130,7 +130,7 @@ class RowUpdate:
         if index in self._arrived:
             self._flush()
             self._again = True
-            self._gather([index], [grad])
+            self._gather([index], [grad], decayed=True)
             return
         self._arrived.add(index)
         self._indices.append(index)
@@ -152,20 +152,26 @@ class RowUpdate:
         self._flush()
         if self._again:
             everything = list(range(len(grads)))
-            self._parts = [self._gather(everything, [None] * len(grads))]
+            self._parts = [self._gather(everything, [None] * len(grads), decayed=True)]
         total = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts).sum()
         self._buffer.sumsq[self._task] = total
+
+    def abandon(self) -> None:
+        """The pass failed: make the sum of squares that of the row as it is."""
+        if self._coefficients is not None:
+            count = len(self._buffer.layout.parameters)
+            self._buffer.sumsq[self._task] = self._gather(list(range(count)), [None] * count, decayed=True)
 
     def _flush(self) -> None:
         if self._indices:
             self._parts.append(self._gather(self._indices, self._grads))
             self._indices, self._grads, self._bytes = [], [], 0
 
-    def _gather(self, indices: list[int], grads: list[Tensor | None]) -> Tensor:
+    def _gather(self, indices: list[int], grads: list[Tensor | None], decayed: bool = False) -> Tensor:
         if self._coefficients is None:
             self._coefficients = self._begin()
         decay, gain, loss_scale = self._coefficients
-        if self._again:  # this segment's state has decayed already
+        if decayed:
             decay = 1.0
         buffer, layout = self._buffer, self._buffer.layout
         if layout.permuted:

@@ -21,28 +21,36 @@ class SharedGradients:
 
     The balanced gradient lives in one flat tensor that is reused from step to step; each ``.grad`` is a view of it.
     A ``.grad`` that somebody else put there is kept aside during the passes and added to afterwards, in place, as
-    autograd would. Within an open step a later balanced gradient takes the place of an earlier one; whatever was
-    added to it in between (a regulariser's gradient, say) stays.
+    autograd would. Within an open step a later balanced gradient takes the place of an earlier one; whatever else is
+    in ``.grad`` (a regulariser's gradient, say) stays, whether it came before or in between.
 
     Args:
         buffer: knows the parameters and their layout.
+
+    Attributes:
+        touched: whether any task ever had a gradient of the parameter.
+        written: whether ``.grad`` holds a balanced gradient of the step now open.
     """
 
     def __init__(self, buffer: TaskGradientBuffer) -> None:
         self._buffer = buffer
         self._parameters = buffer.layout.parameters
         self.touched = [False] * len(self._parameters)
+        self.written = False
         self._flats: Flats = {}
         self._views: list[Tensor] = []
-        self._versions: list[int] = []
-        # Whether .grad holds a balanced gradient of the step now open.
-        self.written = False
+        # What was left in .grad at the last write: the very tensors, their versions, and whether nothing but the
+        # balanced gradient was in them.
+        self._left: Kept = [None] * len(self._parameters)
+        self._versions = [-1] * len(self._parameters)
+        self._pure = [False] * len(self._parameters)
 
-    def take(self, refill: Fill) -> tuple[Kept, bool]:
+    def take(self, refill: Fill, spoiled: Callable[[], bool]) -> tuple[Kept, bool]:
         """Take every ``.grad`` away before the backward passes.
 
         Args:
             refill: computes the balanced gradient last written once more.
+            spoiled: whether that gradient was made non-finite for a GradScaler to see.
 
         Returns:
             what must be added to, per parameter, and whether the balanced gradient last written was thrown away by
@@ -51,12 +59,19 @@ class SharedGradients:
         kept = [p.grad for p in self._parameters]
         dropped = False
         if self.written:
-            dropped = self._was_dropped(kept)
-            kept = self._without_balanced(kept, refill) if not dropped else kept
+            dropped = self._was_dropped(kept, spoiled)
+            kept = kept if dropped else self._without_balanced(kept, refill)
             self.written = False
+        self._left = [None] * len(kept)
         for p in self._parameters:
             p.grad = None
         return kept, dropped
+
+    def resume(self, touched: list[bool], written: bool) -> None:
+        """Take over the books of a state_dict; what is in ``.grad`` now is what was left there, if anything was."""
+        self.touched = list(touched)
+        self.written = written
+        self._remember([False] * len(self._parameters))
 
     def hand_over(self, update: RowUpdate) -> None:
         """Give ``update`` what is left in ``.grad`` after a backward pass, and finish it."""
@@ -118,51 +133,67 @@ class SharedGradients:
         if not self._flats:
             self._flats = self._buffer.new_flats()
             self._views = self._buffer.layout.views(self._flats)
+        wanted = [touched and p.requires_grad for touched, p in zip(self.touched, self._parameters, strict=True)]
         ours = [grad is view for grad, view in zip(kept, self._views, strict=True)]
+        for index, grad in enumerate(kept):
+            if ours[index] and not wanted[index] and grad is not None:
+                kept[index], ours[index] = grad.clone(), False
         if any(ours):  # nobody set them to None: add to what they hold
             for view, mine in zip(self._views, ours, strict=True):
                 if not mine:
                     view.zero_()
         fill(self._flats, any(ours))
         for index, (p, grad, view) in enumerate(zip(self._parameters, kept, self._views, strict=True)):
-            if not self.touched[index] or not p.requires_grad:
+            if not wanted[index]:
                 p.grad = grad
             elif grad is None or ours[index]:
                 p.grad = view
             else:
                 p.grad = grad.add_(view)
-        self._versions = [view._version for view in self._views]
+        self._remember([grad is None for grad in kept])
         self.written = True
 
-    def _untouched_since(self, index: int, grad: Tensor) -> bool:
-        # No views yet: the state was loaded in the middle of a step.
-        return bool(self._views) and grad is self._views[index] and grad._version == self._versions[index]
+    def _remember(self, pure: list[bool]) -> None:
+        self._left = [p.grad for p in self._parameters]
+        self._versions = [-1 if grad is None else grad._version for grad in self._left]
+        self._pure = pure
 
-    def _was_dropped(self, kept: Kept) -> bool:
-        """Whether every gradient written is gone, or is all zeros (only looked at if it changed)."""
-        return all(
-            grad is None or (not self._untouched_since(index, grad) and not bool(grad.any()))
-            for index, (p, grad) in enumerate(zip(self._parameters, kept, strict=True))
-            if self.touched[index] and p.requires_grad
-        )
+    def _unchanged(self, index: int, grad: Tensor) -> bool:
+        return grad is self._left[index] and grad._version == self._versions[index]
+
+    def _was_dropped(self, kept: Kept, spoiled: Callable[[], bool]) -> bool:
+        """Whether nothing is left of what was written; values are looked at only where they changed."""
+
+        def gone(index: int, grad: Tensor | None) -> bool:
+            if grad is None or grad is not self._left[index]:
+                return True
+            if self._unchanged(index, grad):
+                return False
+            return not bool(grad.any()) or (spoiled() and bool(grad.isfinite().all()))
+
+        left = [i for i, grad in enumerate(self._left) if grad is not None and self.touched[i]]
+        return bool(left) and all(gone(i, kept[i]) for i in left)
 
     def _without_balanced(self, kept: Kept, refill: Fill) -> Kept:
-        """What was in ``.grad`` besides the balanced gradient last written."""
-        changed = {
-            index
-            for index, grad in enumerate(kept)
-            if grad is not None and self.touched[index] and not self._untouched_since(index, grad)
-        }
+        """What is in ``.grad`` besides the balanced gradient last written."""
+        holding = [
+            touched and grad is not None and grad is left
+            for touched, grad, left in zip(self.touched, kept, self._left, strict=True)
+        ]
+        mixed = [
+            held and grad is not None and not (self._pure[index] and self._unchanged(index, grad))
+            for index, (held, grad) in enumerate(zip(holding, kept, strict=True))
+        ]
         before: list[Tensor] = []
-        if changed:
+        if any(mixed):
             flats = self._buffer.new_flats()
             refill(flats, False)
             before = self._buffer.layout.views(flats)
         rest: Kept = []
         for index, grad in enumerate(kept):
-            if grad is None or not self.touched[index]:
+            if grad is None or not holding[index]:
                 rest.append(grad)
-            elif index in changed:
+            elif mixed[index]:
                 rest.append(grad.sub_(before[index]))
             else:
                 rest.append(None)

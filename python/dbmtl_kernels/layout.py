@@ -79,6 +79,8 @@ class ParameterLayout:
         self.device = self.parameters[0].device
         self.numel = sum(p.numel() for p in self.parameters)
         self.permuted = any(not p.is_contiguous() for p in self.parameters)
+        self._strides = [p.stride() for p in self.parameters]
+        self._dtypes = [p.dtype for p in self.parameters]
         self.dense = [p.is_contiguous() or _is_permuted(p) for p in self.parameters]
 
         by_dtype: dict[torch.dtype, list[int]] = {}
@@ -109,18 +111,36 @@ class ParameterLayout:
             found = self._subsets[indices] = self.segments[list(indices)]
         return found
 
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if a parameter's dtype, device or memory order is another than when this was made."""
+        for index, (p, strides, dtype) in enumerate(zip(self.parameters, self._strides, self._dtypes, strict=True)):
+            if p.stride() != strides or p.dtype is not dtype or p.device != self.device:
+                raise RuntimeError(
+                    f"shared parameter {index} was {dtype} with strides {strides} on {self.device} when the balancer "
+                    f"was made, and is {p.dtype} with strides {p.stride()} on {p.device}; make the balancer after "
+                    "model.to(...)"
+                )
+
     def signature(self) -> list[list[Any]]:
-        """Dtype and shape of each parameter: what must agree for a state to fit."""
-        return [[str(p.dtype), list(p.shape)] for p in self.parameters]
+        """Dtype, shape and memory order of each parameter: what must agree for a state to fit."""
+        return [
+            [str(p.dtype), list(p.shape), _memory_order(p) if dense else list(range(p.dim()))]
+            for p, dense in zip(self.parameters, self.dense, strict=True)
+        ]
 
     def check_signature(self, other: list[list[Any]]) -> None:
         """Raise ValueError unless ``other`` is the `signature` of a layout of the same parameters."""
         if len(other) != len(self.parameters):
             raise ValueError(f"the state is of {len(other)} shared parameters, there are {len(self.parameters)} here")
-        for index, ((dtype, shape), (their_dtype, their_shape)) in enumerate(zip(self.signature(), other, strict=True)):
-            if (dtype, shape) != (their_dtype, list(their_shape)):
+        for index, (mine, theirs) in enumerate(zip(self.signature(), other, strict=True)):
+            if mine[:2] != list(theirs)[:2]:
                 raise ValueError(
-                    f"shared parameter {index} is {dtype} {shape} here and {their_dtype} {their_shape} in the state"
+                    f"shared parameter {index} is {mine[0]} {mine[1]} here and {theirs[0]} {theirs[1]} in the state"
+                )
+            if mine != list(theirs):
+                raise ValueError(
+                    f"shared parameter {index} has its dimensions in memory order {mine[2]} here and {theirs[2]} in "
+                    "the state (another memory_format?)"
                 )
 
     def in_row_order(self, index: int, grad: Tensor) -> Tensor:
@@ -149,5 +169,12 @@ def _round_up(n: int, multiple: int) -> int:
 
 def _is_permuted(p: Tensor) -> bool:
     """Whether ``p`` fills its memory without gaps or overlaps, in another order than the logical one."""
-    order = sorted(range(p.dim()), key=lambda d: (p.stride(d), p.shape[d]))
-    return p.permute(tuple(reversed(order))).is_contiguous()
+    return p.permute(_memory_order(p)).is_contiguous()
+
+
+def _memory_order(p: Tensor) -> list[int]:
+    """Its dimensions, from the outermost in memory to the innermost."""
+    if p.is_contiguous():
+        return list(range(p.dim()))
+    strides = p.stride()
+    return sorted(range(p.dim()), key=lambda d: (-strides[d], -p.shape[d]))

@@ -71,6 +71,16 @@ def scaled(loss: Tensor, log_eps: float | None, factor: Tensor | None) -> Tensor
         return (loss * start).reshape(())
 
 
+def factor_or_none(factor: Tensor) -> Tensor | None:
+    """The factor by which a loss was scaled; one of exactly 1 is none (off a CPU it would take a sync to know)."""
+    return None if factor.device.type == "cpu" and float(factor) == 1.0 else factor.detach().clone()
+
+
+def is_zero(factor: Tensor) -> bool:
+    """Whether the factor is 0 (off a CPU it would take a sync to know)."""
+    return factor.device.type == "cpu" and float(factor) == 0.0
+
+
 def _wide(loss: Tensor) -> Tensor:
     return loss.detach().reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
 

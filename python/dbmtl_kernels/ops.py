@@ -48,6 +48,20 @@ def _same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
         raise RuntimeError(f"{name} is on {tensor.device} but {other_name} is on {other.device}")
 
 
+def _readable(rows: Tensor) -> Tensor:
+    """``rows``, or a copy where rows overlap or are not contiguous, as expanded and transposed ones do."""
+    num_tasks, num_params = rows.shape
+    ok = (num_params <= 1 or rows.stride(1) == 1) and (num_tasks <= 1 or rows.stride(0) >= num_params)
+    return rows if ok else rows.contiguous()
+
+
+def _written(*tensors: Tensor) -> None:
+    """Tell autograd that these were changed: a graph that saved one must not use it unawares."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
 def _rows_contiguous(name: str, matrix: Tensor) -> None:
     if matrix.dim() != 2:
         raise ValueError(f"{name} must have shape (K, P), got {tuple(matrix.shape)}")
@@ -101,9 +115,9 @@ def balance_(
     """See `functional.balance_`; scale "constant" takes alpha from ``constant``."""
     _check_balance(grads, ema, beta, eps, scale)
     serve = backends.resolve(backend, ema.device)
-    if grads.stride(1) != 1:
-        grads = grads.contiguous()
-    return serve.balance_(grads, ema, beta, eps, scale, constant)
+    result = serve.balance_(_readable(grads), ema, beta, eps, scale, constant)
+    _written(ema)
+    return result
 
 
 # --- accumulate_ ----------------------------------------------------------------------------------------------
@@ -196,8 +210,9 @@ def accumulate_(
     _check_accumulate(row, sumsq, grads, segments, loss_scale)
     _check_segments(row, grads, segments)
     serve = backends.resolve(backend, row.device)
-    dense = [None if g is None else g.contiguous() for g in grads]
+    dense = [None if g is None else g.contiguous().resolve_neg() for g in grads]
     serve.accumulate_(row, sumsq, dense, segments.contiguous(), decay, gain, loss_scale)
+    _written(row, sumsq)
 
 
 # --- combine --------------------------------------------------------------------------------------------------
@@ -240,7 +255,8 @@ def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool, ba
         backend: "auto" or a name.
     """
     _check_out(rows, weights, out)
-    backends.resolve(backend, rows.device).combine_out(rows, weights, out, accumulate)
+    backends.resolve(backend, rows.device).combine_out(_readable(rows), weights, out, accumulate)
+    _written(out)
 
 
 def _combine_fake(rows: Tensor, weights: Tensor, dtype: torch.dtype | None, backend: str) -> Tensor:
@@ -254,7 +270,7 @@ def combine(rows: Tensor, weights: Tensor, dtype: torch.dtype | None, backend: s
     _check_combine(rows, weights, dtype or rows.dtype)
     serve = backends.resolve(backend, rows.device)
     out = torch.empty(rows.shape[1], dtype=dtype or rows.dtype, device=rows.device)
-    serve.combine_out(rows, weights, out, False)
+    serve.combine_out(_readable(rows), weights, out, False)
     return out
 
 
@@ -273,4 +289,4 @@ def gramian(rows: Tensor, backend: str) -> Tensor:
     """``rows @ rows.T``: (K, K) in float32 (float64 of float64) from (K, P), each row contiguous."""
     _rows_contiguous("rows", rows)
     _one_of("the dtype of rows", rows.dtype, STATE_DTYPES)
-    return backends.resolve(backend, rows.device).gramian(rows)
+    return backends.resolve(backend, rows.device).gramian(_readable(rows))

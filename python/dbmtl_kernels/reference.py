@@ -44,7 +44,8 @@ def weights(norms: Tensor, eps: float = 1e-8, scale: str | float = "max") -> Ten
         }[scale]()
     else:
         alpha = torch.as_tensor(scale, dtype=norms.dtype, device=norms.device)
-    return torch.where(finite, alpha / (norms + eps), torch.zeros_like(norms))
+    bounded = (alpha / (norms + eps)).clamp(max=torch.finfo(torch.float32).max)
+    return torch.where(finite, bounded, torch.zeros_like(norms))
 
 
 def accumulate(row: Tensor, grad: Tensor, decay: float, gain: float) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# No weight is larger: times the zeros of a task without gradient it still gives zero.
+LARGEST = torch.finfo(torch.float32).max
 SCALES = ("max", "mean", "median", "min")
 
 
@@ -54,4 +56,4 @@ def max_norm_weights(norms: Tensor, eps: float, scale: str | float, active: Tens
         alpha = torch.where(use, norms, zero).sum() / use.sum().clamp(min=1)
     else:
         alpha = torch.nanquantile(torch.where(use, norms, torch.nan), 0.5)
-    return torch.where(use, alpha / (norms + eps), zero)
+    return torch.where(use, (alpha / (norms + eps)).clamp(max=LARGEST), zero)

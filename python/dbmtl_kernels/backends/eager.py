@@ -21,7 +21,7 @@ def _update(row: Tensor, grad: Tensor | None, decay: float, gain: float | Tensor
     """Row <- decay * row + gain * grad, in fp32 whatever the storage."""
     work = _arithmetic(row.dtype)
     if grad is None:
-        row.mul_(decay)
+        row.zero_() if decay == 0.0 else row.mul_(decay)
     elif decay == 0.0:  # nothing is left of the state: do not read it
         row.copy_(grad.to(work) * gain)
     elif row.dtype == work:
