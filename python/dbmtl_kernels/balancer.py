@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checkpoint
+from . import backends, checkpoint, checks
 from . import losses as loss_values
 from .attachment import Attachment
 from .buffer import Coefficients, RowUpdate, TaskGradientBuffer
 from .gradients import Flats, Kept, SharedGradients
 from .layout import ParameterLayout
-from .weighting import check_scale, max_norm_weights
+from .weighting import max_norm_weights
 
 STATE_VERSION = 1
 
@@ -68,21 +68,11 @@ class DBMTL:
         state_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
     ) -> None:
-        if isinstance(num_tasks, bool) or not isinstance(num_tasks, int):
-            raise TypeError(f"num_tasks must be an int, got {type(num_tasks).__name__}")
-        if num_tasks < 1:
-            raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"beta must be in [0, 1), got {beta}")
-        if not 0.0 <= beta_sigma < float("inf"):
-            raise ValueError(f"beta_sigma must be finite and not negative, got {beta_sigma}")
-        if not 0.0 < eps < float("inf"):
-            raise ValueError(f"eps must be positive and finite, got {eps}")
-        self.num_tasks = num_tasks
-        self.beta = beta
-        self.beta_sigma = beta_sigma
-        self.eps = eps
-        self.scale = check_scale(scale)
+        self.num_tasks = checks.check_num_tasks(num_tasks)
+        self.beta = checks.check_beta(beta)
+        self.beta_sigma = checks.check_beta_sigma(beta_sigma)
+        self.eps = checks.check_eps(eps)
+        self.scale = checks.check_scale(scale)
         self.log_transform = log_transform
         layout = ParameterLayout(shared_parameters, state_dtype)
         backends.resolve(backend, layout.device)
@@ -96,13 +86,12 @@ class DBMTL:
         self._seen = [False] * num_tasks  # tasks that have a gradient in this step
         self._pending: set[int] = set()  # tasks entered since the last balance
         self._loss_scale: Tensor | None = None  # the factor that this step's gradients carry
+        self._reported = torch.float64 if state_dtype == torch.float64 else torch.float32
         device = layout.device
         self._broken = torch.zeros(num_tasks, dtype=torch.bool, device=device)  # not finite in this step
         self._norms = torch.zeros_like(self.buffer.sumsq)
         self._weights = torch.zeros_like(self.buffer.sumsq)
         self._nonfinite_steps = torch.zeros(num_tasks, dtype=torch.int64, device=device)
-
-    # --- what a user reads --------------------------------------------------------------------------------------
 
     @property
     def step(self) -> int:
@@ -115,23 +104,17 @@ class DBMTL:
 
         float32, or float64 with a float64 state. Not finite where the gradient was not.
         """
-        return self._norms.to(self._report_dtype)
+        return self._norms.to(self._reported)
 
     @property
     def weights(self) -> Tensor:
         """(K,) weights of the task gradients at the last balance, on the device, without a sync."""
-        return self._weights.to(self._report_dtype)
+        return self._weights.to(self._reported)
 
     @property
     def nonfinite_steps(self) -> Tensor:
         """(K,) int64: in how many steps each task's gradient was not finite."""
         return self._nonfinite_steps
-
-    @property
-    def _report_dtype(self) -> torch.dtype:
-        return torch.float64 if self.buffer.rows.dtype == torch.float64 else torch.float32
-
-    # --- ways in ------------------------------------------------------------------------------------------------
 
     def __call__(self, losses: Sequence[Tensor] | Tensor, *, retain_graph: bool = False) -> Tensor:
         """A scalar whose ``backward()`` is the balanced backward.
@@ -186,10 +169,7 @@ class DBMTL:
             ValueError: the index is out of range.
             RuntimeError: the task was entered already since the last `balance`, or another context is open.
         """
-        if isinstance(index, bool) or not isinstance(index, int):
-            raise TypeError(f"the task index must be an int, got {type(index).__name__}")
-        if not 0 <= index < self.num_tasks:
-            raise ValueError(f"task index {index} is out of range for {self.num_tasks} tasks")
+        checks.check_task(index, self.num_tasks)
         self._refuse_inside("task()")
         if index in self._pending:
             raise RuntimeError(f"task {index} was entered already in this step; call balance() (or optimizer.step())")
@@ -243,15 +223,11 @@ class DBMTL:
         self._attachment = Attachment(optimizer, self._before_optimizer, self._end_step, self._detached)
         return self._attachment
 
-    # --- the state ----------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on bit for bit. Tensors are references, as in PyTorch."""
         return {
             "version": STATE_VERSION,
             "parameters": self.buffer.layout.signature(),
-            "rows": self.buffer.rows,
-            "sumsq": self.buffer.sumsq,
             "step": self._step,
             "open": self._open,
             "seen": list(self._seen),
@@ -259,6 +235,13 @@ class DBMTL:
             "loss_scale": self._loss_scale,
             "touched": list(self._grads.touched),
             "written": self._grads.written,
+            **self._state_tensors(),
+        }
+
+    def _state_tensors(self) -> dict[str, Tensor]:
+        return {
+            "rows": self.buffer.rows,
+            "sumsq": self.buffer.sumsq,
             "broken": self._broken,
             "norms": self._norms,
             "weights": self._weights,
@@ -273,15 +256,7 @@ class DBMTL:
                 of tasks or state dtype, or an incomplete one. Nothing is changed then.
         """
         checkpoint.check(state, self.state_dict(), self.buffer.layout)
-        tensors = {
-            "rows": self.buffer.rows,
-            "sumsq": self.buffer.sumsq,
-            "broken": self._broken,
-            "norms": self._norms,
-            "weights": self._weights,
-            "nonfinite_steps": self._nonfinite_steps,
-        }
-        for name, tensor in tensors.items():
+        for name, tensor in self._state_tensors().items():
             tensor.copy_(state[name])
         self._step = int(state["step"])
         self._open = bool(state["open"])
@@ -290,8 +265,6 @@ class DBMTL:
         scale = state["loss_scale"]
         self._loss_scale = None if scale is None else scale.to(self.buffer.rows.device)
         self._grads.resume([bool(x) for x in state["touched"]], bool(state["written"]))
-
-    # --- one step -----------------------------------------------------------------------------------------------
 
     def _run(self, losses: list[Tensor], factor: Tensor | None, retain_graph: bool) -> None:
         """K backward passes, each gathered into its row before the next, then the balanced gradient."""

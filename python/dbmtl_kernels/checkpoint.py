@@ -31,4 +31,6 @@ def check(state: dict[str, Any], own: dict[str, Any], layout: ParameterLayout) -
                     "(other num_tasks?)"
                 )
         elif name in ("seen", "touched") and len(theirs) != len(mine):
-            raise ValueError(f"state_dict has {len(theirs)} entries of {name}, this balancer {len(mine)}")
+            raise ValueError(
+                f"state_dict has {len(theirs)} entries of {name}, this balancer {len(mine)} (other num_tasks?)"
+            )

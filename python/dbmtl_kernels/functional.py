@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops as ops  # registers what is called below
-from .weighting import check_scale
+from .checks import check_scale
 
 
 def balance_(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .weighting import SCALES
+from .checks import SCALES, check_beta, check_eps
 
 _LIBRARY = torch.library.Library("dbmtl_kernels", "DEF")
 
@@ -88,10 +88,8 @@ def _check_balance(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: s
         raise ValueError(
             f"ema is updated in place and must be contiguous, got strides {ema.stride()} for shape {tuple(ema.shape)}"
         )
-    if not 0.0 <= beta < 1.0:
-        raise ValueError(f"beta must be in [0, 1), got {beta}")
-    if not 0.0 < eps < float("inf"):
-        raise ValueError(f"eps must be positive and finite, got {eps}")
+    check_beta(beta)
+    check_eps(eps)
     if scale not in (*SCALES, "constant"):
         raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))} or 'constant', got {scale!r}")
 

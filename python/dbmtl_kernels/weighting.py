@@ -7,25 +7,6 @@ from torch import Tensor
 
 # No weight is larger: times the zeros of a task without gradient it still gives zero.
 LARGEST = torch.finfo(torch.float32).max
-SCALES = ("max", "mean", "median", "min")
-
-
-def check_scale(scale: str | float) -> str | float:
-    """Return ``scale`` if it is one of `SCALES` or a finite number >= 0.
-
-    Raises:
-        ValueError: otherwise.
-        TypeError: neither a string nor a number.
-    """
-    if isinstance(scale, str):
-        if scale not in SCALES:
-            raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))} or a number, got {scale!r}")
-        return scale
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a string or a number, got {type(scale).__name__}")
-    if not 0.0 <= scale < float("inf"):
-        raise ValueError(f"scale must be finite and not negative, got {scale}")
-    return float(scale)
 
 
 def max_norm_weights(norms: Tensor, eps: float, scale: str | float, active: Tensor | None = None) -> Tensor:

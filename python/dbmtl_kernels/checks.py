@@ -1,0 +1,62 @@
+"""What the numbers given to a balancer or an op must be; each check names the value it refuses."""
+
+from __future__ import annotations
+
+SCALES = ("max", "mean", "median", "min")
+
+
+def check_beta(beta: float) -> float:
+    """Return the forgetting rate; raise ValueError unless it is in [0, 1)."""
+    if not 0.0 <= beta < 1.0:
+        raise ValueError(f"beta must be in [0, 1), got {beta}")
+    return beta
+
+
+def check_beta_sigma(beta_sigma: float) -> float:
+    """Return the decay exponent; raise ValueError unless it is finite and not negative."""
+    if not 0.0 <= beta_sigma < float("inf"):
+        raise ValueError(f"beta_sigma must be finite and not negative, got {beta_sigma}")
+    return beta_sigma
+
+
+def check_eps(eps: float) -> float:
+    """Return eps; raise ValueError unless it is positive and finite."""
+    if not 0.0 < eps < float("inf"):
+        raise ValueError(f"eps must be positive and finite, got {eps}")
+    return eps
+
+
+def check_num_tasks(num_tasks: int) -> int:
+    """Return K; raise TypeError or ValueError unless it is an int >= 1."""
+    if isinstance(num_tasks, bool) or not isinstance(num_tasks, int):
+        raise TypeError(f"num_tasks must be an int, got {type(num_tasks).__name__}")
+    if num_tasks < 1:
+        raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
+    return num_tasks
+
+
+def check_task(index: int, num_tasks: int) -> int:
+    """Return the index; raise TypeError or ValueError unless it is an int in [0, num_tasks)."""
+    if isinstance(index, bool) or not isinstance(index, int):
+        raise TypeError(f"the task index must be an int, got {type(index).__name__}")
+    if not 0 <= index < num_tasks:
+        raise ValueError(f"task index {index} is out of range for {num_tasks} tasks")
+    return index
+
+
+def check_scale(scale: str | float) -> str | float:
+    """Return ``scale`` if it is one of `SCALES` or a finite number >= 0.
+
+    Raises:
+        ValueError: otherwise.
+        TypeError: neither a string nor a number.
+    """
+    if isinstance(scale, str):
+        if scale not in SCALES:
+            raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))} or a number, got {scale!r}")
+        return scale
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a string or a number, got {type(scale).__name__}")
+    if not 0.0 <= scale < float("inf"):
+        raise ValueError(f"scale must be finite and not negative, got {scale}")
+    return float(scale)
