@@ -75,6 +75,7 @@ int32_t dbmtl_combine(const void* rows, int32_t state_dtype, int64_t row_stride,
     used[num_used++] = weights[t];
   }
 
+  const int64_t num_tiles = tiles(num_params);
   const auto combine = kernels().combine[state_dtype][out_dtype];
   const bool streaming = !accumulate && num_params * kElementSize[out_dtype] >= kStreamFromBytes &&
                          reinterpret_cast<uintptr_t>(out) % 64 == 0;
@@ -83,9 +84,10 @@ int32_t dbmtl_combine(const void* rows, int32_t state_dtype, int64_t row_stride,
   if (!pointers) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
 #pragma omp parallel num_threads(threads)
   {
-    const Share share(tiles(num_params));
     const void** mine = &pointers[num_used * thread_index()];
-    for (int64_t tile = share.end - 1; tile >= share.begin; --tile) {
+    // Forwards: a backward pass ends with a model's first parameters, which were gathered last.
+#pragma omp for schedule(dynamic, kTilesAtOnce)
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
       const int64_t begin = tile * kTile;
       for (int64_t t = 0; t < num_used; ++t) mine[t] = at(used_rows[t], begin, state_dtype);
       combine(mine, used.get(), num_used, at(out, begin, out_dtype), tile_size(tile, num_params), accumulate != 0,
