@@ -1,0 +1,41 @@
+"""Small problems, and their task gradients by autograd, for the tests of the balancer."""
+
+import dbmtl_kernels as dbk
+import numpy as np
+import torch
+
+EPS = 1e-8
+
+
+def leaf(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+
+def make(*params, num_tasks=2, **options):
+    return dbk.DBMTL(params, num_tasks, **{"state_dtype": torch.float64, "beta_sigma": 0.0, **options})
+
+
+def quadratics(*params, num_tasks=2):
+    """Positive losses that all parameters take part in."""
+    return [sum(((p - t) * (1 + 3 * t)).square().sum() for p in params) + 0.5 for t in range(num_tasks)]
+
+
+def flat_gradients(losses, params, log=True):
+    rows = []
+    for loss in losses:
+        value = torch.log(loss + EPS) if log else loss
+        grads = torch.autograd.grad(value, params, retain_graph=True, allow_unused=True)
+        rows.append(
+            torch.cat(
+                [torch.zeros(p.numel()) if g is None else g.reshape(-1) for g, p in zip(grads, params, strict=True)]
+            )
+        )
+    return torch.stack(rows).double().numpy()
+
+
+def flat_grad(params):
+    return torch.cat([p.grad.reshape(-1) for p in params]).double().numpy()
+
+
+def close(actual, expected, rtol=1e-10):
+    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
