@@ -17,7 +17,7 @@ def _same_start():
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+    skip = pytest.mark.skip(reason="needs a GPU")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
