@@ -1,5 +1,7 @@
 """What the balancer does to .grad."""
 
+import weakref
+
 import dbmtl_kernels as dbk
 import numpy as np
 import oracle
@@ -176,3 +178,18 @@ def test_a_parameter_that_is_a_strided_view_of_something_larger():
     expected, _, _ = oracle.balance(flat_gradients(losses, [p]), np.zeros((2, 12)), 0.9)
     make(p)(losses).backward()
     close(flat_grad([p]), expected)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_grad_of_somebody_else_is_not_kept_alive(attached):
+    p = leaf(5)
+    balancer = make(p)
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    if attached:
+        balancer.attach(optimizer)
+    p.grad = torch.ones(5, dtype=torch.float64)
+    grad = weakref.ref(p.grad)
+    balancer(quadratics(p)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert grad() is None

@@ -379,7 +379,7 @@ class DBMTL:
     def _end_step(self) -> None:
         self._open = False
         self._pending.clear()
-        self._grads.written = False
+        self._grads.let_go()
 
     def _before_optimizer(self) -> None:
         if not self._pending:

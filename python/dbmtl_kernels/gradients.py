@@ -61,17 +61,23 @@ class SharedGradients:
         if self.written:
             dropped = self._was_dropped(kept, spoiled)
             kept = kept if dropped else self._without_balanced(kept, refill)
-            self.written = False
-        self._left = [None] * len(kept)
+        self.let_go()
         for p in self._parameters:
             p.grad = None
         return kept, dropped
 
+    def let_go(self) -> None:
+        """What is in ``.grad`` is the caller's from now on; nothing of it is kept alive here."""
+        self.written = False
+        self._left = [None] * len(self._parameters)
+
     def resume(self, touched: list[bool], written: bool) -> None:
         """Take over the books of a state_dict; what is in ``.grad`` now is what was left there, if anything was."""
+        self.let_go()
         self.touched = list(touched)
-        self.written = written
-        self._remember([False] * len(self._parameters))
+        if written:
+            self._remember([False] * len(self._parameters))
+            self.written = True
 
     def hand_over(self, update: RowUpdate) -> None:
         """Give ``update`` what is left in ``.grad`` after a backward pass, and finish it."""
