@@ -217,6 +217,7 @@ def accumulate(**changes):
         "decay": 0.5,
         "gain": 0.5,
         "loss_scale": None,
+        "seed": None,
         "backend": "auto",
     } | changes
     try:

@@ -45,7 +45,7 @@ def test_accumulate(backend, state, grad_dtypes):
         exact_gain = gain if scale is None else (gain / scale if scale else 0.0)
         expected, total = expect_row(row, grads, segments, decay, exact_gain)
         before = row.clone()
-        ops.accumulate_(row, sumsq, grads, segments, decay, gain, loss_scale, backend)
+        ops.accumulate_(row, sumsq, grads, segments, decay, gain, loss_scale, None, backend)
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-8 + 1e-6}[state]
         assert (row.double() - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))
         gaps = torch.ones(len(row), dtype=torch.bool)
@@ -62,7 +62,7 @@ def test_accumulate_reads_any_strides_in_logical_order(backend):
     segments = torch.tensor([[0, 12], [12, 12], [24, 8]])
     grads = [torch.randn(4, 3).T, torch.randn(3, 8)[:, ::2], torch.randn(1, 1).expand(2, 4)]
     row, sumsq = torch.zeros(32), torch.zeros(1, dtype=torch.float64)
-    ops.accumulate_(row, sumsq, grads, segments, 0.0, 1.0, None, backend)
+    ops.accumulate_(row, sumsq, grads, segments, 0.0, 1.0, None, None, backend)
     torch.testing.assert_close(row, torch.cat([g.reshape(-1) for g in grads]))
 
 
@@ -71,7 +71,7 @@ def test_accumulate_without_decay_reads_nothing_of_the_row(backend):
     row, sumsq = torch.full((40,), float("nan")), torch.zeros(1, dtype=torch.float64)
     negative = torch.randn(20, dtype=torch.complex64).conj().imag
     assert negative.is_neg()
-    ops.accumulate_(row, sumsq, [negative, None], torch.tensor([[0, 20], [20, 20]]), 0.0, 1.0, None, backend)
+    ops.accumulate_(row, sumsq, [negative, None], torch.tensor([[0, 20], [20, 20]]), 0.0, 1.0, None, None, backend)
     torch.testing.assert_close(row, torch.cat([negative, torch.zeros(20)]))
 
 
@@ -84,7 +84,7 @@ def test_accumulate_same_bits_for_any_thread_count_and_instruction_set():
             native.set_isa(isa)
             try:
                 row, sumsq, grads, segments = row_problem(torch.float32, GRADS, (100003, 17, 300000))
-                ops.accumulate_(row, sumsq, grads, segments, 0.9, 0.1, None, "native")
+                ops.accumulate_(row, sumsq, grads, segments, 0.9, 0.1, None, None, "native")
             finally:
                 native.set_isa(None)
             results.append((row, sumsq))
@@ -156,7 +156,7 @@ def test_gramian_same_bits_for_any_thread_count_and_instruction_set():
 
 
 CHECKS = {
-    "balance_": lambda b: (torch.randn(3, 40), torch.randn(3, 40), 0.9, 1e-8, "max", 0.0, b),
+    "balance_": lambda b: (torch.randn(3, 40), torch.randn(3, 40), 0.9, 1e-8, "max", 0.0, None, b),
     "accumulate_": lambda b: (
         torch.randn(40),
         torch.zeros(1, dtype=torch.float64),
@@ -165,6 +165,25 @@ CHECKS = {
         0.9,
         0.1,
         torch.tensor(2.0),
+        None,
+        b,
+    ),
+    "balance_rows_": lambda b: (
+        torch.randn(3, 40),
+        torch.rand(3, dtype=torch.float64),
+        torch.zeros(3, dtype=torch.bool),
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(3, dtype=torch.float64),
+        torch.zeros(3, dtype=torch.float64),
+        [torch.zeros(32), torch.zeros(8, dtype=torch.bfloat16)],
+        [0, 32],
+        torch.tensor([True, False, True]),
+        torch.tensor(2.0),
+        1e-8,
+        "max",
+        0.0,
+        True,
+        False,
         b,
     ),
     "combine_out": lambda b: (torch.randn(3, 40), torch.rand(3), torch.zeros(40), True, b),

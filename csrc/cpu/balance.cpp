@@ -10,7 +10,8 @@ using namespace dbmtl;
 extern "C" int32_t dbmtl_balance(const void* grads, int32_t grad_dtype, int64_t grad_row_stride, void* ema,
                                  int32_t state_dtype, int64_t state_row_stride, void* out, int32_t out_dtype,
                                  void* norms_out, int64_t num_tasks, int64_t num_params, double beta, double eps,
-                                 int32_t scale, double constant, int32_t num_threads, void* /*stream*/) {
+                                 int32_t scale, double constant, int32_t stochastic, uint64_t seed,
+                                 int32_t num_threads, void* /*stream*/) {
   if (num_tasks < 1) return fail(DBMTL_INVALID_ARGUMENT, "num_tasks must be at least 1");
   if (num_params < 0) return fail(DBMTL_INVALID_ARGUMENT, "num_params is negative");
   if (!is_dtype(grad_dtype)) return fail(DBMTL_UNSUPPORTED_DTYPE, "grad_dtype");
@@ -25,6 +26,7 @@ extern "C" int32_t dbmtl_balance(const void* grads, int32_t grad_dtype, int64_t 
   if (!(beta >= 0.0 && beta < 1.0)) return fail(DBMTL_INVALID_ARGUMENT, "beta is outside [0, 1)");
   if (!(eps > 0.0)) return fail(DBMTL_INVALID_ARGUMENT, "eps must be positive");
   if (scale < DBMTL_SCALE_MAX || scale > DBMTL_SCALE_CONSTANT) return fail(DBMTL_INVALID_ARGUMENT, "scale");
+  if (stochastic && state_dtype != DBMTL_BF16) return fail(DBMTL_INVALID_ARGUMENT, kStochasticNeedsBf16);
 
   const int64_t num_tiles = tiles(num_params);
   auto slots = try_allocate<double>(num_tasks * num_tiles);
@@ -50,10 +52,13 @@ extern "C" int32_t dbmtl_balance(const void* grads, int32_t grad_dtype, int64_t 
 #pragma omp for schedule(dynamic, kTilesAtOnce)
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
       const int64_t begin = tile * kTile, n = tile_size(tile, num_params);
-      for (int64_t t = 0; t < num_tasks; ++t)
+      for (int64_t t = 0; t < num_tasks; ++t) {
+        const Rounding rounding{row_key(seed, t), begin};
         slots[t * num_tiles + tile] =
             ema_sumsq(at(ema, t * state_row_stride + begin, state_dtype),
-                      at(grads, t * grad_row_stride + begin, grad_dtype), n, beta, 1.0 - beta);
+                      at(grads, t * grad_row_stride + begin, grad_dtype), n, beta, 1.0 - beta,
+                      stochastic ? &rounding : nullptr);
+      }
     }
 #pragma omp single
     {

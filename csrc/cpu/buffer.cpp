@@ -10,9 +10,10 @@ extern "C" {
 
 int32_t dbmtl_accumulate(void* row, int32_t state_dtype, int64_t num_segments, const int64_t* segments,
                          const void* const* grads, const uint8_t* grad_dtypes, double decay, double gain,
-                         double* sumsq, int32_t num_threads, void* /*stream*/) {
+                         double* sumsq, int32_t stochastic, uint64_t seed, int32_t num_threads, void* /*stream*/) {
   if (num_segments < 0) return fail(DBMTL_INVALID_ARGUMENT, "num_segments is negative");
   if (!is_state_dtype(state_dtype)) return fail(DBMTL_UNSUPPORTED_DTYPE, "state_dtype");
+  if (stochastic && state_dtype != DBMTL_BF16) return fail(DBMTL_INVALID_ARGUMENT, kStochasticNeedsBf16);
   if (sumsq == nullptr) return fail(DBMTL_INVALID_ARGUMENT, "sumsq is null");
   if (num_segments > 0 && (segments == nullptr || grads == nullptr || grad_dtypes == nullptr))
     return fail(DBMTL_INVALID_ARGUMENT, "segments, grads or grad_dtypes is null");
@@ -32,6 +33,7 @@ int32_t dbmtl_accumulate(void* row, int32_t state_dtype, int64_t num_segments, c
   for (int64_t i = 0; i < num_segments; ++i) first_tile[i + 1] = first_tile[i] + tiles(segments[2 * i + 1]);
 
   const auto& by_grad = kernels().ema_sumsq[state_dtype];
+  const uint64_t key = row_key(seed, 0);
 #pragma omp parallel num_threads(clamp_threads(num_threads, elements))
   {
     const Share share(num_tiles);
@@ -43,8 +45,10 @@ int32_t dbmtl_accumulate(void* row, int32_t state_dtype, int64_t num_segments, c
       const int64_t begin = (tile - first_tile[segment]) * kTile;
       const int32_t dtype = grad_dtypes[segment];
       const void* grad = grads[segment] ? at(grads[segment], begin, dtype) : nullptr;
+      const Rounding rounding{key, offset + begin};
       slots[tile] = by_grad[dtype](at(row, offset + begin, state_dtype), grad,
-                                   tile_size(tile - first_tile[segment], numel), decay, gain);
+                                   tile_size(tile - first_tile[segment], numel), decay, gain,
+                                   stochastic ? &rounding : nullptr);
     }
   }
   double sum = 0.0;

@@ -10,6 +10,8 @@ const KernelTable& kernels();
 // Remembers `message` for dbmtl_last_error() and returns `status`.
 int32_t fail(int32_t status, const char* message);
 
+constexpr const char* kStochasticNeedsBf16 = "stochastic: only a bf16 state can be rounded stochastically";
+
 constexpr int64_t kElementSize[kNumDtypes] = {4, 8, 2, 2};
 
 inline bool is_dtype(int32_t dtype) { return dtype >= 0 && dtype < kNumDtypes; }

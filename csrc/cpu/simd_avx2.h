@@ -65,6 +65,11 @@ inline void store(bf16* p, const F32& x) {
   const __m256i packed = _mm256_packus_epi32(bf16_round(x.lo), bf16_round(x.hi));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
+inline void store_top(bf16* p, const F32& x) {  // the high half of each lane
+  const auto top = [](__m256 half) { return _mm256_srli_epi32(_mm256_castps_si256(half), 16); };
+  const __m256i packed = _mm256_packus_epi32(top(x.lo), top(x.hi));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
 inline void store(f16* p, const F32& x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.lo, _MM_FROUND_TO_NEAREST_INT));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(x.hi, _MM_FROUND_TO_NEAREST_INT));

@@ -54,6 +54,10 @@ inline void store(bf16* p, const F32& x) {
   const __m512i bits = _mm512_mask_or_epi32(rounded, nan, top, _mm512_set1_epi32(0x40));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits));
 }
+inline void store_top(bf16* p, const F32& x) {  // the high half of each lane
+  const __m512i top = _mm512_srli_epi32(_mm512_castps_si512(x.v), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(top));
+}
 inline void store(f16* p, const F32& x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }

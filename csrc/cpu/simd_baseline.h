@@ -43,6 +43,9 @@ template <class T>
 inline void store(T* p, const F64& x) {
   DBMTL_EACH_LANE narrow_lane(p + i, x.v[i]);
 }
+inline void store_top(bf16* p, const F32& x) {  // the high half of each lane
+  DBMTL_EACH_LANE p[i].bits = uint16_t(float_to_bits(x.v[i]) >> 16);
+}
 template <class T, class V>
 inline void stream(T* p, const V& x) {
   store(p, x);

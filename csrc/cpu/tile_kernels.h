@@ -35,8 +35,63 @@ inline void each_group(A* a, B* b, int64_t n, Body body) {
   std::memcpy(a + i, tail_a, sizeof(A) * rest);
 }
 
-template <class S, class G>
-double ema_sumsq(void* state_, const void* grad_, int64_t n, double decay, double gain) {
+// Stores the group and makes x what was stored: the norm is that of the state.
+struct ToNearest {
+  template <class S, class V>
+  void operator()(S* m, V& x) {
+    store(m, x);
+    if (std::is_same<S, bf16>::value) load(x, m);
+  }
+};
+
+// Vectors of the compiler's, as wide as this instruction set's: one code for all of them.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+typedef uint32_t U32 __attribute__((vector_size(kVectorBytes)));
+typedef float Float __attribute__((vector_size(kVectorBytes)));
+
+// Rounds the groups of a row in order.
+class Stochastic {
+ public:
+  explicit Stochastic(const Rounding& r) : first_(uint32_t(r.column)), key_low_(U32{} + uint32_t(r.key)) {
+    for (int i = 0; i < kLanes; ++i) {
+      const uint64_t column = uint64_t(r.column) + uint64_t(i);
+      column_[i / kWidth][i % kWidth] = uint32_t(column);
+      salt_[i / kWidth][i % kWidth] = salt(r.key, column);
+    }
+  }
+
+  void operator()(bf16* m, F32& x) {
+    static_assert(sizeof(F32) == 4 * kLanes, "16 floats and nothing else");
+    U32 bits[kParts];
+    Float values[kParts];
+    std::memcpy(bits, &x, sizeof(x));
+    std::memcpy(values, &x, sizeof(x));
+    for (int p = 0; p < kParts; ++p) {
+      const U32 rounded = round_stochastic(bits[p], hash16(column_[p] ^ key_low_, salt_[p]));
+      bits[p] = values[p] != values[p] ? bits[p] | 0x400000u : rounded;
+      column_[p] += kLanes;
+    }
+    first_ += kLanes;
+    if (first_ + kLanes < 2 * kLanes)  // some lanes may have gone past 2**32
+      for (int p = 0; p < kParts; ++p) salt_[p] += U32(column_[p] < kLanes) & kSaltStep;
+    std::memcpy(&x, bits, sizeof(x));
+    store_top(m, x);
+  }
+
+ private:
+  static constexpr int kWidth = kVectorBytes / 4, kParts = kLanes / kWidth;
+  uint32_t first_;  // low word of the first lane's column
+  U32 key_low_, column_[kParts], salt_[kParts];
+};
+
+template <class S, class G, class Store>
+double update(void* state_, const void* grad_, int64_t n, double decay, double gain, Store rounded_store) {
   using V = Arithmetic<S>;
   S* state = static_cast<S*>(state_);
   const G* grad = static_cast<const G*>(grad_);
@@ -46,8 +101,7 @@ double ema_sumsq(void* state_, const void* grad_, int64_t n, double decay, doubl
   F64 sum;
   broadcast(sum, 0.0);
   const auto finish = [&](S* m, V x) {
-    store(m, x);
-    if (std::is_same<S, bf16>::value) load(x, m);  // the norm is that of what was stored
+    rounded_store(m, x);
     const F64 wide = widen(x);
     sum = add(sum, mul(wide, wide));
   };
@@ -74,6 +128,13 @@ double ema_sumsq(void* state_, const void* grad_, int64_t n, double decay, doubl
     });
   }
   return tree_sum(sum);
+}
+
+template <class S, class G>
+double ema_sumsq(void* state, const void* grad, int64_t n, double decay, double gain, const Rounding* rounding) {
+  if constexpr (std::is_same<S, bf16>::value)
+    if (rounding) return update<S, G>(state, grad, n, decay, gain, Stochastic(*rounding));
+  return update<S, G>(state, grad, n, decay, gain, ToNearest());
 }
 
 template <class S, class O>

@@ -6,6 +6,9 @@
  *   - a call either returns DBMTL_OK or has written nothing; no exception crosses the boundary;
  *   - sums are made of fixed chunks added in a fixed order: the same input gives the same bits, run after
  *     run, for any number of threads and any instruction set;
+ *   - `stochastic` not 0 rounds a bf16 state stochastically with the random numbers of `seed`, the same ones in every
+ *     implementation (python/dbmtl_kernels/rounding.py specifies them); 0 rounds to nearest and ignores `seed`.
+ *     DBMTL_INVALID_ARGUMENT if the state is not bf16;
  *   - `stream` is the CUDA stream of a GPU implementation; the CPU one ignores it. `num_threads` likewise.
  */
 #ifndef DBMTL_H
@@ -23,7 +26,7 @@
 extern "C" {
 #endif
 
-#define DBMTL_ABI_VERSION 1
+#define DBMTL_ABI_VERSION 2
 
 typedef enum {
   DBMTL_OK = 0,
@@ -65,20 +68,24 @@ DBMTL_API void dbmtl_advise_huge_pages(void* buffer, int64_t num_bytes);
  * out   <- sum_t alpha / (norms_t + eps) * ema_t            [num_params]
  *
  * alpha: see dbmtl_scale. With one task and any scale but CONSTANT the weight is exactly 1. A task whose
- * norm is not finite has weight 0 and its row of ema is set to zero. state_dtype: f32, bf16 or f64. */
+ * norm is not finite has weight 0 and its row of ema is set to zero. state_dtype: f32, bf16 or f64. Stochastic
+ * rounding: task t is row t. */
 DBMTL_API int32_t dbmtl_balance(const void* grads, int32_t grad_dtype, int64_t grad_row_stride,  //
                                 void* ema, int32_t state_dtype, int64_t state_row_stride,        //
                                 void* out, int32_t out_dtype, void* norms,                       //
                                 int64_t num_tasks, int64_t num_params, double beta, double eps,
-                                int32_t scale, double constant, int32_t num_threads, void* stream);
+                                int32_t scale, double constant, int32_t stochastic, uint64_t seed,
+                                int32_t num_threads, void* stream);
 
 /* One row of the task-gradient buffer, gathered straight from a list of gradients:
  *   row[offset_i : offset_i + numel_i] <- decay * row[...] + gain * grads[i]
  *   sumsq[0] <- sum of squares of the whole row afterwards
- * segments holds (offset, numel) pairs. A null grads[i] counts as zeros. */
+ * segments holds (offset, numel) pairs. A null grads[i] counts as zeros. Stochastic rounding: row 0, and the column
+ * is the offset in the row. */
 DBMTL_API int32_t dbmtl_accumulate(void* row, int32_t state_dtype, int64_t num_segments, const int64_t* segments,
                                    const void* const* grads, const uint8_t* grad_dtypes, double decay, double gain,
-                                   double* sumsq, int32_t num_threads, void* stream);
+                                   double* sumsq, int32_t stochastic, uint64_t seed, int32_t num_threads,
+                                   void* stream);
 
 /* out <- (accumulate ? out : 0) + sum_t weights[t] * rows[t]; a row whose weight is 0 is not read. */
 DBMTL_API int32_t dbmtl_combine(const void* rows, int32_t state_dtype, int64_t row_stride, int64_t num_tasks,

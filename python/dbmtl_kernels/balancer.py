@@ -15,7 +15,7 @@ from .attachment import Attachment
 from .buffer import Coefficients, RowUpdate, TaskGradientBuffer
 from .gradients import Flats, Kept, SharedGradients
 from .layout import ParameterLayout
-from .weighting import max_norm_weights
+from .rounding import update_seed
 
 STATE_VERSION = 1
 
@@ -48,6 +48,7 @@ class DBMTL:
             `task`, where the caller runs backward.
         state_dtype: dtype of the EMA: float32, bfloat16 or float64. Memory held: (K + 1) P elements.
         backend: "auto", or a backend by name.
+        seed: of the stochastic rounding of a bfloat16 state (`rounding`); None rounds it to nearest.
 
     Raises:
         ValueError: a value out of range, or parameters that are empty, repeated, not leaf or not requiring grad.
@@ -67,6 +68,7 @@ class DBMTL:
         log_transform: bool = True,
         state_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
+        seed: int | None = 0,
     ) -> None:
         self.num_tasks = checks.check_num_tasks(num_tasks)
         self.beta = checks.check_beta(beta)
@@ -87,11 +89,9 @@ class DBMTL:
         self._pending: set[int] = set()  # tasks entered since the last balance
         self._loss_scale: Tensor | None = None  # the factor that this step's gradients carry
         self._reported = torch.float64 if state_dtype == torch.float64 else torch.float32
-        device = layout.device
-        self._broken = torch.zeros(num_tasks, dtype=torch.bool, device=device)  # not finite in this step
-        self._norms = torch.zeros_like(self.buffer.sumsq)
-        self._weights = torch.zeros_like(self.buffer.sumsq)
-        self._nonfinite_steps = torch.zeros(num_tasks, dtype=torch.int64, device=device)
+        self.seed = seed if state_dtype == torch.bfloat16 else None
+        self._updates = 0  # of any row, each with random numbers of its own
+        self._fresh = True  # nothing was balanced yet in this step
 
     @property
     def step(self) -> int:
@@ -104,17 +104,17 @@ class DBMTL:
 
         float32, or float64 with a float64 state. Not finite where the gradient was not.
         """
-        return self._norms.to(self._reported)
+        return self.buffer.norms.to(self._reported, copy=True)
 
     @property
     def weights(self) -> Tensor:
         """(K,) weights of the task gradients at the last balance, on the device, without a sync."""
-        return self._weights.to(self._reported)
+        return self.buffer.weights.to(self._reported, copy=True)
 
     @property
     def nonfinite_steps(self) -> Tensor:
         """(K,) int64: in how many steps each task's gradient was not finite."""
-        return self._nonfinite_steps
+        return self.buffer.nonfinite_steps
 
     def __call__(self, losses: Sequence[Tensor] | Tensor, *, retain_graph: bool = False) -> Tensor:
         """A scalar whose ``backward()`` is the balanced backward.
@@ -232,6 +232,8 @@ class DBMTL:
             "open": self._open,
             "seen": list(self._seen),
             "pending": sorted(self._pending),
+            "updates": self._updates,
+            "fresh": self._fresh,
             "loss_scale": self._loss_scale,
             "touched": list(self._grads.touched),
             "written": self._grads.written,
@@ -239,14 +241,8 @@ class DBMTL:
         }
 
     def _state_tensors(self) -> dict[str, Tensor]:
-        return {
-            "rows": self.buffer.rows,
-            "sumsq": self.buffer.sumsq,
-            "broken": self._broken,
-            "norms": self._norms,
-            "weights": self._weights,
-            "nonfinite_steps": self._nonfinite_steps,
-        }
+        names = ("rows", "sumsq", "broken", "norms", "weights", "nonfinite_steps")
+        return {name: getattr(self.buffer, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, copying into this balancer's tensors.
@@ -262,6 +258,8 @@ class DBMTL:
         self._open = bool(state["open"])
         self._seen = [bool(x) for x in state["seen"]]
         self._pending = {int(x) for x in state["pending"]}
+        self._updates = int(state["updates"])
+        self._fresh = bool(state["fresh"])
         scale = state["loss_scale"]
         self._loss_scale = None if scale is None else scale.to(self.buffer.rows.device)
         self._grads.resume([bool(x) for x in state["touched"]], bool(state["written"]))
@@ -327,7 +325,9 @@ class DBMTL:
             elif self._loss_scale is not None and loss_values.is_zero(self._loss_scale):
                 self._loss_scale = factor  # nothing counted so far
             beta = self.beta / self._step**self.beta_sigma
-            return (1.0 if self._seen[task] else beta), 1.0 - beta, self._loss_scale
+            self._updates += 1
+            seed = None if self.seed is None else update_seed(self.seed, self._updates)
+            return Coefficients(1.0 if self._seen[task] else beta, 1.0 - beta, self._loss_scale, seed)
 
         return RowUpdate(self.buffer, task, begin)
 
@@ -339,23 +339,21 @@ class DBMTL:
     @torch.no_grad()
     def _write(self, kept: Kept) -> None:
         """Norms, weights, the balanced gradient, ``.grad``."""
-        norms = self.buffer.norms
-        broken = ~torch.isfinite(norms)
-        self._nonfinite_steps += broken & ~self._broken
-        self._broken |= broken
-        seen = torch.tensor(self._seen, device=norms.device)
-        self._norms = norms
-        self._weights = max_norm_weights(norms, self.eps, self.scale, seen & ~self._broken)
-        if norms.device.type != "cpu" or bool(self._broken.any()):
-            self.buffer.forget(self._broken)
-        self._grads.write(kept, self._fill)
+        self._grads.write(kept, self._balance_into)
         self._pending.clear()
         if self._attachment is None:
             self._end_step()
 
+    def _balance_into(self, flats: Flats, accumulate: bool) -> None:
+        self.buffer.balance(
+            flats, self.eps, self.scale, active=self._seen, loss_scale=self._loss_scale, fresh=self._fresh,
+            accumulate=accumulate,
+        )  # fmt: skip
+        self._fresh = False
+
     def _fill(self, flats: Flats, accumulate: bool) -> None:
-        """The balanced gradient of the last weights, carrying the loss scale."""
-        weights = self._weights
+        """The balanced gradient once more, from the last weights, carrying the loss scale."""
+        weights = self.buffer.weights
         if self._loss_scale is not None:
             weights = torch.where(self._overflow(), torch.nan, weights * self._loss_scale.to(weights.dtype))
         self.buffer.combine(weights, flats, accumulate)
@@ -366,15 +364,15 @@ class DBMTL:
         Factors up to 1 are those of accumulation, where nobody looks for it.
         """
         if self._loss_scale is None:
-            return torch.zeros_like(self._broken)
-        return self._broken & (self._loss_scale > 1)
+            return torch.zeros_like(self.buffer.broken)
+        return self.buffer.broken & (self._loss_scale > 1)
 
     def _begin_step(self, factor: Tensor | None) -> None:
         self._open = True
         self._step += 1
         self._seen = [False] * self.num_tasks
         self._loss_scale = factor
-        self._broken.zero_()
+        self._fresh = True
 
     def _end_step(self) -> None:
         self._open = False

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import backends, ops
 from .backends import native
 from .layout import ParameterLayout
+from .rounding import update_seed
 
 # On a CPU a gradient is gathered while it is still in cache: as soon as this much of a task's has arrived.
 FLUSH_BYTES = 2 << 20
-# decay, gain and loss scale of a row's update
-Coefficients = tuple[float, float, Tensor | None]
+
+
+class Coefficients(NamedTuple):
+    """Of a row's update; see `ops.accumulate_`."""
+
+    decay: float
+    gain: float
+    loss_scale: Tensor | None = None
+    seed: int | None = None
 
 
 def allocate(*shape: int, dtype: torch.dtype, device: torch.device, zero: bool = False) -> Tensor:
@@ -35,7 +44,10 @@ class TaskGradientBuffer:
     Attributes:
         rows: (K, row_numel) in ``layout.state_dtype``; padding is zero.
         sumsq: (K,) sums of squares of the rows, float64 where the device has it.
-        early: whether gradients are gathered while a backward pass runs (on a CPU), or at its end in one launch.
+        norms, weights: (K,) of the last `balance`, in the dtype of ``sumsq``.
+        broken: (K,) bool, tasks whose gradient was not finite in the step of the last `balance`.
+        nonfinite_steps: (K,) int64, in how many steps that was so.
+        early: whether gradients are gathered while a backward pass runs (on a CPU), or at its end in one call.
     """
 
     def __init__(self, layout: ParameterLayout, num_tasks: int, backend: str = "auto") -> None:
@@ -43,14 +55,14 @@ class TaskGradientBuffer:
         self.backend = backend
         device = layout.device
         self.rows = allocate(num_tasks, layout.row_numel, dtype=layout.state_dtype, device=device, zero=True)
-        self.early = device.type == "cpu"
+        self.early = backends.resolve(backend, device).gathers_early(device)
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.sumsq = torch.zeros(num_tasks, dtype=wide, device=device)
-
-    @property
-    def norms(self) -> Tensor:
-        """(K,) norms of the rows, in the dtype of `sumsq`. No sync."""
-        return self.sumsq.sqrt()
+        self.norms = torch.zeros_like(self.sumsq)
+        self.weights = torch.zeros_like(self.sumsq)
+        self.broken = torch.zeros(num_tasks, dtype=torch.bool, device=device)
+        self.nonfinite_steps = torch.zeros(num_tasks, dtype=torch.int64, device=device)
+        self._masks: dict[tuple[bool, ...], Tensor] = {}
 
     def accumulate(
         self,
@@ -59,6 +71,7 @@ class TaskGradientBuffer:
         decay: float,
         gain: float,
         loss_scale: Tensor | None = None,
+        seed: int | None = None,
     ) -> None:
         """``rows[task] <- decay * rows[task] + gain / loss_scale * grads`` in one pass; see `ops.accumulate_`.
 
@@ -68,8 +81,50 @@ class TaskGradientBuffer:
             decay: factor of the row.
             gain: factor of the gradients.
             loss_scale: one number that the gradients carry and the state must not.
+            seed: of the stochastic rounding of bfloat16 rows; None rounds to nearest.
         """
-        RowUpdate(self, task, lambda: (decay, gain, loss_scale)).finish(grads)
+        RowUpdate(self, task, lambda: Coefficients(decay, gain, loss_scale, seed)).finish(grads)
+
+    def balance(
+        self,
+        flats: dict[torch.dtype, Tensor],
+        eps: float,
+        scale: str | float,
+        *,
+        active: Sequence[bool] | None = None,
+        loss_scale: Tensor | None = None,
+        fresh: bool = True,
+        accumulate: bool = False,
+    ) -> None:
+        """Weights, books and the balanced gradient in one call; see `ops.balance_rows_`.
+
+        Args:
+            flats: see `new_flats`; overwritten, or added to if ``accumulate``.
+            eps: added to the norms.
+            scale: alpha: a name or a number.
+            active: which tasks have a say; None for all.
+            loss_scale: one number that the balanced gradient shall carry.
+            fresh: whether this is the first call of a step.
+            accumulate: add to ``flats``.
+        """
+        name, constant = (scale, 0.0) if isinstance(scale, str) else ("constant", scale)
+        groups = self.layout.groups
+        ops.balance_rows_(
+            self.rows, self.sumsq, self.broken, self.nonfinite_steps, self.norms, self.weights,
+            [flats[g.dtype] for g in groups], [g.start for g in groups], self._mask(active), loss_scale, eps, name,
+            constant, fresh, accumulate, self.backend,
+        )  # fmt: skip
+
+    def _mask(self, active: Sequence[bool] | None) -> Tensor | None:
+        """On the device; remembered, as steps repeat them and an upload would wait for the device."""
+        if active is None or all(active):
+            return None
+        key = tuple(active)
+        if key not in self._masks:
+            if len(self._masks) >= 256:
+                self._masks.clear()
+            self._masks[key] = torch.tensor(key, device=self.rows.device)
+        return self._masks[key]
 
     def combine(self, weights: Tensor, flats: dict[torch.dtype, Tensor], accumulate: bool = False) -> None:
         """``sum_t weights[t] * rows[t]`` into one flat tensor per parameter dtype (see `new_flats`), in place."""
@@ -92,15 +147,6 @@ class TaskGradientBuffer:
         """(K, K) inner products of the rows, float32 (float64 of float64 rows)."""
         return torch.as_tensor(ops.gramian(self.rows, self.backend))
 
-    def forget(self, tasks: Tensor) -> None:
-        """Set the rows of the tasks that ``tasks`` (K, bool) marks to zero."""
-        if self.rows.device.type == "cpu":  # no need to touch the others
-            for task in tasks.nonzero().flatten().tolist():
-                self.rows[task].zero_()
-        else:
-            self.rows.masked_fill_(tasks[:, None], 0.0)
-        self.sumsq.masked_fill_(tasks, 0.0)
-
 
 class RowUpdate:
     """One update of one row, fed with gradients as a backward pass produces them.
@@ -110,12 +156,13 @@ class RowUpdate:
     Args:
         buffer: whose row.
         task: which row.
-        begin: gives decay, gain and loss scale; called once, before anything is written.
+        begin: gives the coefficients; called once, before anything is written.
     """
 
     def __init__(self, buffer: TaskGradientBuffer, task: int, begin: Callable[[], Coefficients]) -> None:
         self._buffer = buffer
         self._task = task
+        self._sumsq = buffer.sumsq[task : task + 1]
         self._begin = begin
         self._coefficients: Coefficients | None = None
         self._indices: list[int] = []
@@ -130,7 +177,7 @@ class RowUpdate:
         if index in self._arrived:
             self._flush()
             self._again = True
-            self._gather([index], [grad], decayed=True)
+            self._gather([index], [grad], torch.empty_like(self._sumsq), decayed=True)
             return
         self._arrived.add(index)
         self._indices.append(index)
@@ -149,34 +196,41 @@ class RowUpdate:
                 if index not in self._arrived:
                     self._indices.append(index)
                     self._grads.append(None)
-        self._flush()
+        if not self._parts:  # the usual case on a GPU: all in one call, straight to where the sum belongs
+            self._gather(self._indices, self._grads, self._sumsq)
+        else:
+            self._flush()
+            self._sumsq.copy_(torch.cat(self._parts).sum())
         if self._again:
-            everything = list(range(len(grads)))
-            self._parts = [self._gather(everything, [None] * len(grads), decayed=True)]
-        total = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts).sum()
-        self._buffer.sumsq[self._task] = total
+            self._measure()
 
     def abandon(self) -> None:
         """The pass failed: make the sum of squares that of the row as it is."""
         if self._coefficients is not None:
-            count = len(self._buffer.layout.parameters)
-            self._buffer.sumsq[self._task] = self._gather(list(range(count)), [None] * count, decayed=True)
+            self._measure()
+
+    def _measure(self) -> None:
+        count = len(self._buffer.layout.parameters)
+        self._gather(list(range(count)), [None] * count, self._sumsq, decayed=True)
 
     def _flush(self) -> None:
         if self._indices:
-            self._parts.append(self._gather(self._indices, self._grads))
+            self._parts.append(torch.empty_like(self._sumsq))
+            self._gather(self._indices, self._grads, self._parts[-1])
             self._indices, self._grads, self._bytes = [], [], 0
 
-    def _gather(self, indices: list[int], grads: list[Tensor | None], decayed: bool = False) -> Tensor:
+    def _gather(self, indices: list[int], grads: list[Tensor | None], sumsq: Tensor, decayed: bool = False) -> None:
+        """Gather some gradients and leave the sum of squares of their part of the row in ``sumsq``.
+
+        If ``decayed``, the row had its decay in an earlier call: add to it.
+        """
         if self._coefficients is None:
             self._coefficients = self._begin()
-        decay, gain, loss_scale = self._coefficients
+        decay, gain, loss_scale, seed = self._coefficients
         if decayed:
-            decay = 1.0
+            decay, seed = 1.0, None if seed is None else update_seed(seed, 1)
         buffer, layout = self._buffer, self._buffer.layout
         if layout.permuted:
             grads = [None if g is None else layout.in_row_order(i, g) for i, g in zip(indices, grads, strict=True)]
-        sumsq = torch.empty_like(buffer.sumsq[:1])
         segments = layout.segments_of(tuple(indices))
-        ops.accumulate_(buffer.rows[self._task], sumsq, grads, segments, decay, gain, loss_scale, buffer.backend)
-        return sumsq
+        ops.accumulate_(buffer.rows[self._task], sumsq, grads, segments, decay, gain, loss_scale, seed, buffer.backend)

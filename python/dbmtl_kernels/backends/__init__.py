@@ -1,4 +1,4 @@
-"""Which implementation serves a tensor. A backend is a module with the four functions of `Backend`."""
+"""Which implementation serves a tensor. A backend is a module with the functions of `Backend`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from . import eager, native
+from . import eager, native, triton
 
-NAMES = ("native", "eager")
+NAMES = ("native", "triton", "eager")
 ENVIRONMENT = "DBMTL_BACKEND"
 
 
@@ -22,7 +22,7 @@ class Backend(Protocol):
 
     @staticmethod
     def balance_(
-        grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float
+        grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float, seed: int | None
     ) -> tuple[Tensor, Tensor]:
         """See `functional.balance_`."""
 
@@ -35,12 +35,33 @@ class Backend(Protocol):
         decay: float,
         gain: float,
         loss_scale: Tensor | None,
+        seed: int | None,
     ) -> None:
         """See `ops.accumulate_`."""
 
     @staticmethod
     def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) -> None:
         """See `ops.combine_out`."""
+
+    @staticmethod
+    def balance_rows_(
+        rows: Tensor,
+        sumsq: Tensor,
+        broken: Tensor,
+        nonfinite_steps: Tensor,
+        norms: Tensor,
+        weights: Tensor,
+        outs: list[Tensor],
+        starts: list[int],
+        active: Tensor | None,
+        loss_scale: Tensor | None,
+        eps: float,
+        scale: str,
+        constant: float,
+        fresh: bool,
+        accumulate: bool,
+    ) -> None:
+        """See `ops.balance_rows_`."""
 
     @staticmethod
     def gramian(rows: Tensor) -> Tensor:
@@ -50,10 +71,14 @@ class Backend(Protocol):
     def missing(device: torch.device) -> str | None:
         """Why this backend cannot serve tensors on ``device``; None if it can."""
 
+    @staticmethod
+    def gathers_early(device: torch.device) -> bool:
+        """Whether `accumulate_` is best called while a backward pass runs, a few gradients at a time."""
+
 
 def get(name: str) -> Backend:
     """The backend called ``name``, whether it can serve or not."""
-    modules: dict[str, ModuleType] = {"native": native, "eager": eager}
+    modules: dict[str, ModuleType] = {"native": native, "triton": triton, "eager": eager}
     return cast(Backend, modules[name])
 
 
@@ -83,13 +108,15 @@ def _resolve(argument: str, name: str, device_type: str) -> Backend:
 
 
 def _choose(device: torch.device) -> Backend:
-    if device.type != "cpu":
+    name = {"cpu": "native", "cuda": "triton"}.get(device.type)
+    if name is None:
         return get("eager")
-    reason = native.missing(device)
+    reason = get(name).missing(device)
     if reason is None:
-        return get("native")
+        return get(name)
     warnings.warn(  # once: the choice is cached
-        f"dbmtl_kernels: the native CPU backend is not available ({reason}); using the slower eager backend",
+        f"dbmtl_kernels: the {name} backend is not available for {device.type} tensors ({reason}); using the slower "
+        "eager backend",
         RuntimeWarning,
         stacklevel=2,
     )

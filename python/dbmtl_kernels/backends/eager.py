@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from ..rounding import row_key, to_bfloat16
 from ..weighting import max_norm_weights
 
 
@@ -13,14 +16,27 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
+def gathers_early(device: torch.device) -> bool:
+    """On a CPU a gradient is still in cache while the backward pass runs."""
+    return device.type == "cpu"
+
+
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _update(row: Tensor, grad: Tensor | None, decay: float, gain: float | Tensor) -> None:
-    """Row <- decay * row + gain * grad, in fp32 whatever the storage."""
+def _update(
+    row: Tensor, grad: Tensor | None, decay: float, gain: float | Tensor, key: int | None = None, column: int = 0
+) -> None:
+    """Row <- decay * row + gain * grad, in fp32 whatever the storage.
+
+    With a key, a bfloat16 row that begins at ``column`` of the whole is rounded stochastically.
+    """
     work = _arithmetic(row.dtype)
-    if grad is None:
+    if key is not None:
+        new = row.to(work) * decay if decay != 0.0 else torch.zeros_like(row, dtype=work)
+        row.copy_(to_bfloat16(new if grad is None else new + grad.to(work) * gain, key, column))
+    elif grad is None:
         row.zero_() if decay == 0.0 else row.mul_(decay)
     elif decay == 0.0:  # nothing is left of the state: do not read it
         row.copy_(grad.to(work) * gain)
@@ -35,11 +51,13 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     return norm.square()
 
 
-def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float) -> tuple[Tensor, Tensor]:
+def balance_(
+    grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float, seed: int | None
+) -> tuple[Tensor, Tensor]:
     """See `functional.balance_`."""
     norms = torch.empty(ema.shape[0], dtype=_arithmetic(ema.dtype), device=ema.device)
     for t in range(ema.shape[0]):
-        _update(ema[t], grads[t], beta, 1.0 - beta)
+        _update(ema[t], grads[t], beta, 1.0 - beta, None if seed is None else row_key(seed, t))
         norms[t] = _sum_of_squares(ema[t]).sqrt()
     weights = max_norm_weights(norms, eps, constant if scale == "constant" else scale)
     ema.masked_fill_(~torch.isfinite(norms)[:, None], 0.0)
@@ -56,6 +74,7 @@ def accumulate_(
     decay: float,
     gain: float,
     loss_scale: Tensor | None,
+    seed: int | None,
 ) -> None:
     """See `ops.accumulate_`."""
     scaled: float | Tensor = gain
@@ -63,9 +82,10 @@ def accumulate_(
         factor = loss_scale.to(_arithmetic(row.dtype))
         scaled = torch.where(factor == 0, 0.0, gain / factor)
     total = torch.zeros_like(sumsq)
+    key = None if seed is None else row_key(seed, 0)
     for grad, (offset, numel) in zip(grads, segments.tolist(), strict=True):
         segment = row[offset : offset + numel]
-        _update(segment, None if grad is None else grad.reshape(-1), decay, scaled)
+        _update(segment, None if grad is None else grad.reshape(-1), decay, scaled, key, offset)
         if numel:
             total += _sum_of_squares(segment)
     sumsq.copy_(total)
@@ -83,6 +103,48 @@ def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) ->
     if accumulate:
         total += out
     out.copy_(total)
+
+
+def balance_rows_(
+    rows: Tensor,
+    sumsq: Tensor,
+    broken: Tensor,
+    nonfinite_steps: Tensor,
+    norms: Tensor,
+    weights: Tensor,
+    outs: list[Tensor],
+    starts: list[int],
+    active: Tensor | None,
+    loss_scale: Tensor | None,
+    eps: float,
+    scale: str,
+    constant: float,
+    fresh: bool,
+    accumulate: bool,
+    combine: Callable[[Tensor, Tensor, Tensor, bool], None] = combine_out,
+) -> None:
+    """See `ops.balance_rows_`. ``combine`` is the `combine_out` to use."""
+    found = sumsq.sqrt()
+    before = torch.zeros_like(broken) if fresh else broken.clone()
+    now = ~torch.isfinite(found)
+    bad = before | now
+    use = ~bad if active is None else active & ~bad
+    norms.copy_(found)
+    weights.copy_(max_norm_weights(found, eps, constant if scale == "constant" else scale, use))
+    nonfinite_steps += now & ~before
+    broken.copy_(bad)
+    if rows.device.type != "cpu":
+        rows.masked_fill_(bad[:, None], 0.0)
+    else:  # no need to touch the others
+        for task in bad.nonzero().flatten().tolist():
+            rows[task].zero_()
+    sumsq.masked_fill_(bad, 0.0)
+    carried = weights
+    if loss_scale is not None:
+        factor = loss_scale.reshape(()).to(weights.device, weights.dtype)
+        carried = torch.where(bad & (factor > 1), torch.nan, weights * factor)
+    for out, start in zip(outs, starts, strict=True):
+        combine(rows[:, start : start + out.numel()], carried, out, accumulate)
 
 
 def gramian(rows: Tensor) -> Tensor:

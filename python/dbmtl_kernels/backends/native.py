@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
+from . import eager
+
+ABI_VERSION = 2
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SCALES = {"max": 0, "mean": 1, "median": 2, "min": 3, "constant": 4}
 # Fresh memory of this size and more is worth a system call for huge pages.
 HUGE_BYTES = 8 << 20
 
-_i32, _i64, _f64, _ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+_i32, _i64, _u64, _f64, _ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64, ctypes.c_double, ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "dbmtl_abi_version": (_i32, []),
     "dbmtl_isa": (ctypes.c_char_p, []),
@@ -42,10 +44,12 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
             _i32,
             _f64,
             _i32,
+            _u64,
+            _i32,
             _ptr,
         ],
     ),
-    "dbmtl_accumulate": (_i32, [_ptr, _i32, _i64, _ptr, _ptr, _ptr, _f64, _f64, _ptr, _i32, _ptr]),
+    "dbmtl_accumulate": (_i32, [_ptr, _i32, _i64, _ptr, _ptr, _ptr, _f64, _f64, _ptr, _i32, _u64, _i32, _ptr]),
     "dbmtl_combine": (_i32, [_ptr, _i32, _i64, _i64, _i64, _ptr, _ptr, _i32, _i32, _i32, _ptr]),
     "dbmtl_gramian": (_i32, [_ptr, _i32, _i64, _i64, _i64, _ptr, _i32, _ptr]),
 }
@@ -91,6 +95,11 @@ def missing(device: torch.device) -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
+def gathers_early(device: torch.device) -> bool:
+    """A gradient is still in cache while the backward pass runs."""
+    return True
+
+
 def isa() -> str:
     """The instruction set in use: "avx512", "avx2" or "baseline"."""
     return str(_library().dbmtl_isa().decode())
@@ -113,6 +122,11 @@ def _check(status: int) -> None:
     raise kind(f"dbmtl (native): {message}")
 
 
+def _rounding(seed: int | None) -> tuple[int, int]:
+    """The arguments ``stochastic`` and ``seed``."""
+    return (0, 0) if seed is None else (1, seed & (2**64 - 1))
+
+
 def advise_huge_pages(buffer: Tensor) -> None:
     """Ask for huge pages under a fresh CPU buffer, if it is large and the library is there."""
     num_bytes = buffer.numel() * buffer.element_size()
@@ -121,7 +135,9 @@ def advise_huge_pages(buffer: Tensor) -> None:
         loaded.dbmtl_advise_huge_pages(buffer.data_ptr(), num_bytes)
 
 
-def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float) -> tuple[Tensor, Tensor]:
+def balance_(
+    grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float, seed: int | None
+) -> tuple[Tensor, Tensor]:
     """See `functional.balance_`."""
     num_tasks, num_params = ema.shape
     out = torch.empty(num_params, dtype=grads.dtype)
@@ -144,6 +160,7 @@ def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, co
             eps,
             SCALES[scale],
             constant,
+            *_rounding(seed),
             torch.get_num_threads(),
             None,
         )
@@ -159,6 +176,7 @@ def accumulate_(
     decay: float,
     gain: float,
     loss_scale: Tensor | None,
+    seed: int | None,
 ) -> None:
     """See `ops.accumulate_`."""
     if loss_scale is not None:
@@ -179,6 +197,7 @@ def accumulate_(
             decay,
             gain,
             sumsq.data_ptr(),
+            *_rounding(seed),
             torch.get_num_threads(),
             None,
         )
@@ -203,6 +222,30 @@ def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) ->
             None,
         )
     )
+
+
+def balance_rows_(
+    rows: Tensor,
+    sumsq: Tensor,
+    broken: Tensor,
+    nonfinite_steps: Tensor,
+    norms: Tensor,
+    weights: Tensor,
+    outs: list[Tensor],
+    starts: list[int],
+    active: Tensor | None,
+    loss_scale: Tensor | None,
+    eps: float,
+    scale: str,
+    constant: float,
+    fresh: bool,
+    accumulate: bool,
+) -> None:
+    """See `ops.balance_rows_`: K-element arithmetic in PyTorch, then the combining kernel."""
+    eager.balance_rows_(
+        rows, sumsq, broken, nonfinite_steps, norms, weights, outs, starts, active, loss_scale, eps, scale, constant,
+        fresh, accumulate, combine_out,
+    )  # fmt: skip
 
 
 def gramian(rows: Tensor) -> Tensor:

@@ -1,0 +1,75 @@
+"""What is asked of the CUDA driver: cooperative launches, and how many programs are resident at once."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from typing import Any
+
+import torch
+
+COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
+ENVIRONMENT = "DBMTL_TRITON_LAUNCHES"
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _call(name: str, *args: Any) -> None:
+    status = getattr(_driver(), name)(*args)
+    if status != 0:
+        raise RuntimeError(f"{name} failed with CUDA error {status}")
+
+
+def has_cooperative_launch(device: torch.device) -> bool:
+    """Whether the device can launch a grid whose programs wait for one another."""
+    handle, value = ctypes.c_int(), ctypes.c_int()
+    _call("cuDeviceGet", ctypes.byref(handle), ctypes.c_int(device.index or 0))
+    _call("cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(COOPERATIVE_LAUNCH), handle)
+    return bool(value.value)
+
+
+def resident_programs(function: int, num_threads: int, shared_bytes: int) -> int:
+    """Programs of a loaded kernel (a CUfunction) that one multiprocessor of the current device holds at once."""
+    count = ctypes.c_int()
+    _call(
+        "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+        ctypes.byref(count),
+        ctypes.c_void_p(function),
+        ctypes.c_int(num_threads),
+        ctypes.c_size_t(shared_bytes),
+    )
+    return count.value
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors; 1 where there is none (the interpreter on a CPU)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def launches(device: torch.device) -> tuple[int, str]:
+    """How many launches `balance_` takes on the device, and why.
+
+    ``DBMTL_TRITON_LAUNCHES`` = 1 or 2 decides; without it, one launch wherever the device can launch cooperatively.
+
+    Raises:
+        ValueError: another value of the variable.
+        RuntimeError: one launch asked for on a device that cannot.
+    """
+    return _launches(os.environ.get(ENVIRONMENT, ""), device)
+
+
+@cache
+def _launches(asked: str, device: torch.device) -> tuple[int, str]:
+    if asked not in ("", "1", "2"):
+        raise ValueError(f"{ENVIRONMENT} must be 1 or 2, got {asked!r}")
+    if asked == "2":
+        return 2, f"{ENVIRONMENT}=2"
+    able = device.type != "cuda" or has_cooperative_launch(device)
+    if asked == "1" and not able:
+        raise RuntimeError(f"{ENVIRONMENT}=1 was asked for but {device} cannot launch cooperatively")
+    return (1, "cooperative launch") if able else (2, "the device cannot launch cooperatively")

@@ -1,0 +1,292 @@
+"""Grids, workspaces and launches of the Triton kernels. Every launch goes through `_launch`."""
+
+from __future__ import annotations
+
+import struct
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import device as driver
+from . import rows as row_kernels
+from . import tables
+from .dense import balance_kernel, combine_kernel, update_kernel
+from .tuning import Tuning, choose
+
+# Under TRITON_INTERPRET=1 kernels are plain Python, and their programs run one after another.
+INTERPRETED = not isinstance(balance_kernel, triton.runtime.JITFunction)
+# The interpreter has no multiprocessors: this many programs stand for them where none waits for another.
+INTERPRETED_PROGRAMS = 3
+CHUNK = 8192
+MAX_GRAMIAN_TASKS = 64
+GRAMIAN_TILES = 16
+
+
+def _bits(x: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", x))[0])
+
+
+def _pad(num_tasks: int, least: int = 2) -> int:
+    return max(least, int(triton.next_power_of_2(num_tasks)))
+
+
+def _vector(*sizes: int) -> int:
+    """The largest of 8, 4, 1 that divides all: how many elements the compiler may take together."""
+    return next(v for v in (8, 4, 1) if all(size % v == 0 for size in sizes))
+
+
+def _launch(kernel: Any, grid: int, *args: Any, warps: int, cooperative: bool = False, **meta: Any) -> None:
+    """One launch. Multiplications and additions are not fused, so that state has the bits of the CPU kernels."""
+    if not INTERPRETED:
+        meta |= {"num_warps": warps, "enable_fp_fusion": False}
+        if cooperative:
+            meta["launch_cooperative_grid"] = True
+    kernel[(grid,)](*args, **meta)
+
+
+class Workspace:
+    """Scratch of one stream: slots, weights, and the counters that set themselves back to zero."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._slots = torch.empty(0, dtype=torch.float64, device=device)
+        self._weights = torch.empty(0, dtype=torch.float64, device=device)
+        self.counters = torch.zeros(4, dtype=torch.int32, device=device)
+
+    @property
+    def barrier(self) -> Tensor:
+        """Two counters of the grid barrier."""
+        return self.counters[:2]
+
+    @property
+    def ticket(self) -> Tensor:
+        """The counter of whoever is last."""
+        return self.counters[2:3]
+
+    def slots(self, count: int) -> Tensor:
+        """Room for ``count`` numbers; what is in it is undefined."""
+        if self._slots.numel() < count:
+            self._slots = torch.empty(count, dtype=torch.float64, device=self._device)
+        return self._slots
+
+    def weights(self, count: int) -> Tensor:
+        """Room for ``count`` numbers, apart from the slots."""
+        if self._weights.numel() < count:
+            self._weights = torch.empty(count, dtype=torch.float64, device=self._device)
+        return self._weights
+
+
+_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+
+
+def workspace(device: torch.device) -> Workspace:
+    """The workspace of the current stream. A captured launch gets its own, cleared within the graph."""
+    if device.type == "cpu":
+        stream = 0
+    elif torch.cuda.is_current_stream_capturing():
+        return Workspace(device)
+    else:
+        stream = torch.cuda.current_stream(device).cuda_stream
+    found = _workspaces.get((device, stream))
+    if found is None:
+        found = _workspaces[device, stream] = Workspace(device)
+    return found
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensors' own."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def _tuning(kernel: str, device: torch.device, size: int) -> Tuning:
+    return choose(kernel, _capability(device), size)
+
+
+def _programs(device: torch.device, tuning: Tuning, tiles: int) -> int:
+    """Programs of a persistent grid in which none waits for another."""
+    most = INTERPRETED_PROGRAMS if INTERPRETED else driver.multiprocessors(device) * tuning.programs
+    return max(1, min(tiles, most))
+
+
+_resident: dict[Any, int] = {}
+
+
+def _resident_programs(device: torch.device, kernel: Any, args: tuple[Any, ...], warps: int, meta: Any) -> int:
+    """How many programs of a cooperative kernel a multiprocessor holds; asked once for each specialisation."""
+    dtypes = tuple((a.dtype, a.data_ptr() % 16 == 0) for a in args if isinstance(a, Tensor))
+    key = (device, kernel, dtypes, warps, tuple(sorted(meta.items())))
+    found = _resident.get(key)
+    if found is None:
+        compiled = kernel.warmup(
+            *args, grid=(1,), num_warps=warps, enable_fp_fusion=False, launch_cooperative_grid=True, **meta
+        )
+        compiled._init_handles()
+        found = driver.resident_programs(compiled.function, 32 * warps, compiled.metadata.shared)
+        if found < 1:
+            raise RuntimeError(f"{kernel.__name__} does not fit on {device} with {warps} warps")
+        _resident[key] = found
+    return found
+
+
+def balance_(
+    grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float, seed: int | None
+) -> tuple[Tensor, Tensor]:
+    """See `functional.balance_`: one cooperative launch, or two (`device.launches`)."""
+    num_tasks, num_params = ema.shape
+    device = ema.device
+    out = torch.empty(num_params, dtype=grads.dtype, device=device)
+    norms = torch.empty(num_tasks, dtype=torch.float64 if ema.dtype == torch.float64 else torch.float32, device=device)
+    grad_stride = grads.stride(0) if num_tasks > 1 else num_params
+    vec = _vector(num_params, grad_stride)
+    units, grad_units = num_params // vec, grad_stride // vec
+    tuning = _tuning("balance", device, num_params)
+    tiles = -(-num_params // tuning.block)
+    pad = _pad(num_tasks)
+    common: dict[str, Any] = {"K": num_tasks, "K_PAD": pad, "VEC": vec, "BLOCK": tuning.block}
+    weighing: dict[str, Any] = {"SCALE": scale, "UNROLL": tuning.unroll}
+    rounding: dict[str, Any] = {"STOCHASTIC": seed is not None}
+    decay, gain, eps_bits, constant_bits = _bits(beta), _bits(1.0 - beta), _bits(eps), _bits(constant)
+    with _on(device):
+        space = workspace(device)
+        most = driver.multiprocessors(device) * tuning.programs
+        slots = space.slots(max(most, INTERPRETED_PROGRAMS) * pad)
+        weights = space.weights(max(most, INTERPRETED_PROGRAMS) * 2 * num_tasks)
+        if driver.launches(device)[0] == 1:
+            args = (
+                grads, ema, out, norms, slots, weights, space.barrier, units, grad_units, decay, gain, eps_bits,
+                constant_bits, seed or 0,
+            )  # fmt: skip
+            meta = {**common, **weighing, **rounding}
+            grid = 1  # interpreted, programs run one after another: two would wait for each other for ever
+            if not INTERPRETED:
+                per = min(tuning.programs, _resident_programs(device, balance_kernel, args, tuning.warps, meta))
+                grid = max(1, min(tiles, driver.multiprocessors(device) * per))
+            _launch(balance_kernel, grid, *args, warps=tuning.warps, cooperative=True, **meta)
+        else:
+            grid = _programs(device, tuning, tiles)
+            _launch(
+                update_kernel, grid, grads, ema, slots, units, grad_units, decay, gain, seed or 0,
+                warps=tuning.warps, **common, **rounding,
+            )  # fmt: skip
+            _launch(
+                combine_kernel, grid, ema, out, norms, slots, weights, units, grid, eps_bits, constant_bits,
+                warps=tuning.warps, **common, **weighing,
+            )  # fmt: skip
+    return out, norms
+
+
+def accumulate_(
+    row: Tensor,
+    sumsq: Tensor,
+    grads: list[Tensor | None],
+    segments: Tensor,
+    decay: float,
+    gain: float,
+    loss_scale: Tensor | None,
+    seed: int | None,
+) -> None:
+    """See `ops.accumulate_`: one launch."""
+    device = row.device
+    tuning = _tuning("accumulate", device, row.numel())
+    with _on(device):
+        table, codes = tables.addresses(grads, device)
+        chunks, aligned = tables.chunks(segments, CHUNK, device)
+        grid = _programs(device, tuning, len(chunks))
+        space = workspace(device)
+        _launch(
+            row_kernels.accumulate_kernel, grid, row, table, chunks, sumsq, space.slots(grid), space.ticket,
+            None if loss_scale is None else loss_scale.to(device), len(chunks), _bits(decay), _bits(gain), seed or 0,
+            F32=0 in codes, BF16=1 in codes, F16=2 in codes, F64=3 in codes,
+            ROW_ALIGNED=aligned and row.data_ptr() % 16 == 0, BLOCK=tuning.block, STOCHASTIC=seed is not None,
+            warps=tuning.warps,
+        )  # fmt: skip
+
+
+def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) -> None:
+    """See `ops.combine_out`: one launch."""
+    num_tasks, num_params = rows.shape
+    device = rows.device
+    tuning = _tuning("combine", device, num_params)
+    stride = rows.stride(0) if num_tasks > 1 else num_params
+    vec = _vector(num_params, stride)
+    grid = _programs(device, tuning, -(-num_params // tuning.block))
+    with _on(device):
+        _launch(
+            row_kernels.combine_out_kernel, grid, rows, weights.contiguous(), out, num_params // vec, stride // vec,
+            int(accumulate), K=num_tasks, VEC=vec, BLOCK=tuning.block, UNROLL=tuning.unroll, warps=tuning.warps,
+        )  # fmt: skip
+
+
+def balance_rows_(
+    rows: Tensor,
+    sumsq: Tensor,
+    broken: Tensor,
+    nonfinite_steps: Tensor,
+    norms: Tensor,
+    weights: Tensor,
+    outs: list[Tensor],
+    starts: list[int],
+    active: Tensor | None,
+    loss_scale: Tensor | None,
+    eps: float,
+    scale: str,
+    constant: float,
+    fresh: bool,
+    accumulate: bool,
+) -> None:
+    """See `ops.balance_rows_`: one launch for all of it."""
+    num_tasks, num_params = rows.shape
+    device = rows.device
+    tuning = _tuning("combine", device, num_params)
+    vec = _vector(rows.stride(0), *starts, *(out.numel() for out in outs))
+    groups: list[Any] = []
+    for out, start in zip(outs, starts, strict=True):
+        groups += (out, start // vec, out.numel() // vec)
+    groups += [None, 0, 0] * (4 - len(outs))
+    grid = _programs(device, tuning, -(-num_params // tuning.block))
+    with _on(device):
+        space = workspace(device)
+        _launch(
+            row_kernels.balance_rows_kernel, grid, rows, sumsq, broken.view(torch.uint8), nonfinite_steps, norms,
+            weights, None if active is None else active.view(torch.uint8),
+            None if loss_scale is None else loss_scale.to(device), space.weights(grid * 2 * num_tasks), space.ticket,
+            *groups, rows.stride(0) // vec, _bits(eps), _bits(constant), int(fresh), int(accumulate),
+            K=num_tasks, K_PAD=_pad(num_tasks), VEC=vec, BLOCK=tuning.block, SCALE=scale, UNROLL=tuning.unroll,
+            warps=tuning.warps,
+        )  # fmt: skip
+
+
+def gramian(rows: Tensor) -> Tensor:
+    """See `ops.gramian`: one launch over the rows, a small one to add the slots."""
+    num_tasks, num_params = rows.shape
+    if num_tasks > MAX_GRAMIAN_TASKS:
+        raise ValueError(f"gramian: {num_tasks} tasks, the triton backend takes at most {MAX_GRAMIAN_TASKS}")
+    device = rows.device
+    pad = _pad(num_tasks, 16)
+    tuning = _tuning("gramian", device, pad)
+    stride = rows.stride(0) if num_tasks > 1 else num_params
+    vec = _vector(num_params, stride)
+    grid = _programs(device, tuning, -(-num_params // (tuning.block * GRAMIAN_TILES)))
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    out = torch.empty(num_tasks, num_tasks, dtype=dtype, device=device)
+    with _on(device):
+        slots = workspace(device).slots(grid * pad * pad)
+        _launch(
+            row_kernels.gramian_kernel, grid, rows, slots, num_params // vec, stride // vec,
+            K=num_tasks, K_PAD=pad, VEC=vec, BLOCK=tuning.block, TILES=GRAMIAN_TILES, warps=tuning.warps,
+        )  # fmt: skip
+        _launch(
+            row_kernels.add_gramians_kernel, num_tasks, slots, out, grid, K=num_tasks, K_PAD=pad, COLUMNS=pad, warps=1
+        )
+    return out

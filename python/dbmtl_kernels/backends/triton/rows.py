@@ -1,0 +1,248 @@
+"""Kernels of the task-gradient buffer: gather a row from a list of gradients, combine rows, multiply them pairwise."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .kernels import combine_tile, double, is_last, offset, store_row, sum_slots, update, weights_of
+from .rounding import row_key, widen
+
+# Columns of the chunk table: segment, first element of it, column of that element in the row, elements.
+CHUNK_COLUMNS = tl.constexpr(4)
+SLOTS_AT_ONCE = tl.constexpr(1024)
+
+
+@triton.jit
+def gather_chunk(
+    row, address, start, column, count, decay, gain, key,
+    GRAD: tl.constexpr, GRAD_ALIGNED: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK,) squares of ``count`` new elements of the row. An address of 0 stands for zeros.
+
+    Whole blocks need no mask, so they are loaded 128 bits at a time where both sides are aligned; the rest follows.
+    """
+    wide: tl.constexpr = tl.float64 if row.dtype.element_ty == tl.float64 else tl.float32
+    lane = tl.arange(0, BLOCK)
+    has_grad = tl.zeros([BLOCK], tl.int64) + address != 0
+    reads = tl.zeros([BLOCK], wide) + decay != 0
+    grad = address.to(tl.pointer_type(GRAD)) + start
+    state = row + column
+    if GRAD_ALIGNED:
+        grad = tl.multiple_of(grad, 16)
+    if ROW_ALIGNED:
+        state = tl.multiple_of(state, 16)
+    squares = tl.zeros([BLOCK], tl.float64)
+    whole = count // BLOCK
+    for block in range(whole):
+        at = block * BLOCK
+        g = widen(tl.load(grad + at + lane, mask=has_grad, other=0.0, eviction_policy="evict_first"), wide)
+        m = widen(tl.load(state + at + lane, mask=reads, other=0.0), wide)
+        x = update(m, g, decay, gain, has_grad)
+        squares += store_row(state + at + lane, x, True, key, column + at, lane, STOCHASTIC)
+    at = whole * BLOCK
+    if at < count:
+        mask = lane < count - at
+        g = widen(tl.load(grad + at + lane, mask=mask & has_grad, other=0.0, eviction_policy="evict_first"), wide)
+        m = widen(tl.load(state + at + lane, mask=mask & reads, other=0.0), wide)
+        x = update(m, g, decay, gain, has_grad)
+        squares += store_row(state + at + lane, x, mask, key, column + at, lane, STOCHASTIC)
+    return squares
+
+
+@triton.jit
+def gather_aligned_or_not(
+    row, address, start, column, count, decay, gain, key,
+    GRAD: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """`gather_chunk`, asking whether the gradient's first element lies on 16 bytes."""
+    size: tl.constexpr = GRAD.primitive_bitwidth // 8
+    if (address + start * size) % 16 == 0:
+        squares = gather_chunk(
+            row, address, start, column, count, decay, gain, key, GRAD, True, ROW_ALIGNED, BLOCK, STOCHASTIC
+        )
+    else:
+        squares = gather_chunk(
+            row, address, start, column, count, decay, gain, key, GRAD, False, ROW_ALIGNED, BLOCK, STOCHASTIC
+        )
+    return squares
+
+
+@triton.jit(do_not_specialize=["num_chunks", "decay_bits", "gain_bits", "seed"])
+def accumulate_kernel(
+    row, addresses, chunks, sumsq, slots, ticket, loss_scale,
+    num_chunks: tl.int32, decay_bits: tl.int64, gain_bits: tl.int64, seed: tl.int64,
+    F32: tl.constexpr, BF16: tl.constexpr, F16: tl.constexpr, F64: tl.constexpr,
+    ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """``row <- decay * row + gain / loss_scale * grads`` over all chunks, and the sum of squares of what was stored.
+
+    ``addresses`` holds address and dtype (0 fp32, 1 bf16, 2 fp16, 3 fp64) of each gradient. F32 to F64 say which
+    dtypes are there, so that a list of one dtype compiles to no branch.
+    """
+    wide: tl.constexpr = tl.float64 if row.dtype.element_ty == tl.float64 else tl.float32
+    decay = double(decay_bits).to(wide)
+    gain = double(gain_bits)
+    if loss_scale is not None:
+        factor = tl.load(loss_scale).to(tl.float64)
+        gain = tl.where(factor == 0, 0.0, gain / tl.where(factor == 0, 1.0, factor))
+    gain = gain.to(wide)
+    key = row_key(seed, 0) if STOCHASTIC else 0
+    squares = tl.zeros([BLOCK], tl.float64)
+    for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+        entry = chunks + offset(chunk, CHUNK_COLUMNS)
+        segment = tl.load(entry)
+        start = tl.load(entry + 1)
+        column = tl.load(entry + 2)
+        count = tl.load(entry + 3).to(tl.int32)
+        address = tl.load(addresses + segment * 2)
+        dtype = tl.load(addresses + segment * 2 + 1)
+        if F32:
+            if dtype == 0:
+                squares += gather_aligned_or_not(
+                    row, address, start, column, count, decay, gain, key, tl.float32, ROW_ALIGNED, BLOCK, STOCHASTIC
+                )
+        if BF16:
+            if dtype == 1:
+                squares += gather_aligned_or_not(
+                    row, address, start, column, count, decay, gain, key, tl.bfloat16, ROW_ALIGNED, BLOCK, STOCHASTIC
+                )
+        if F16:
+            if dtype == 2:
+                squares += gather_aligned_or_not(
+                    row, address, start, column, count, decay, gain, key, tl.float16, ROW_ALIGNED, BLOCK, STOCHASTIC
+                )
+        if F64:
+            if dtype == 3:
+                squares += gather_aligned_or_not(
+                    row, address, start, column, count, decay, gain, key, tl.float64, ROW_ALIGNED, BLOCK, STOCHASTIC
+                )
+    tl.store(slots + tl.program_id(0), tl.sum(squares))
+    if is_last(ticket):
+        total = tl.sum(sum_slots(slots, tl.num_programs(0), 1, SLOTS_AT_ONCE))
+        tl.store(sumsq, total.to(sumsq.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["units", "stride_units", "accumulate"])
+def combine_out_kernel(
+    rows, weights, out, units: tl.int64, stride_units: tl.int64, accumulate: tl.int32,
+    K: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """``out <- (out if accumulate else 0) + sum_t weights[t] * rows[t]``."""
+    bound = units.to(tl.int64) * VEC
+    stride = stride_units.to(tl.int64) * VEC
+    for tile in range(tl.program_id(0), tl.cdiv(bound, BLOCK).to(tl.int32), tl.num_programs(0)):
+        combine_tile(rows, stride, weights, out, offset(tile, BLOCK), bound, accumulate, False, K, BLOCK, UNROLL)
+
+
+@triton.jit
+def combine_group(
+    rows, stride, weights, out, first, units, accumulate, forget,
+    K: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """The columns of one parameter dtype: ``units`` of them from ``first`` on, both in units of VEC."""
+    bound = units.to(tl.int64) * VEC
+    start = rows + first.to(tl.int64) * VEC
+    for tile in range(tl.program_id(0), tl.cdiv(bound, BLOCK).to(tl.int32), tl.num_programs(0)):
+        combine_tile(start, stride, weights, out, offset(tile, BLOCK), bound, accumulate, forget, K, BLOCK, UNROLL)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first0", "units0", "first1", "units1", "first2", "units2", "first3", "units3",
+        "stride_units", "eps_bits", "constant_bits", "fresh", "accumulate",
+    ]
+)  # fmt: skip
+def balance_rows_kernel(
+    rows, sumsq, broken, nonfinite_steps, norms_out, weights_out, active, loss_scale, scratch, ticket,
+    out0, first0: tl.int64, units0: tl.int64, out1, first1: tl.int64, units1: tl.int64,
+    out2, first2: tl.int64, units2: tl.int64, out3, first3: tl.int64, units3: tl.int64,
+    stride_units: tl.int64, eps_bits: tl.int64, constant_bits: tl.int64, fresh: tl.int32, accumulate: tl.int32,
+    K: tl.constexpr, K_PAD: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
+    """The end of an engine step: see `ops.balance_rows_`. Up to four outputs, one a parameter dtype."""
+    index = tl.arange(0, K_PAD)
+    task = index < K
+    squares = tl.load(sumsq + index, mask=task, other=0.0).to(tl.float64)
+    before = (tl.load(broken + index, mask=task, other=0) != 0) & (fresh == 0)
+    use = task
+    if active is not None:
+        use = use & (tl.load(active + index, mask=task, other=0) != 0)
+    now = task & ~(squares < float("inf"))
+    bad = before | now
+    norms, w = weights_of(squares, use & ~bad, double(eps_bits), double(constant_bits), K, K_PAD, SCALE)
+    carried = w
+    if loss_scale is not None:
+        factor = tl.load(loss_scale).to(tl.float64)
+        carried = tl.where(bad & (factor > 1), float("nan"), w * factor)
+    scratch += tl.program_id(0) * 2 * K
+    tl.store(scratch + index, carried, mask=task)
+    tl.store(scratch + K + index, bad.to(tl.float64), mask=task)
+    tl.debug_barrier()
+    forget = tl.sum(bad.to(tl.int32)) > 0
+    stride = stride_units.to(tl.int64) * VEC
+    combine_group(rows, stride, scratch, out0, first0, units0, accumulate, forget, K, VEC, BLOCK, UNROLL)
+    if out1 is not None:
+        combine_group(rows, stride, scratch, out1, first1, units1, accumulate, forget, K, VEC, BLOCK, UNROLL)
+    if out2 is not None:
+        combine_group(rows, stride, scratch, out2, first2, units2, accumulate, forget, K, VEC, BLOCK, UNROLL)
+    if out3 is not None:
+        combine_group(rows, stride, scratch, out3, first3, units3, accumulate, forget, K, VEC, BLOCK, UNROLL)
+    # Only when everybody has read the books may they be changed.
+    if is_last(ticket):
+        tl.store(norms_out + index, norms.to(norms_out.dtype.element_ty), mask=task)
+        tl.store(weights_out + index, w.to(weights_out.dtype.element_ty), mask=task)
+        counted = tl.load(nonfinite_steps + index, mask=task, other=0)
+        tl.store(nonfinite_steps + index, counted + (now & ~before).to(tl.int64), mask=task)
+        tl.store(broken + index, bad.to(tl.int8), mask=task)
+        tl.store(sumsq + index, tl.where(bad, 0.0, squares).to(sumsq.dtype.element_ty), mask=task)
+
+
+@triton.jit(do_not_specialize=["units", "stride_units"])
+def gramian_kernel(
+    rows, slots, units: tl.int64, stride_units: tl.int64,
+    K: tl.constexpr, K_PAD: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """This program's part of rows @ rows.T, (K_PAD, K_PAD) fp64, in its slots.
+
+    Products are summed in fp32 (fp64 of fp64 rows) over TILES tiles, then in fp64.
+    """
+    dtype: tl.constexpr = rows.dtype.element_ty
+    wide: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
+    # A bfloat16 is a tf32 too: one pass multiplies it exactly, an fp32 number takes three.
+    precision: tl.constexpr = "tf32x3" if dtype == tl.float32 else "tf32" if dtype == tl.bfloat16 else "ieee"
+    bound = units.to(tl.int64) * VEC
+    index = tl.arange(0, K_PAD)
+    lane = tl.arange(0, BLOCK)
+    pointers = rows + index[:, None].to(tl.int64) * (stride_units.to(tl.int64) * VEC) + lane[None, :]
+    total = tl.zeros([K_PAD, K_PAD], tl.float64)
+    span: tl.constexpr = BLOCK * TILES
+    for part in range(tl.program_id(0), tl.cdiv(bound, span).to(tl.int32), tl.num_programs(0)):
+        products = tl.zeros([K_PAD, K_PAD], wide)
+        for tile in range(TILES):
+            column = offset(part, span) + tile * BLOCK
+            mask = (index[:, None] < K) & (column + lane[None, :] < bound)
+            x = widen(tl.load(pointers + column, mask=mask, other=0.0), wide)
+            products = tl.dot(x, tl.trans(x), products, input_precision=precision, out_dtype=wide)
+        total += products.to(tl.float64)
+    at = index[:, None] * K_PAD + index[None, :]
+    tl.store(slots + tl.program_id(0).to(tl.int64) * K_PAD * K_PAD + at, total)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def add_gramians_kernel(
+    slots, gramian, num_slots: tl.int32, K: tl.constexpr, K_PAD: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The sum of the slots, in order, made symmetric to the bit; each program does one row of the matrix."""
+    row = tl.program_id(0)
+    index = tl.arange(0, COLUMNS)
+    upper = tl.zeros([COLUMNS], tl.float64)
+    lower = tl.zeros([COLUMNS], tl.float64)
+    for slot in range(num_slots):
+        base = slots + offset(slot, K_PAD * K_PAD)
+        upper += tl.load(base + row * K_PAD + index, mask=index < K, other=0.0)
+        lower += tl.load(base + index * K_PAD + row, mask=index < K, other=0.0)
+    half = 0.5 * (upper + lower)
+    tl.store(gramian + row * K + index, half.to(gramian.dtype.element_ty), mask=index < K)
