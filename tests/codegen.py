@@ -104,20 +104,26 @@ CASES = {
 }
 
 
+def dump(option, path):
+    tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
 def report(case, arch, kernel, compiled):
     ptx = compiled.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
+        usage, sass = (dump(option, file.name) for option in ("-res-usage", "-sass"))
+    registers, local = map(int, re.search(r"REG:(\d+) .*LOCAL:(\d+)", usage).groups())
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     accesses = {}
     for access in re.findall(r"(?:ld|st)\.(?:global|local)[\w:.]*|cp\.async\.c[ag]\.shared\.global[^;]*", ptx):
         name = " ".join(access.split()[:1]) + (" 16" if re.search(r", 0x10\b", access) else "")
         accesses[name] = accesses.get(name, 0) + 1
     return {
-        "case": case, "arch": arch, "kernel": kernel.__name__, "registers": registers, "stack": stack, "local": local,
+        "case": case, "arch": arch, "kernel": kernel.__name__, "registers": registers, "local": local,
+        "spills": spills, "instructions": len(re.findall(r"/\*[0-9a-f]{4}\*/", sass)),
         "warps": compiled.metadata.num_warps, "address64": ".address_size 64" in ptx, "accesses": accesses,
         "fused": len(re.findall(r"\bfma\.rn\.f32", ptx)), "flushed": ptx.count(".ftz"),
         "cooperative": compiled.metadata.launch_cooperative_grid,
@@ -126,8 +132,8 @@ def report(case, arch, kernel, compiled):
 
 def specialisations():
     """How many times each kernel is compiled in 12 steps of one layout in which every number changes."""
-    launches._launch = lambda kernel, grid, *args, warps, cooperative=False, **meta: kernel.warmup(
-        *args, grid=(grid,), num_warps=warps, **meta
+    launches._launch = lambda kernel, grid, *args, tuning, cooperative=False, **meta: kernel.warmup(
+        *args, grid=(grid,), **meta, **launches._options(tuning, cooperative)
     )
     before = {name: len(kernel.device_caches[90][0]) for name, kernel in KERNELS.items()}
     for step in range(12):
@@ -150,16 +156,16 @@ KERNELS = {
 
 def main(archs):
     launches._resident_programs = lambda *_: 2
+    launches._capability = lambda device: divmod(triton.runtime.driver.active.arch, 10)
     reports = []
     for arch in archs:
         triton.runtime.driver.set_active(Machine(arch))
         for case, run in CASES.items():
 
-            def compile_only(kernel, grid, *args, warps, cooperative=False, case=case, arch=arch, **meta):
-                meta |= {"num_warps": warps, "enable_fp_fusion": False}
-                if cooperative:
-                    meta["launch_cooperative_grid"] = True
-                reports.append(report(case, arch, kernel, kernel.warmup(*args, grid=(grid,), **meta)))
+            def compile_only(kernel, grid, *args, tuning, cooperative=False, case=case, arch=arch, **meta):
+                options = launches._options(tuning, cooperative)
+                compiled = kernel.warmup(*args, grid=(grid,), **meta, **options)
+                reports.append({**report(case, arch, kernel, compiled), "limit": tuning.registers})
 
             launches._launch = compile_only
             run()

@@ -10,7 +10,8 @@ import torch
 from dbmtl_kernels import ops, rounding
 from dbmtl_kernels.backends import native
 
-BACKENDS = ("native", "eager")
+ISAS = ("baseline", "avx2", "avx512")
+BACKENDS = ("native", "triton", "eager")
 GRADS = (torch.float32, torch.bfloat16, torch.float16)
 SEEDS = (0, 1, -1, 2**63 - 1, 123456789123456789)
 CPU = torch.device("cpu")
@@ -94,8 +95,7 @@ def test_accumulate_gives_the_specified_bits(decay, backend):
                 expected[part] = rounded(updated(row[part], grad, decay, gain), seed, 0, begin)
         scale = None if loss_scale is None else torch.tensor(loss_scale)
         ops.accumulate_(row, sumsq, grads, torch.tensor(segments), decay, 0.7, scale, seed, backend)
-        # Of a zero the sign may differ: there is nothing to round in it.
-        assert ((bits(row) == expected) | ((bits(row) | expected) == 0x8000)).all()
+        assert np.array_equal(bits(row), expected)
         total = sum(float(row[begin : begin + size].double().square().sum()) for begin, size in segments)
         assert float(sumsq) == pytest.approx(total, rel=1e-6)
 
@@ -112,7 +112,7 @@ def test_same_bits_for_any_thread_count_and_instruction_set():
 
     first, best = run(), native.isa()
     try:
-        for isa in ("baseline", "avx2", "avx512")[: ("baseline", "avx2", "avx512").index(best) + 1]:
+        for isa in ISAS[: ISAS.index(best) + 1]:
             native.set_isa(isa)
             for threads in (1, 2, 3, 7):
                 torch.set_num_threads(threads)
@@ -121,7 +121,7 @@ def test_same_bits_for_any_thread_count_and_instruction_set():
         native.set_isa(None)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS[: ISAS.index(native.isa()) + 1])
 @pytest.mark.parametrize("column", [2**32 - 24, 2**32 - 16, 2**32 - 3, 2**32 + 1, 5 * 2**32 - 40])
 def test_columns_beyond_32_bits(column, isa):
     x = torch.randn(77)
@@ -134,9 +134,6 @@ def test_columns_beyond_32_bits(column, isa):
     segments, grads = (ctypes.c_int64 * 2)(column, 77), (ctypes.c_void_p * 1)(x.data_ptr())
     try:
         native.set_isa(isa)
-    except ValueError:
-        pytest.skip(f"no {isa} here")
-    try:
         status = native._library().dbmtl_accumulate(
             row, 2, 1, segments, grads, bytes(1), 0.0, 1.0, ctypes.byref(sumsq), 1, 9, 1, None
         )
@@ -251,7 +248,7 @@ def test_the_c_abi_rounds_nothing_but_bfloat16_stochastically(dtype):
         assert (tensor == 1).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["native", "eager"])
 def test_a_slow_average_moves_only_when_rounded_stochastically(backend):
     steps, size, beta = 500, 4096, 0.999
     grads = torch.full((1, size), 1.5)  # a step adds 0.0005, half a unit in the last place is 0.0039

@@ -34,8 +34,9 @@ def _update(
     """
     work = _arithmetic(row.dtype)
     if key is not None:
-        new = row.to(work) * decay if decay != 0.0 else torch.zeros_like(row, dtype=work)
-        row.copy_(to_bfloat16(new if grad is None else new + grad.to(work) * gain, key, column))
+        terms = [] if decay == 0.0 else [row.to(work) * decay]
+        terms += [] if grad is None else [grad.to(work) * gain]
+        row.copy_(to_bfloat16(sum(terms[1:], terms[0]), key, column) if terms else torch.zeros_like(row))
     elif grad is None:
         row.zero_() if decay == 0.0 else row.mul_(decay)
     elif decay == 0.0:  # nothing is left of the state: do not read it
@@ -79,8 +80,9 @@ def accumulate_(
     """See `ops.accumulate_`."""
     scaled: float | Tensor = gain
     if loss_scale is not None:
-        factor = loss_scale.to(_arithmetic(row.dtype))
-        scaled = torch.where(factor == 0, 0.0, gain / factor)
+        exact = torch.float32 if row.device.type == "mps" else torch.float64
+        factor = loss_scale.reshape(()).to(row.device, exact)
+        scaled = torch.where(factor == 0, 0.0, gain / factor).to(_arithmetic(row.dtype))
     total = torch.zeros_like(sumsq)
     key = None if seed is None else row_key(seed, 0)
     for grad, (offset, numel) in zip(grads, segments.tolist(), strict=True):

@@ -21,7 +21,8 @@ from .tuning import Tuning, choose
 INTERPRETED = not isinstance(balance_kernel, triton.runtime.JITFunction)
 # The interpreter has no multiprocessors: this many programs stand for them where none waits for another.
 INTERPRETED_PROGRAMS = 3
-CHUNK = 8192
+# Blocks of a gradient that a program gathers after one look at the tables.
+CHUNK_BLOCKS = 8
 MAX_GRAMIAN_TASKS = 64
 GRAMIAN_TILES = 16
 
@@ -39,13 +40,15 @@ def _vector(*sizes: int) -> int:
     return next(v for v in (8, 4, 1) if all(size % v == 0 for size in sizes))
 
 
-def _launch(kernel: Any, grid: int, *args: Any, warps: int, cooperative: bool = False, **meta: Any) -> None:
-    """One launch. Multiplications and additions are not fused, so that state has the bits of the CPU kernels."""
-    if not INTERPRETED:
-        meta |= {"num_warps": warps, "enable_fp_fusion": False}
-        if cooperative:
-            meta["launch_cooperative_grid"] = True
-    kernel[(grid,)](*args, **meta)
+def _options(tuning: Tuning, cooperative: bool = False) -> dict[str, Any]:
+    """For the compiler. Products and sums are not fused, so that state has the bits of the CPU kernels."""
+    options = {"num_warps": tuning.warps, "maxnreg": tuning.registers, "enable_fp_fusion": False}
+    return {**options, "launch_cooperative_grid": True} if cooperative else options
+
+
+def _launch(kernel: Any, grid: int, *args: Any, tuning: Tuning, cooperative: bool = False, **meta: Any) -> None:
+    options = {} if INTERPRETED else _options(tuning, cooperative)
+    kernel[(grid,)](*args, **meta, **options)
 
 
 class Workspace:
@@ -110,7 +113,10 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _tuning(kernel: str, device: torch.device, size: int) -> Tuning:
-    return choose(kernel, _capability(device), size)
+    tuning = choose(kernel, _capability(device), size)
+    if INTERPRETED:  # every block costs the same there, however long: at most a dozen or so a row
+        tuning = tuning._replace(block=max(tuning.block, int(triton.next_power_of_2(size // 16 + 1))))
+    return tuning
 
 
 def _programs(device: torch.device, tuning: Tuning, tiles: int) -> int:
@@ -122,19 +128,17 @@ def _programs(device: torch.device, tuning: Tuning, tiles: int) -> int:
 _resident: dict[Any, int] = {}
 
 
-def _resident_programs(device: torch.device, kernel: Any, args: tuple[Any, ...], warps: int, meta: Any) -> int:
+def _resident_programs(device: torch.device, kernel: Any, args: tuple[Any, ...], tuning: Tuning, meta: Any) -> int:
     """How many programs of a cooperative kernel a multiprocessor holds; asked once for each specialisation."""
     dtypes = tuple((a.dtype, a.data_ptr() % 16 == 0) for a in args if isinstance(a, Tensor))
-    key = (device, kernel, dtypes, warps, tuple(sorted(meta.items())))
+    key = (device, kernel, dtypes, tuning, tuple(sorted(meta.items())))
     found = _resident.get(key)
     if found is None:
-        compiled = kernel.warmup(
-            *args, grid=(1,), num_warps=warps, enable_fp_fusion=False, launch_cooperative_grid=True, **meta
-        )
+        compiled = kernel.warmup(*args, grid=(1,), **meta, **_options(tuning, cooperative=True))
         compiled._init_handles()
-        found = driver.resident_programs(compiled.function, 32 * warps, compiled.metadata.shared)
+        found = driver.resident_programs(compiled.function, 32 * tuning.warps, compiled.metadata.shared)
         if found < 1:
-            raise RuntimeError(f"{kernel.__name__} does not fit on {device} with {warps} warps")
+            raise RuntimeError(f"{kernel.__name__} does not fit on {device} with {tuning.warps} warps")
         _resident[key] = found
     return found
 
@@ -170,18 +174,18 @@ def balance_(
             meta = {**common, **weighing, **rounding}
             grid = 1  # interpreted, programs run one after another: two would wait for each other for ever
             if not INTERPRETED:
-                per = min(tuning.programs, _resident_programs(device, balance_kernel, args, tuning.warps, meta))
+                per = min(tuning.programs, _resident_programs(device, balance_kernel, args, tuning, meta))
                 grid = max(1, min(tiles, driver.multiprocessors(device) * per))
-            _launch(balance_kernel, grid, *args, warps=tuning.warps, cooperative=True, **meta)
+            _launch(balance_kernel, grid, *args, tuning=tuning, cooperative=True, **meta)
         else:
             grid = _programs(device, tuning, tiles)
             _launch(
                 update_kernel, grid, grads, ema, slots, units, grad_units, decay, gain, seed or 0,
-                warps=tuning.warps, **common, **rounding,
+                tuning=tuning, **common, **rounding,
             )  # fmt: skip
             _launch(
                 combine_kernel, grid, ema, out, norms, slots, weights, units, grid, eps_bits, constant_bits,
-                warps=tuning.warps, **common, **weighing,
+                tuning=tuning, **common, **weighing,
             )  # fmt: skip
     return out, norms
 
@@ -201,7 +205,7 @@ def accumulate_(
     tuning = _tuning("accumulate", device, row.numel())
     with _on(device):
         table, codes = tables.addresses(grads, device)
-        chunks, aligned = tables.chunks(segments, CHUNK, device)
+        chunks, aligned = tables.chunks(segments, CHUNK_BLOCKS * tuning.block, device)
         grid = _programs(device, tuning, len(chunks))
         space = workspace(device)
         _launch(
@@ -209,7 +213,7 @@ def accumulate_(
             None if loss_scale is None else loss_scale.to(device), len(chunks), _bits(decay), _bits(gain), seed or 0,
             F32=0 in codes, BF16=1 in codes, F16=2 in codes, F64=3 in codes,
             ROW_ALIGNED=aligned and row.data_ptr() % 16 == 0, BLOCK=tuning.block, STOCHASTIC=seed is not None,
-            warps=tuning.warps,
+            tuning=tuning,
         )  # fmt: skip
 
 
@@ -224,7 +228,7 @@ def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) ->
     with _on(device):
         _launch(
             row_kernels.combine_out_kernel, grid, rows, weights.contiguous(), out, num_params // vec, stride // vec,
-            int(accumulate), K=num_tasks, VEC=vec, BLOCK=tuning.block, UNROLL=tuning.unroll, warps=tuning.warps,
+            int(accumulate), K=num_tasks, VEC=vec, BLOCK=tuning.block, UNROLL=tuning.unroll, tuning=tuning,
         )  # fmt: skip
 
 
@@ -263,7 +267,7 @@ def balance_rows_(
             None if loss_scale is None else loss_scale.to(device), space.weights(grid * 2 * num_tasks), space.ticket,
             *groups, rows.stride(0) // vec, _bits(eps), _bits(constant), int(fresh), int(accumulate),
             K=num_tasks, K_PAD=_pad(num_tasks), VEC=vec, BLOCK=tuning.block, SCALE=scale, UNROLL=tuning.unroll,
-            warps=tuning.warps,
+            tuning=tuning,
         )  # fmt: skip
 
 
@@ -284,9 +288,10 @@ def gramian(rows: Tensor) -> Tensor:
         slots = workspace(device).slots(grid * pad * pad)
         _launch(
             row_kernels.gramian_kernel, grid, rows, slots, num_params // vec, stride // vec,
-            K=num_tasks, K_PAD=pad, VEC=vec, BLOCK=tuning.block, TILES=GRAMIAN_TILES, warps=tuning.warps,
+            K=num_tasks, K_PAD=pad, VEC=vec, BLOCK=tuning.block, TILES=GRAMIAN_TILES, tuning=tuning,
         )  # fmt: skip
         _launch(
-            row_kernels.add_gramians_kernel, num_tasks, slots, out, grid, K=num_tasks, K_PAD=pad, COLUMNS=pad, warps=1
-        )
+            row_kernels.add_gramians_kernel, num_tasks, slots, out, grid, K=num_tasks, K_PAD=pad, COLUMNS=pad,
+            tuning=tuning,
+        )  # fmt: skip
     return out

@@ -166,7 +166,7 @@ def balance_rows_kernel(
     index = tl.arange(0, K_PAD)
     task = index < K
     squares = tl.load(sumsq + index, mask=task, other=0.0).to(tl.float64)
-    before = (tl.load(broken + index, mask=task, other=0) != 0) & (fresh == 0)
+    before = (tl.load(broken + index, mask=task, other=0) != 0) & (tl.zeros([K_PAD], tl.int32) + fresh == 0)
     use = task
     if active is not None:
         use = use & (tl.load(active + index, mask=task, other=0) != 0)
@@ -176,7 +176,7 @@ def balance_rows_kernel(
     carried = w
     if loss_scale is not None:
         factor = tl.load(loss_scale).to(tl.float64)
-        carried = tl.where(bad & (factor > 1), float("nan"), w * factor)
+        carried = tl.where(bad & (tl.zeros([K_PAD], tl.float64) + factor > 1), float("nan"), w * factor)
     scratch += tl.program_id(0) * 2 * K
     tl.store(scratch + index, carried, mask=task)
     tl.store(scratch + K + index, bad.to(tl.float64), mask=task)

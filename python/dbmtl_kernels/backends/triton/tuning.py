@@ -1,8 +1,9 @@
 """Block sizes and warps, chosen from a table; nothing is tried out at run time.
 
-``programs`` bounds how many programs a multiprocessor gets in a persistent grid. What stands beside each line is
-what the compiler reports for sm_90 (fp32 state and gradients, K = 3; tests/test_codegen.py holds it to that): registers
-a thread and bytes that one multiprocessor has in flight. Times: not yet measured.
+``programs`` bounds how many programs a multiprocessor gets in a persistent grid; ``registers`` is the compiler's limit for
+a thread, so that they fit there together (65,536 / (32 x warps x registers)) and none of the kernels spills on sm_80, 90
+or 100 (tests/test_codegen.py). "in flight" is what one multiprocessor then asks for at once, in fp32: some 23 kB are
+needed to keep 4.3 TB/s busy for 700 ns. That is arithmetic on the compiler's report; times are not yet measured.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ class Tuning(NamedTuple):
     block: int
     warps: int
     programs: int
+    registers: int
     unroll: int = 1
 
 
@@ -28,13 +30,18 @@ class _Line(NamedTuple):
 
 _ANY = 2**63
 TABLE = (
-    # A small problem: smaller tiles, so that every multiprocessor gets some.
-    _Line("balance", (0, 0), 1 << 20, Tuning(block=1024, warps=4, programs=2, unroll=4)),
-    _Line("balance", (0, 0), _ANY, Tuning(block=4096, warps=8, programs=2, unroll=4)),
-    _Line("accumulate", (0, 0), _ANY, Tuning(block=2048, warps=8, programs=3)),
-    _Line("combine", (0, 0), _ANY, Tuning(block=2048, warps=8, programs=4, unroll=4)),
-    _Line("gramian", (0, 0), 32, Tuning(block=64, warps=4, programs=2)),
-    _Line("gramian", (0, 0), _ANY, Tuning(block=64, warps=8, programs=1)),
+    # A small problem: smaller tiles, so that every multiprocessor gets some. In flight: 4 x 128 x 64 B = 33 kB.
+    _Line("balance", (0, 0), 1 << 20, Tuning(block=1024, warps=4, programs=4, registers=128, unroll=4)),
+    # In flight: 2 x 256 x 128 B = 66 kB in phase one, as much in phase two.
+    _Line("balance", (0, 0), _ANY, Tuning(block=4096, warps=8, programs=2, registers=128, unroll=4)),
+    # In flight: 4 x 128 x 64 B = 33 kB. Many small programs, as each chunk begins with a look at the tables.
+    _Line("accumulate", (0, 0), _ANY, Tuning(block=1024, warps=4, programs=4, registers=128)),
+    # In flight: 2 x 256 x 128 B = 66 kB, with four rows unrolled.
+    _Line("combine", (0, 0), _ANY, Tuning(block=2048, warps=8, programs=2, registers=96, unroll=4)),
+    # Bound by arithmetic rather than by memory where K is large; smaller tiles where sm_80 would spill.
+    _Line("gramian", (0, 0), 32, Tuning(block=64, warps=4, programs=2, registers=255)),
+    _Line("gramian", (9, 0), _ANY, Tuning(block=32, warps=8, programs=1, registers=255)),
+    _Line("gramian", (0, 0), _ANY, Tuning(block=16, warps=8, programs=1, registers=255)),
 )
 
 
