@@ -1,7 +1,7 @@
 """Compiles every Triton kernel ahead of time, as it would be launched, and prints what came out as JSON.
 
-A process of its own (``python codegen.py 80 90 100``), as kernels are plain Python once TRITON_INTERPRET is set. No GPU:
-Triton is told that one of the architecture is there, and each launch stops after compiling.
+A process of its own (``python codegen.py 80 90 100``), as kernels are plain Python once TRITON_INTERPRET is set. There
+is no GPU: Triton is told that one of the architecture is there, and each launch stops after compiling.
 """
 
 import json

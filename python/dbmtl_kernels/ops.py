@@ -195,7 +195,7 @@ def balance_rows_(
     ``outs[i] <- (outs[i] if accumulate else 0) + loss_scale * sum_t weights[t] * rows[t, starts[i] :]``.
 
     Args:
-        rows: (K, P) float32, bfloat16 or float64; rows of broken tasks are set to zero.
+        rows: (K, P) float32, bfloat16 or float64; those of broken tasks are set to zero in the columns of ``outs``.
         sumsq: (K,) float32 or float64, sums of squares of the rows; set to zero where broken.
         broken: (K,) bool, the tasks found broken earlier in this step; updated.
         nonfinite_steps: (K,) int64; counts a task that breaks.

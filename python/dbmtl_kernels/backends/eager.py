@@ -135,18 +135,19 @@ def balance_rows_(
     weights.copy_(max_norm_weights(found, eps, constant if scale == "constant" else scale, use))
     nonfinite_steps += now & ~before
     broken.copy_(bad)
-    if rows.device.type != "cpu":
-        rows.masked_fill_(bad[:, None], 0.0)
-    else:  # no need to touch the others
-        for task in bad.nonzero().flatten().tolist():
-            rows[task].zero_()
     sumsq.masked_fill_(bad, 0.0)
     carried = weights
     if loss_scale is not None:
         factor = loss_scale.reshape(()).to(weights.device, weights.dtype)
         carried = torch.where(bad & (factor > 1), torch.nan, weights * factor)
     for out, start in zip(outs, starts, strict=True):
-        combine(rows[:, start : start + out.numel()], carried, out, accumulate)
+        part = rows[:, start : start + out.numel()]
+        if rows.device.type != "cpu":
+            part.masked_fill_(bad[:, None], 0.0)
+        else:  # no need to touch the others
+            for task in bad.nonzero().flatten().tolist():
+                part[task].zero_()
+        combine(part, carried, out, accumulate)
 
 
 def gramian(rows: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import os
 from functools import cache
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,8 +53,14 @@ def missing(device: torch.device) -> str | None:
         launches = _launches()
     except Exception as error:  # whatever a broken installation raises
         return f"triton {version} could not be imported: {error}"
-    if device.type == "cpu" and not launches.INTERPRETED:
+    if device.type != "cpu":
+        return None
+    if not launches.INTERPRETED:
         return "TRITON_INTERPRET=1 must be set before the kernels are first used"
+    try:  # triton 3.6's interpreter does not run with numpy 2.4
+        launches.combine_out(torch.ones(1, 1), torch.ones(1), torch.zeros(1), False)
+    except Exception as error:
+        return f"the interpreter of triton {version} fails with numpy {np.__version__} ({error}); numpy < 2.4 may help"
     return None
 
 

@@ -115,7 +115,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _tuning(kernel: str, device: torch.device, size: int) -> Tuning:
     tuning = choose(kernel, _capability(device), size)
     if INTERPRETED:  # every block costs the same there, however long: at most a dozen or so a row
-        tuning = tuning._replace(block=max(tuning.block, int(triton.next_power_of_2(size // 16 + 1))))
+        block = min(1 << 16, int(triton.next_power_of_2(size // 16 + 1)))
+        tuning = tuning._replace(block=max(tuning.block, block))
     return tuning
 
 
@@ -279,16 +280,17 @@ def gramian(rows: Tensor) -> Tensor:
     device = rows.device
     pad = _pad(num_tasks, 16)
     tuning = _tuning("gramian", device, pad)
+    block = max(16, tuning.block * 4 // rows.element_size())  # as many bytes of a row in every dtype
     stride = rows.stride(0) if num_tasks > 1 else num_params
     vec = _vector(num_params, stride)
-    grid = _programs(device, tuning, -(-num_params // (tuning.block * GRAMIAN_TILES)))
+    grid = _programs(device, tuning, -(-num_params // (block * GRAMIAN_TILES)))
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     out = torch.empty(num_tasks, num_tasks, dtype=dtype, device=device)
     with _on(device):
         slots = workspace(device).slots(grid * pad * pad)
         _launch(
             row_kernels.gramian_kernel, grid, rows, slots, num_params // vec, stride // vec,
-            K=num_tasks, K_PAD=pad, VEC=vec, BLOCK=tuning.block, TILES=GRAMIAN_TILES, tuning=tuning,
+            K=num_tasks, K_PAD=pad, VEC=vec, BLOCK=block, TILES=GRAMIAN_TILES, tuning=tuning,
         )  # fmt: skip
         _launch(
             row_kernels.add_gramians_kernel, num_tasks, slots, out, grid, K=num_tasks, K_PAD=pad, COLUMNS=pad,

@@ -1,8 +1,8 @@
 """Block sizes and warps, chosen from a table; nothing is tried out at run time.
 
-``programs`` bounds how many programs a multiprocessor gets in a persistent grid; ``registers`` is the compiler's limit for
-a thread, so that they fit there together (65,536 / (32 x warps x registers)) and none of the kernels spills on sm_80, 90
-or 100 (tests/test_codegen.py). "in flight" is what one multiprocessor then asks for at once, in fp32: some 23 kB are
+``programs`` bounds how many programs a multiprocessor gets in a persistent grid; ``registers`` is the compiler's limit
+for a thread, so that they fit there together (65,536 / (32 x warps x registers)) and nothing spills on sm_80, 90 or 100
+(tests/test_codegen.py). "in flight" is what one multiprocessor then asks for at once, in fp32: some 23 kB are
 needed to keep 4.3 TB/s busy for 700 ns. That is arithmetic on the compiler's report; times are not yet measured.
 """
 

@@ -1,0 +1,107 @@
+"""What the compiler makes of every Triton kernel, for three architectures, with no GPU: see codegen.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ARCHITECTURES = (80, 90, 100)
+# Where an input's addresses or sizes rule out 128-bit accesses.
+SCALAR = ("dense, odd P", "accumulate, unaligned row")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "DBMTL_"))}
+    script = Path(__file__).parent / "codegen.py"
+    run = subprocess.run(
+        [sys.executable, str(script), *map(str, ARCHITECTURES)], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def reports(request, compiled):
+    return [report for report in compiled["reports"] if report["arch"] == request.param]
+
+
+def wide(access):
+    return ".v4.b32" in access or ".v2.b64" in access or access.endswith(" 16")
+
+
+def count(report, kind, select):
+    return sum(n for access, n in report["accesses"].items() if kind in access and select(access))
+
+
+def test_every_kernel_is_compiled(compiled, reports):
+    assert sorted({report["kernel"] for report in reports}) == compiled["kernels"]
+    assert len(compiled["kernels"]) == 8
+
+
+def test_registers_stay_within_the_bound_and_nothing_goes_to_local_memory(reports):
+    for report in reports:
+        where = report["case"], report["kernel"]
+        assert report["registers"] <= report["limit"], where
+        assert report["local"] == 0, where
+        assert report["spills"] == 0, where
+        assert not any(".local" in access for access in report["accesses"]), where
+
+
+def test_addresses_have_64_bits_and_products_are_not_fused(reports):
+    for report in reports:
+        assert report["address64"]
+        assert report["fused"] == 0, report["case"]  # state must have the bits of the CPU kernels
+        assert report["flushed"] == 0, report["case"]  # subnormals stay
+
+
+def test_the_main_path_moves_128_bits_at_a_time(reports):
+    """Gradients and rows are what is loaded with evict_first, or copied asynchronously for the Gramian."""
+    for report in reports:
+        case, kernel = report["case"], report["kernel"]
+        if case in SCALAR or kernel == "add_gramians_kernel":
+            continue
+        if kernel == "gramian_kernel":
+            assert count(report, "cp.async", wide) > 0, case
+            assert count(report, "ld.global", lambda access: True) == 0, case
+        else:
+            assert count(report, "evict_first", wide) > 0, case
+            assert count(report, "st.global", wide) > 0, case
+        if kernel in ("balance_kernel", "update_kernel", "combine_kernel", "combine_out_kernel", "balance_rows_kernel"):
+            assert count(report, "evict_first", lambda access: not wide(access)) == 0, case
+            # What else is loaded or stored one number at a time: sums, weights, counters, never a row.
+            narrow = count(report, "st.global", lambda access: not wide(access))
+            assert narrow <= 7, (case, report["accesses"])
+
+
+def test_gathering_is_vectorised_for_each_dtype(reports):
+    """The tail of a parameter and unaligned gradients go one by one; whole blocks must not."""
+    elements = 1024 // 128  # of a block, per thread
+    bits = {"fp32": 32, "bf16": 16, "fp16": 16, "fp64": 64}
+    for report in reports:
+        if report["kernel"] != "accumulate_kernel" or report["case"] in SCALAR or "mixed" in report["case"]:
+            continue
+        grad, state = report["case"].split()[1].strip(","), "bf16" if "bf16 state" in report["case"] else "fp32"
+        if grad == "fp64":
+            state = "fp64"
+        loads = elements * bits[grad] // 128
+        assert count(report, "evict_first", wide) == loads, report["accesses"]
+        stores = elements * bits[state] // 128
+        assert count(report, "st.global", wide) == 2 * stores, report["accesses"]  # gradients aligned, and not
+
+
+def test_the_dense_op_alone_is_launched_cooperatively(reports):
+    for report in reports:
+        assert report["cooperative"] == (report["kernel"] == "balance_kernel")
+
+
+def test_a_layout_compiles_a_handful_of_kernels(compiled):
+    """Twelve steps in which every number changes, gradients of two dtypes, parameters of five sizes."""
+    made = compiled["specialisations"]
+    assert made["accumulate_kernel"] == 2
+    assert made["balance_rows_kernel"] == 1
+    assert made["balance_kernel"] <= 1
+    assert sum(made.values()) <= 4
