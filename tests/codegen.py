@@ -100,7 +100,6 @@ CASES = {
     "gramian fp32": lambda: gramian(3, 1 << 16, F32),
     "gramian K=64": lambda: gramian(64, 1 << 16, F32),
     "gramian K=64 bf16": lambda: gramian(64, 1 << 16, BF16),
-    "gramian K=64 fp64": lambda: gramian(64, 1 << 16, F64),
 }
 
 

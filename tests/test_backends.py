@@ -113,6 +113,13 @@ def test_report():
     assert "native" in lines
     assert "will be used" in lines
     assert "eager: works, not used unless asked for" in lines
+    if not torch.cuda.is_available():
+        assert "triton (balance_ in 1 launch: interpreted): works" in lines
+        plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        lines = subprocess.run(
+            [sys.executable, "-m", "dbmtl_kernels"], capture_output=True, text=True, check=True, env=plain
+        ).stdout
+        assert "triton: not available: it serves CUDA tensors, and CPU tensors only under TRITON_INTERPRET=1" in lines
 
 
 def test_importing_is_light():

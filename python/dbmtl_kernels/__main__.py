@@ -14,6 +14,15 @@ from . import backends
 from .backends import native
 
 
+def _detail(name: str, device: torch.device) -> str:
+    if name == "native":
+        return native.isa()
+    from .backends.triton.device import launches
+
+    count, reason = launches(device)
+    return f"balance_ in {count} launch{'es' if count > 1 else ''}: {reason}"
+
+
 def report() -> list[str]:
     """The lines that the command prints."""
     lines = [
@@ -26,10 +35,10 @@ def report() -> list[str]:
         lines.append(f"{backends.ENVIRONMENT}={asked}")
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
-        devices.append(torch.device("cuda"))
+        devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in devices:
         chosen = backends.resolve("auto", device)
-        lines.append(f"tensors on {device.type}:")
+        lines.append(f"tensors on {device}:")
         for name in backends.NAMES:
             backend = backends.get(name)
             reason = backend.missing(device)
@@ -39,7 +48,7 @@ def report() -> list[str]:
                 state = "works, not used unless asked for"
             else:
                 state = f"not available: {reason}"
-            detail = f" ({native.isa()})" if name == "native" and reason is None else ""
+            detail = f" ({_detail(name, device)})" if name != "eager" and reason is None else ""
             lines.append(f"  {name}{detail}: {state}")
     return lines
 

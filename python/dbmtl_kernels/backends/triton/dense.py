@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import combine_tile, double, grid_barrier, offset, store_row, sum_slots, update, weights_of
+from .kernels import combine_tile, double, grid_barrier, not_finite, offset, store_row, sum_slots, update, weights_of
 from .rounding import row_key, widen
 
 SLOTS_AT_ONCE = tl.constexpr(2048)
@@ -47,7 +47,7 @@ def combine_rows(
     index = tl.arange(0, K_PAD)
     task = index < K
     norms, w = weights_of(sum_slots(slots, num_slots, K_PAD, SLOTS_AT_ONCE), task, eps, constant, K, K_PAD, SCALE)
-    broken = task & ~(norms < float("inf"))
+    broken = task & not_finite(norms)
     if tl.program_id(0) == 0:
         tl.store(norms_out + index, norms.to(norms_out.dtype.element_ty), mask=task)
     weights += tl.program_id(0) * 2 * K

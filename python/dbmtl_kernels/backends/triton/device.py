@@ -67,9 +67,11 @@ def launches(device: torch.device) -> tuple[int, str]:
 def _launches(asked: str, device: torch.device) -> tuple[int, str]:
     if asked not in ("", "1", "2"):
         raise ValueError(f"{ENVIRONMENT} must be 1 or 2, got {asked!r}")
-    if asked == "2":
+    if asked == "2" and device.type == "cuda":
         return 2, f"{ENVIRONMENT}=2"
-    able = device.type != "cuda" or has_cooperative_launch(device)
+    if device.type != "cuda":
+        return int(asked or 1), "interpreted"
+    able = has_cooperative_launch(device)
     if asked == "1" and not able:
         raise RuntimeError(f"{ENVIRONMENT}=1 was asked for but {device} cannot launch cooperatively")
     return (1, "cooperative launch") if able else (2, "the device cannot launch cooperatively")

@@ -30,6 +30,12 @@ def offset(index, size: tl.constexpr):
 
 
 @triton.jit
+def not_finite(x):
+    """Where ``x``, which is not negative, is infinite or NaN."""
+    return tl.where(x < INF, 0, 1) != 0
+
+
+@triton.jit
 def update(m, g, decay, gain, has_grad):
     """``decay * m + gain * g``; a missing term is left out, not added as zero, as the CPU kernels do."""
     decayed, gained = decay * m, gain * g

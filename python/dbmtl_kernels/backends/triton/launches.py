@@ -277,6 +277,9 @@ def gramian(rows: Tensor) -> Tensor:
     num_tasks, num_params = rows.shape
     if num_tasks > MAX_GRAMIAN_TASKS:
         raise ValueError(f"gramian: {num_tasks} tasks, the triton backend takes at most {MAX_GRAMIAN_TASKS}")
+    if rows.dtype == torch.float64:  # Triton 3.3 has no fp64 product; a rare case, and cuBLAS does it well
+        product = rows @ rows.T
+        return 0.5 * (product + product.T)
     device = rows.device
     pad = _pad(num_tasks, 16)
     tuning = _tuning("gramian", device, pad)
@@ -284,8 +287,7 @@ def gramian(rows: Tensor) -> Tensor:
     stride = rows.stride(0) if num_tasks > 1 else num_params
     vec = _vector(num_params, stride)
     grid = _programs(device, tuning, -(-num_params // (block * GRAMIAN_TILES)))
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    out = torch.empty(num_tasks, num_tasks, dtype=dtype, device=device)
+    out = torch.empty(num_tasks, num_tasks, device=device)
     with _on(device):
         slots = workspace(device).slots(grid * pad * pad)
         _launch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import combine_tile, double, is_last, offset, store_row, sum_slots, update, weights_of
+from .kernels import combine_tile, double, is_last, not_finite, offset, store_row, sum_slots, update, weights_of
 from .rounding import row_key, widen
 
 # Columns of the chunk table: segment, first element of it, column of that element in the row, elements.
@@ -54,11 +54,10 @@ def gather_chunk(
 @triton.jit
 def gather_aligned_or_not(
     row, address, start, column, count, decay, gain, key,
-    GRAD: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr,
+    GRAD: tl.constexpr, SIZE: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """`gather_chunk`, asking whether the gradient's first element lies on 16 bytes."""
-    size: tl.constexpr = GRAD.primitive_bitwidth // 8
-    if (address + start * size) % 16 == 0:
+    """`gather_chunk`, asking whether the gradient's first element, of SIZE bytes, lies on 16 bytes."""
+    if (address + start * SIZE) % 16 == 0:
         squares = gather_chunk(
             row, address, start, column, count, decay, gain, key, GRAD, True, ROW_ALIGNED, BLOCK, STOCHASTIC
         )
@@ -101,22 +100,22 @@ def accumulate_kernel(
         if F32:
             if dtype == 0:
                 squares += gather_aligned_or_not(
-                    row, address, start, column, count, decay, gain, key, tl.float32, ROW_ALIGNED, BLOCK, STOCHASTIC
+                    row, address, start, column, count, decay, gain, key, tl.float32, 4, ROW_ALIGNED, BLOCK, STOCHASTIC
                 )
         if BF16:
             if dtype == 1:
                 squares += gather_aligned_or_not(
-                    row, address, start, column, count, decay, gain, key, tl.bfloat16, ROW_ALIGNED, BLOCK, STOCHASTIC
+                    row, address, start, column, count, decay, gain, key, tl.bfloat16, 2, ROW_ALIGNED, BLOCK, STOCHASTIC
                 )
         if F16:
             if dtype == 2:
                 squares += gather_aligned_or_not(
-                    row, address, start, column, count, decay, gain, key, tl.float16, ROW_ALIGNED, BLOCK, STOCHASTIC
+                    row, address, start, column, count, decay, gain, key, tl.float16, 2, ROW_ALIGNED, BLOCK, STOCHASTIC
                 )
         if F64:
             if dtype == 3:
                 squares += gather_aligned_or_not(
-                    row, address, start, column, count, decay, gain, key, tl.float64, ROW_ALIGNED, BLOCK, STOCHASTIC
+                    row, address, start, column, count, decay, gain, key, tl.float64, 8, ROW_ALIGNED, BLOCK, STOCHASTIC
                 )
     tl.store(slots + tl.program_id(0), tl.sum(squares))
     if is_last(ticket):
@@ -170,9 +169,9 @@ def balance_rows_kernel(
     use = task
     if active is not None:
         use = use & (tl.load(active + index, mask=task, other=0) != 0)
-    now = task & ~(squares < float("inf"))
+    now = task & not_finite(squares)
     bad = before | now
-    norms, w = weights_of(squares, use & ~bad, double(eps_bits), double(constant_bits), K, K_PAD, SCALE)
+    norms, w = weights_of(squares, use & (bad == 0), double(eps_bits), double(constant_bits), K, K_PAD, SCALE)
     carried = w
     if loss_scale is not None:
         factor = tl.load(loss_scale).to(tl.float64)
@@ -195,7 +194,7 @@ def balance_rows_kernel(
         tl.store(norms_out + index, norms.to(norms_out.dtype.element_ty), mask=task)
         tl.store(weights_out + index, w.to(weights_out.dtype.element_ty), mask=task)
         counted = tl.load(nonfinite_steps + index, mask=task, other=0)
-        tl.store(nonfinite_steps + index, counted + (now & ~before).to(tl.int64), mask=task)
+        tl.store(nonfinite_steps + index, counted + (now & (before == 0)).to(tl.int64), mask=task)
         tl.store(broken + index, bad.to(tl.int8), mask=task)
         tl.store(sumsq + index, tl.where(bad, 0.0, squares).to(sumsq.dtype.element_ty), mask=task)
 
@@ -207,12 +206,10 @@ def gramian_kernel(
 ):  # fmt: skip
     """This program's part of rows @ rows.T, (K_PAD, K_PAD) fp64, in its slots.
 
-    Products are summed in fp32 (fp64 of fp64 rows) over TILES tiles, then in fp64.
+    Products are summed in fp32 over TILES tiles, then in fp64.
     """
-    dtype: tl.constexpr = rows.dtype.element_ty
-    wide: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     # A bfloat16 is a tf32 too: one pass multiplies it exactly, an fp32 number takes three.
-    precision: tl.constexpr = "tf32x3" if dtype == tl.float32 else "tf32" if dtype == tl.bfloat16 else "ieee"
+    precision: tl.constexpr = "tf32" if rows.dtype.element_ty == tl.bfloat16 else "tf32x3"
     bound = units.to(tl.int64) * VEC
     index = tl.arange(0, K_PAD)
     lane = tl.arange(0, BLOCK)
@@ -220,12 +217,12 @@ def gramian_kernel(
     total = tl.zeros([K_PAD, K_PAD], tl.float64)
     span: tl.constexpr = BLOCK * TILES
     for part in range(tl.program_id(0), tl.cdiv(bound, span).to(tl.int32), tl.num_programs(0)):
-        products = tl.zeros([K_PAD, K_PAD], wide)
+        products = tl.zeros([K_PAD, K_PAD], tl.float32)
         for tile in range(TILES):
             column = offset(part, span) + tile * BLOCK
             mask = (index[:, None] < K) & (column + lane[None, :] < bound)
-            x = widen(tl.load(pointers + column, mask=mask, other=0.0), wide)
-            products = tl.dot(x, tl.trans(x), products, input_precision=precision, out_dtype=wide)
+            x = widen(tl.load(pointers + column, mask=mask, other=0.0), tl.float32)
+            products = tl.dot(x, tl.trans(x), products, input_precision=precision)
         total += products.to(tl.float64)
     at = index[:, None] * K_PAD + index[None, :]
     tl.store(slots + tl.program_id(0).to(tl.int64) * K_PAD * K_PAD + at, total)
