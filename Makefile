@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # A CPU build of torch, if one is wanted: make test TORCH=torch==2.13.0
 TORCH ?= torch==2.13.0
-SOURCES = setup.py pyproject.toml csrc/include/dbmtl.h $(wildcard csrc/cpu/*)
+SOURCES = setup.py pyproject.toml $(wildcard csrc/*/*)
 
 .PHONY: demo test lint types bench clean
 

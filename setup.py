@@ -69,7 +69,7 @@ class BuildNative(build_ext):
         with tempfile.TemporaryDirectory() as folder:
             openmp = self.openmp_flags(compiler, folder)
             sources: dict[str, list[str]] = {name: [] for name in COMMON}
-            flags = [*FLAGS, *openmp, "-Icsrc/include"]
+            flags = [*FLAGS, *openmp, "-Icsrc/include", "-Icsrc"]
             if platform.machine().lower() in {"x86_64", "amd64"}:
                 sources.update(X86)
                 flags.append("-DDBMTL_X86")
@@ -107,7 +107,7 @@ setup(
         NativeLibrary(
             "dbmtl_kernels.lib.libdbmtl_cpu",
             sources=[str(p) for p in sorted(CPU.glob("*.cpp"))],
-            depends=[str(p) for p in (*sorted(CPU.glob("*.h")), "csrc/include/dbmtl.h")],
+            depends=[str(p) for p in (*CPU.glob("*.h"), *Path("csrc/common").glob("*.h"), "csrc/include/dbmtl.h")],
             optional=True,  # there may be no compiler
         )
     ],

@@ -73,8 +73,8 @@ def test_without_the_library(monkeypatch, tmp_path, content, reason):
 
 
 def test_an_old_library(monkeypatch):
-    monkeypatch.setattr(native, "ABI_VERSION", 99)
-    assert "ABI version 2, this package needs 99" in native.missing(CPU)
+    monkeypatch.setattr(native.abi, "ABI_VERSION", 99)
+    assert "ABI version 3, this package needs 99" in native.missing(CPU)
 
 
 def test_the_c_abi_names_the_argument_and_writes_nothing():
@@ -86,7 +86,7 @@ def test_the_c_abi_names_the_argument_and_writes_nothing():
         a = {
             "grads": torch.ones(2, 4).data_ptr(), "gd": 0, "gs": 4, "ema": state.data_ptr(), "sd": 0, "ss": 4,
             "out": out.data_ptr(), "od": 0, "norms": norms.data_ptr(), "k": 2, "p": 4, "beta": 0.5, "eps": 1e-8,
-            "scale": 0, "constant": 0.0, "stochastic": 0, "seed": 0, "threads": 1, "stream": None,
+            "scale": 0, "constant": 0.0, "stochastic": 0, "seed": 0, "threads": 1, "workspace": None, "stream": None,
         } | changes  # fmt: skip
         return library.dbmtl_balance(*a.values()), library.dbmtl_last_error().decode()
 

@@ -135,7 +135,7 @@ def test_columns_beyond_32_bits(column, isa):
     try:
         native.set_isa(isa)
         status = native._library().dbmtl_accumulate(
-            row, 2, 1, segments, grads, bytes(1), 0.0, 1.0, ctypes.byref(sumsq), 1, 9, 1, None
+            row, 2, 1, segments, grads, bytes(1), 0.0, 1.0, None, 0, ctypes.byref(sumsq), 1, 9, 1, None, None
         )
     finally:
         native.set_isa(None)
@@ -229,19 +229,19 @@ def test_a_seed_needs_a_bfloat16_state(dtype, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_c_abi_rounds_nothing_but_bfloat16_stochastically(dtype):
-    library, code = native._library(), native.DTYPES[dtype]
+    library, code = native._library(), native.abi.DTYPES[dtype]
     state, out, norms, sumsq = (torch.ones(40, dtype=dtype) for _ in range(4))
     grads, segments = torch.zeros(40, dtype=dtype), torch.tensor([[0, 40]])
     status = library.dbmtl_balance(
         grads.data_ptr(), code, 40, state.data_ptr(), code, 40, out.data_ptr(), code, norms.data_ptr(),
-        1, 40, 0.5, 1e-8, 0, 0.0, 1, 17, 1, None,
+        1, 40, 0.5, 1e-8, 0, 0.0, 1, 17, 1, None, None,
     )  # fmt: skip
     assert (status, library.dbmtl_last_error()[:11]) == (1, b"stochastic:")
     assert library.dbmtl_set_isa(b"none") == 1  # another message
     addresses = (ctypes.c_void_p * 1)(grads.data_ptr())
     status = library.dbmtl_accumulate(
-        state.data_ptr(), code, 1, segments.data_ptr(), addresses, bytes([code]), 0.5, 0.5, sumsq.data_ptr(),
-        1, 17, 1, None,
+        state.data_ptr(), code, 1, segments.data_ptr(), addresses, bytes([code]), 0.5, 0.5, None, 0,
+        sumsq.data_ptr(), 1, 17, 1, None, None,
     )  # fmt: skip
     assert (status, library.dbmtl_last_error()[:11]) == (1, b"stochastic:")
     for tensor in (state, out, norms, sumsq):

@@ -1,31 +1,83 @@
 // The task-gradient buffer: gather one row from a list of gradients, combine rows, multiply them pairwise.
 #include <cmath>
+#include <cstring>
 
 #include "dispatch.h"
 #include "parallel.h"
+#include "common/weights.h"
 
 using namespace dbmtl;
+
+namespace {
+
+double number(const void* p, int32_t dtype) {
+  switch (dtype) {
+    case DBMTL_F32: return widen_lane(*static_cast<const float*>(p));
+    case DBMTL_F64: return widen_lane(*static_cast<const double*>(p));
+    case DBMTL_BF16: return widen_lane(*static_cast<const bf16*>(p));
+    default: return widen_lane(*static_cast<const f16*>(p));
+  }
+}
+
+// Rows that count, and their weights.
+struct Used {
+  std::unique_ptr<double[]> weights;
+  std::unique_ptr<const void*[]> rows;
+  int64_t count = 0;
+  explicit Used(int64_t num_tasks)
+      : weights(try_allocate<double>(num_tasks)), rows(try_allocate<const void*>(num_tasks)) {}
+  bool ok() const { return weights && rows; }
+  void add(double weight, const void* row) {
+    if (weight == 0.0) return;
+    rows[count] = row;
+    weights[count++] = weight;
+  }
+};
+
+int32_t combine_used(const Used& used, int32_t state_dtype, int64_t first, int64_t numel, void* out, int32_t out_dtype,
+                     bool accumulate, int32_t num_threads) {
+  const int64_t num_tiles = tiles(numel);
+  const auto combine = kernels().combine[state_dtype][out_dtype];
+  const bool streaming = !accumulate && numel * kElementSize[out_dtype] >= kStreamFromBytes &&
+                         reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  const int threads = clamp_threads(num_threads, used.count * numel);
+  auto pointers = try_allocate<const void*>(used.count * threads);
+  if (!pointers) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
+#pragma omp parallel num_threads(threads)
+  {
+    const void** mine = &pointers[used.count * thread_index()];
+    // Forwards: a backward pass ends with a model's first parameters, which were gathered last.
+#pragma omp for schedule(dynamic, kTilesAtOnce)
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
+      const int64_t begin = tile * kTile;
+      for (int64_t t = 0; t < used.count; ++t) mine[t] = at(used.rows[t], first + begin, state_dtype);
+      combine(mine, used.weights.get(), used.count, at(out, begin, out_dtype), tile_size(tile, numel), accumulate,
+              streaming);
+    }
+  }
+  return DBMTL_OK;
+}
+
+}  // namespace
 
 extern "C" {
 
 int32_t dbmtl_accumulate(void* row, int32_t state_dtype, int64_t num_segments, const int64_t* segments,
                          const void* const* grads, const uint8_t* grad_dtypes, double decay, double gain,
-                         double* sumsq, int32_t stochastic, uint64_t seed, int32_t num_threads, void* /*stream*/) {
-  if (num_segments < 0) return fail(DBMTL_INVALID_ARGUMENT, "num_segments is negative");
-  if (!is_state_dtype(state_dtype)) return fail(DBMTL_UNSUPPORTED_DTYPE, "state_dtype");
-  if (stochastic && state_dtype != DBMTL_BF16) return fail(DBMTL_INVALID_ARGUMENT, kStochasticNeedsBf16);
-  if (sumsq == nullptr) return fail(DBMTL_INVALID_ARGUMENT, "sumsq is null");
-  if (num_segments > 0 && (segments == nullptr || grads == nullptr || grad_dtypes == nullptr))
-    return fail(DBMTL_INVALID_ARGUMENT, "segments, grads or grad_dtypes is null");
+                         const void* loss_scale, int32_t loss_scale_dtype, double* sumsq, int32_t stochastic,
+                         uint64_t seed, int32_t num_threads, void* /*workspace*/, void* /*stream*/) {
+  const Fault fault = check_accumulate(row, state_dtype, num_segments, segments, grads, grad_dtypes, loss_scale,
+                                       loss_scale_dtype, sumsq, stochastic);
+  if (fault.status) return fail(fault);
+  if (loss_scale != nullptr) {
+    const double factor = number(loss_scale, loss_scale_dtype);
+    gain = factor == 0.0 ? 0.0 : gain / factor;
+  }
   int64_t elements = 0, num_tiles = 0;
   for (int64_t i = 0; i < num_segments; ++i) {
-    if (segments[2 * i] < 0 || segments[2 * i + 1] < 0)
-      return fail(DBMTL_INVALID_ARGUMENT, "segments has a negative offset or size");
-    if (!is_dtype(grad_dtypes[i])) return fail(DBMTL_UNSUPPORTED_DTYPE, "grad_dtypes");
     elements += segments[2 * i + 1];
     num_tiles += tiles(segments[2 * i + 1]);
   }
-  if (elements > 0 && row == nullptr) return fail(DBMTL_INVALID_ARGUMENT, "row is null");
 
   auto slots = try_allocate<double>(num_tiles);
   auto first_tile = try_allocate<int64_t>(num_segments + 1);
@@ -58,57 +110,59 @@ int32_t dbmtl_accumulate(void* row, int32_t state_dtype, int64_t num_segments, c
 }
 
 int32_t dbmtl_combine(const void* rows, int32_t state_dtype, int64_t row_stride, int64_t num_tasks,
-                      int64_t num_params, const double* weights, void* out, int32_t out_dtype, int32_t accumulate,
-                      int32_t num_threads, void* /*stream*/) {
-  if (num_tasks < 0 || num_params < 0) return fail(DBMTL_INVALID_ARGUMENT, "num_tasks or num_params is negative");
-  if (!is_state_dtype(state_dtype)) return fail(DBMTL_UNSUPPORTED_DTYPE, "state_dtype");
-  if (!is_dtype(out_dtype)) return fail(DBMTL_UNSUPPORTED_DTYPE, "out_dtype");
-  if (num_params > 0 && out == nullptr) return fail(DBMTL_INVALID_ARGUMENT, "out is null");
-  if (num_tasks * num_params > 0 && (rows == nullptr || weights == nullptr))
-    return fail(DBMTL_INVALID_ARGUMENT, "rows or weights is null");
-  if (num_tasks > 1 && row_stride < num_params)
-    return fail(DBMTL_INVALID_ARGUMENT, "row_stride is smaller than num_params");
-
-  auto used = try_allocate<double>(num_tasks);
-  auto used_rows = try_allocate<const void*>(num_tasks);
-  if (!used || !used_rows) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
-  int64_t num_used = 0;
-  for (int64_t t = 0; t < num_tasks; ++t) {
-    if (weights[t] == 0.0) continue;
-    used_rows[num_used] = at(rows, t * row_stride, state_dtype);
-    used[num_used++] = weights[t];
-  }
-
-  const int64_t num_tiles = tiles(num_params);
-  const auto combine = kernels().combine[state_dtype][out_dtype];
-  const bool streaming = !accumulate && num_params * kElementSize[out_dtype] >= kStreamFromBytes &&
-                         reinterpret_cast<uintptr_t>(out) % 64 == 0;
-  const int threads = clamp_threads(num_threads, num_tasks * num_params);
-  auto pointers = try_allocate<const void*>(num_used * threads);
-  if (!pointers) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
-#pragma omp parallel num_threads(threads)
-  {
-    const void** mine = &pointers[num_used * thread_index()];
-    // Forwards: a backward pass ends with a model's first parameters, which were gathered last.
-#pragma omp for schedule(dynamic, kTilesAtOnce)
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {
-      const int64_t begin = tile * kTile;
-      for (int64_t t = 0; t < num_used; ++t) mine[t] = at(used_rows[t], begin, state_dtype);
-      combine(mine, used.get(), num_used, at(out, begin, out_dtype), tile_size(tile, num_params), accumulate != 0,
-              streaming);
-    }
-  }
-  return DBMTL_OK;
+                      int64_t num_params, const void* weights, int32_t weights_dtype, void* out, int32_t out_dtype,
+                      int32_t accumulate, int32_t num_threads, void* /*workspace*/, void* /*stream*/) {
+  const Fault fault = check_combine(rows, state_dtype, row_stride, num_tasks, num_params, weights, weights_dtype, out,
+                                    out_dtype);
+  if (fault.status) return fail(fault);
+  Used used(num_tasks);
+  if (!used.ok()) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
+  for (int64_t t = 0; t < num_tasks; ++t)
+    used.add(number(at(weights, t, weights_dtype), weights_dtype), at(rows, t * row_stride, state_dtype));
+  return combine_used(used, state_dtype, 0, num_params, out, out_dtype, accumulate != 0, num_threads);
 }
 
-int32_t dbmtl_gramian(const void* rows, int32_t state_dtype, int64_t row_stride, int64_t num_tasks,
-                      int64_t num_params, double* gramian, int32_t num_threads, void* /*stream*/) {
-  if (num_tasks < 0 || num_params < 0) return fail(DBMTL_INVALID_ARGUMENT, "num_tasks or num_params is negative");
-  if (!is_state_dtype(state_dtype)) return fail(DBMTL_UNSUPPORTED_DTYPE, "state_dtype");
-  if (num_tasks > 0 && gramian == nullptr) return fail(DBMTL_INVALID_ARGUMENT, "gramian is null");
-  if (num_tasks * num_params > 0 && rows == nullptr) return fail(DBMTL_INVALID_ARGUMENT, "rows is null");
-  if (num_tasks > 1 && row_stride < num_params)
-    return fail(DBMTL_INVALID_ARGUMENT, "row_stride is smaller than num_params");
+int32_t dbmtl_balance_rows(void* rows, int32_t state_dtype, int64_t row_stride, int64_t num_tasks, double* sumsq,
+                           uint8_t* broken, int64_t* nonfinite_steps, double* norms, double* weights, int32_t num_outs,
+                           void* const* outs, const int32_t* out_dtypes, const int64_t* starts, const int64_t* numels,
+                           const uint8_t* active, const void* loss_scale, int32_t loss_scale_dtype, double eps,
+                           int32_t scale, double constant, int32_t fresh, int32_t accumulate, int32_t num_threads,
+                           void* /*workspace*/, void* /*stream*/) {
+  const Fault fault =
+      check_balance_rows(rows, state_dtype, row_stride, num_tasks, sumsq, broken, nonfinite_steps, norms, weights,
+                         num_outs, outs, out_dtypes, starts, numels, loss_scale, loss_scale_dtype, eps, scale);
+  if (fault.status) return fail(fault);
+  Used used(num_tasks);
+  auto use = try_allocate<uint8_t>(num_tasks);
+  if (!used.ok() || !use) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
+  for (int64_t t = 0; t < num_tasks; ++t) {
+    norms[t] = std::sqrt(sumsq[t]);
+    const bool before = broken[t] && !fresh, now = !is_finite(sumsq[t]);
+    nonfinite_steps[t] += now && !before;
+    broken[t] = before || now;
+    use[t] = !broken[t] && (active == nullptr || active[t]);
+  }
+  const double alpha = alpha_of(norms, use.get(), num_tasks, scale, constant);
+  const double factor = loss_scale == nullptr ? 1.0 : number(loss_scale, loss_scale_dtype);
+  for (int64_t t = 0; t < num_tasks; ++t) {
+    weights[t] = weight_of(norms[t], use[t], alpha, eps, num_tasks, scale);
+    used.add(carried_of(weights[t], broken[t], loss_scale != nullptr, factor), at(rows, t * row_stride, state_dtype));
+    if (!broken[t]) continue;
+    sumsq[t] = 0.0;
+    for (int32_t i = 0; i < num_outs; ++i)
+      std::memset(at(rows, t * row_stride + starts[i], state_dtype), 0, size_t(numels[i] * kElementSize[state_dtype]));
+  }
+  int32_t status = DBMTL_OK;
+  for (int32_t i = 0; i < num_outs && status == DBMTL_OK; ++i)
+    status = combine_used(used, state_dtype, starts[i], numels[i], outs[i], out_dtypes[i], accumulate != 0,
+                          num_threads);
+  return status;
+}
+
+int32_t dbmtl_gramian(const void* rows, int32_t state_dtype, int64_t row_stride, int64_t num_tasks, int64_t num_params,
+                      void* gramian, int32_t out_dtype, int32_t num_threads, void* /*workspace*/, void* /*stream*/) {
+  const Fault fault = check_gramian(rows, state_dtype, row_stride, num_tasks, num_params, gramian, out_dtype);
+  if (fault.status) return fail(fault);
 
   // Each stripe of tiles has K x K slots of its own; stripes are as many for one thread as for a hundred.
   const int64_t num_tiles = tiles(num_params), pairs = num_tasks * num_tasks;
@@ -134,7 +188,12 @@ int32_t dbmtl_gramian(const void* rows, int32_t state_dtype, int64_t row_stride,
     for (int64_t j = 0; j <= i; ++j) {
       double sum = 0.0;
       for (int64_t stripe = 0; stripe < stripes; ++stripe) sum += slots[stripe * pairs + i * num_tasks + j];
-      gramian[i * num_tasks + j] = gramian[j * num_tasks + i] = sum;
+      for (const int64_t place : {i * num_tasks + j, j * num_tasks + i}) {
+        if (out_dtype == DBMTL_F64)
+          static_cast<double*>(gramian)[place] = sum;
+        else
+          static_cast<float*>(gramian)[place] = float(sum);
+      }
     }
   return DBMTL_OK;
 }

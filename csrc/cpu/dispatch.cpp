@@ -63,6 +63,10 @@ extern "C" {
 
 int32_t dbmtl_abi_version(void) { return DBMTL_ABI_VERSION; }
 
+int32_t dbmtl_available(void) { return DBMTL_OK; }
+
+int64_t dbmtl_workspace_bytes(int64_t /*num_tasks*/) { return 0; }
+
 const char* dbmtl_isa(void) { return dbmtl::kernels().isa; }
 
 int32_t dbmtl_set_isa(const char* name) {

@@ -2,8 +2,8 @@
 #pragma once
 #include <cstdint>
 
-#include "rounding.h"
-#include "types.h"
+#include "common/rounding.h"
+#include "common/types.h"
 
 namespace dbmtl {
 

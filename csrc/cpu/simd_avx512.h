@@ -3,7 +3,7 @@
 #pragma once
 #include <immintrin.h>
 
-#include "types.h"
+#include "common/types.h"
 
 namespace dbmtl {
 namespace {  // internal linkage: each instruction set keeps its own copy

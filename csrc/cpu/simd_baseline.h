@@ -1,6 +1,6 @@
 // 16 lanes as plain arrays: whatever the compiler makes of them on this machine (SSE2, NEON, scalar).
 #pragma once
-#include "types.h"
+#include "common/types.h"
 
 namespace dbmtl {
 namespace {  // internal linkage: each instruction set keeps its own copy
@@ -13,19 +13,6 @@ struct F64 {
 };
 
 #define DBMTL_EACH_LANE for (int i = 0; i < kLanes; ++i)
-
-inline float widen_lane(float x) { return x; }
-inline float widen_lane(bf16 x) { return to_float(x); }
-inline float widen_lane(f16 x) { return to_float(x); }
-inline double widen_lane(double x) { return x; }
-inline void narrow_lane(float* p, float x) { *p = x; }
-inline void narrow_lane(bf16* p, float x) { *p = to_bf16(x); }
-inline void narrow_lane(f16* p, float x) { *p = to_f16(x); }
-inline void narrow_lane(double* p, float x) { *p = x; }
-inline void narrow_lane(float* p, double x) { *p = float(x); }
-inline void narrow_lane(bf16* p, double x) { *p = to_bf16(float(x)); }
-inline void narrow_lane(f16* p, double x) { *p = to_f16(float(x)); }
-inline void narrow_lane(double* p, double x) { *p = x; }
 
 template <class T>
 inline void load(F32& r, const T* p) {

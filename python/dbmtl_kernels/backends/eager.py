@@ -48,7 +48,8 @@ def _update(
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64 if x.device.type == "cpu" else None)
+    wide = torch.float64 if x.device.type == "cpu" else _arithmetic(x.dtype)
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=wide)
     return norm.square()
 
 

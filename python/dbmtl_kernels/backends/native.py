@@ -1,83 +1,30 @@
-"""The CPU kernels of csrc/cpu, called through their C ABI (csrc/include/dbmtl.h) with ctypes."""
+"""The CPU kernels of csrc/cpu, called through their C ABI with ctypes."""
 
 from __future__ import annotations
 
 import ctypes
-import sys
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import eager
+from . import abi, eager
 
-ABI_VERSION = 2
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-SCALES = {"max": 0, "mean": 1, "median": 2, "min": 3, "constant": 4}
 # Fresh memory of this size and more is worth a system call for huge pages.
 HUGE_BYTES = 8 << 20
-
-_i32, _i64, _u64, _f64, _ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64, ctypes.c_double, ctypes.c_void_p
-_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "dbmtl_abi_version": (_i32, []),
-    "dbmtl_isa": (ctypes.c_char_p, []),
-    "dbmtl_set_isa": (_i32, [ctypes.c_char_p]),
-    "dbmtl_last_error": (ctypes.c_char_p, []),
-    "dbmtl_advise_huge_pages": (None, [_ptr, _i64]),
-    "dbmtl_balance": (
-        _i32,
-        [
-            _ptr,
-            _i32,
-            _i64,
-            _ptr,
-            _i32,
-            _i64,
-            _ptr,
-            _i32,
-            _ptr,
-            _i64,
-            _i64,
-            _f64,
-            _f64,
-            _i32,
-            _f64,
-            _i32,
-            _u64,
-            _i32,
-            _ptr,
-        ],
-    ),
-    "dbmtl_accumulate": (_i32, [_ptr, _i32, _i64, _ptr, _ptr, _ptr, _f64, _f64, _ptr, _i32, _u64, _i32, _ptr]),
-    "dbmtl_combine": (_i32, [_ptr, _i32, _i64, _i64, _i64, _ptr, _ptr, _i32, _i32, _i32, _ptr]),
-    "dbmtl_gramian": (_i32, [_ptr, _i32, _i64, _i64, _i64, _ptr, _i32, _ptr]),
-}
 
 
 def library_path() -> Path:
     """Where the library is, or would be."""
-    suffix = ".dylib" if sys.platform == "darwin" else ".so"
-    return Path(__file__).parent.parent / "lib" / f"libdbmtl_cpu{suffix}"
+    return abi.library_path("cpu")
 
 
 @cache
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    path = library_path()
-    if not path.exists():
-        return f"{path.name} was not built: install again with a C++17 compiler on the PATH (or CXX set)"
-    try:
-        library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError) as error:
-        return f"{path.name} could not be loaded: {error}"
-    version = library.dbmtl_abi_version()
-    if version != ABI_VERSION:
-        return f"{path.name} has ABI version {version}, this package needs {ABI_VERSION}: install again"
-    return library
+    remedy = "install again with a C++17 compiler on the PATH (or CXX set)"
+    return abi.load(library_path(), {**abi.SIGNATURES, **abi.CPU_SIGNATURES}, remedy)
 
 
 def _library() -> ctypes.CDLL:
@@ -109,22 +56,19 @@ def set_isa(name: str | None) -> None:
     """Use another instruction set; None goes back to the best one. Same bits, other speed.
 
     Raises:
-        RuntimeError: this machine does not have it.
+        ValueError: this machine does not have it.
     """
     _check(_library().dbmtl_set_isa(None if name is None else name.encode()))
 
 
 def _check(status: int) -> None:
-    if status == 0:
-        return
-    message = _library().dbmtl_last_error().decode()
-    kind = {1: ValueError, 2: TypeError, 3: MemoryError}.get(status, RuntimeError)
-    raise kind(f"dbmtl (native): {message}")
+    if status != 0:
+        abi.check(_library(), status, "native")
 
 
-def _rounding(seed: int | None) -> tuple[int, int]:
-    """The arguments ``stochastic`` and ``seed``."""
-    return (0, 0) if seed is None else (1, seed & (2**64 - 1))
+def _where() -> tuple[int, None, None]:
+    """Threads; no workspace and no stream."""
+    return torch.get_num_threads(), None, None
 
 
 def advise_huge_pages(buffer: Tensor) -> None:
@@ -145,26 +89,11 @@ def balance_(
     norms = torch.empty(num_tasks, dtype=torch.float64 if ema.dtype == torch.float64 else torch.float32)
     _check(
         _library().dbmtl_balance(
-            grads.data_ptr(),
-            DTYPES[grads.dtype],
-            grads.stride(0),
-            ema.data_ptr(),
-            DTYPES[ema.dtype],
-            ema.stride(0),
-            out.data_ptr(),
-            DTYPES[out.dtype],
-            norms.data_ptr(),
-            num_tasks,
-            num_params,
-            beta,
-            eps,
-            SCALES[scale],
-            constant,
-            *_rounding(seed),
-            torch.get_num_threads(),
-            None,
+            *abi.rows_arguments(grads)[:3], *abi.rows_arguments(ema)[:3], out.data_ptr(), abi.DTYPES[out.dtype],
+            norms.data_ptr(), num_tasks, num_params, beta, eps, abi.SCALES[scale], constant,
+            *abi.seed_arguments(seed), *_where(),
         )
-    )
+    )  # fmt: skip
     return out, norms
 
 
@@ -179,49 +108,32 @@ def accumulate_(
     seed: int | None,
 ) -> None:
     """See `ops.accumulate_`."""
-    if loss_scale is not None:
-        factor = float(loss_scale)
-        gain = gain / factor if factor != 0.0 else 0.0
-    n = len(grads)
-    addresses = (_ptr * n)(*[None if g is None else g.data_ptr() for g in grads])
-    codes, f32 = DTYPES, torch.float32
-    dtypes = bytes([0 if g is None or g.dtype is f32 else codes[g.dtype] for g in grads])
+    total = sumsq if sumsq.dtype == torch.float64 else torch.empty(1, dtype=torch.float64)
     _check(
         _library().dbmtl_accumulate(
-            row.data_ptr(),
-            DTYPES[row.dtype],
-            n,
-            segments.data_ptr(),
-            addresses,
-            dtypes,
-            decay,
-            gain,
-            sumsq.data_ptr(),
-            *_rounding(seed),
-            torch.get_num_threads(),
-            None,
+            row.data_ptr(), abi.DTYPES[row.dtype], len(grads), segments.data_ptr(), *abi.gradient_arguments(grads),
+            decay, gain, *abi.scale_arguments(_floating(loss_scale)), total.data_ptr(), *abi.seed_arguments(seed),
+            *_where(),
         )
-    )
+    )  # fmt: skip
+    if total is not sumsq:
+        sumsq.copy_(total)
+
+
+def _floating(loss_scale: Tensor | None) -> Tensor | None:
+    known = loss_scale is None or (loss_scale.device.type == "cpu" and loss_scale.dtype in abi.DTYPES)
+    return loss_scale if known or loss_scale is None else loss_scale.to("cpu", torch.float64)
 
 
 def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) -> None:
     """See `ops.combine_out`."""
-    exact = weights.to(torch.float64).contiguous()
+    weights = weights.contiguous()
     _check(
         _library().dbmtl_combine(
-            rows.data_ptr(),
-            DTYPES[rows.dtype],
-            rows.stride(0),
-            rows.shape[0],
-            rows.shape[1],
-            exact.data_ptr(),
-            out.data_ptr(),
-            DTYPES[out.dtype],
-            int(accumulate),
-            torch.get_num_threads(),
-            None,
+            *abi.rows_arguments(rows), rows.shape[1], weights.data_ptr(), abi.DTYPES[weights.dtype], out.data_ptr(),
+            abi.DTYPES[out.dtype], int(accumulate), *_where(),
         )
-    )
+    )  # fmt: skip
 
 
 def balance_rows_(
@@ -241,27 +153,31 @@ def balance_rows_(
     fresh: bool,
     accumulate: bool,
 ) -> None:
-    """See `ops.balance_rows_`: K-element arithmetic in PyTorch, then the combining kernel."""
-    eager.balance_rows_(
-        rows, sumsq, broken, nonfinite_steps, norms, weights, outs, starts, active, loss_scale, eps, scale, constant,
-        fresh, accumulate, combine_out,
+    """See `ops.balance_rows_`."""
+    if any(x.dtype != torch.float64 for x in (sumsq, norms, weights)):  # nobody's books but a stranger's
+        eager.balance_rows_(
+            rows, sumsq, broken, nonfinite_steps, norms, weights, outs, starts, active, loss_scale, eps, scale,
+            constant, fresh, accumulate, combine_out,
+        )  # fmt: skip
+        return
+    factor = _floating(loss_scale)
+    _check(
+        _library().dbmtl_balance_rows(
+            *abi.rows_arguments(rows), sumsq.data_ptr(), broken.data_ptr(), nonfinite_steps.data_ptr(),
+            norms.data_ptr(), weights.data_ptr(), *abi.out_arguments(outs, starts),
+            None if active is None else active.data_ptr(), *abi.scale_arguments(factor), eps, abi.SCALES[scale],
+            constant, int(fresh), int(accumulate), *_where(),
+        )
     )  # fmt: skip
 
 
 def gramian(rows: Tensor) -> Tensor:
     """See `ops.gramian`."""
     num_tasks = rows.shape[0]
-    out = torch.empty(num_tasks, num_tasks, dtype=torch.float64)
+    out = torch.empty(num_tasks, num_tasks, dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32)
     _check(
         _library().dbmtl_gramian(
-            rows.data_ptr(),
-            DTYPES[rows.dtype],
-            rows.stride(0),
-            num_tasks,
-            rows.shape[1],
-            out.data_ptr(),
-            torch.get_num_threads(),
-            None,
+            *abi.rows_arguments(rows), rows.shape[1], out.data_ptr(), abi.DTYPES[out.dtype], *_where()
         )
     )
-    return out if rows.dtype == torch.float64 else out.float()
+    return out

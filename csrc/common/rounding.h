@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "common/host_device.h"
+
 namespace dbmtl {
 
 // How to round a piece of a row stochastically: the key of the row, and where in the row the piece begins.
@@ -12,39 +14,39 @@ struct Rounding {
 };
 
 // The finaliser of SplitMix64.
-static constexpr uint64_t mix64(uint64_t z) {
+DBMTL_HD static constexpr uint64_t mix64(uint64_t z) {
   z += 0x9E3779B97F4A7C15u;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
   return z ^ (z >> 31);
 }
 
-static constexpr uint64_t row_key(uint64_t seed, int64_t row) { return mix64(mix64(seed) + uint64_t(row)); }
+DBMTL_HD static constexpr uint64_t row_key(uint64_t seed, int64_t row) { return mix64(mix64(seed) + uint64_t(row)); }
 
 // What sets rows, and columns beyond 2**32, apart: one number for each run of 2**32 columns.
 constexpr uint32_t kSaltStep = 0x9E3779B1u;
-static constexpr uint32_t salt(uint64_t key, uint64_t column) {
+DBMTL_HD static constexpr uint32_t salt(uint64_t key, uint64_t column) {
   return uint32_t(key >> 32) + uint32_t(column >> 32) * kSaltStep;
 }
 
 // 16 random bits. `mixed`: the low words of column and key, xor.
 template <class U>
-static constexpr U hash16(U mixed, U salt) {
+DBMTL_HD static constexpr U hash16(U mixed, U salt) {
   const U x = ((mixed ^ (mixed >> 16)) * 0x7FEB352Du) ^ salt;
   return ((x ^ (x >> 15)) * 0x846CA68Bu) >> 16;
 }
-static constexpr uint32_t random16(uint64_t key, int64_t column) {
+DBMTL_HD static constexpr uint32_t random16(uint64_t key, int64_t column) {
   return hash16<uint32_t>(uint32_t(column) ^ uint32_t(key), salt(key, uint64_t(column)));
 }
 
 // The bits of an fp32 number, not NaN, to those of one of its two bf16 neighbours, still as fp32.
 template <class U>
-static constexpr U round_stochastic(U bits, U random) {
+DBMTL_HD static constexpr U round_stochastic(U bits, U random) {
   return (bits + random) & 0xFFFF0000u;
 }
 
 // One number in full; NaN stays NaN.
-static constexpr uint16_t to_bf16_stochastic(uint32_t bits, uint64_t key, int64_t column) {
+DBMTL_HD static constexpr uint16_t to_bf16_stochastic(uint32_t bits, uint64_t key, int64_t column) {
   const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
   return uint16_t((nan ? bits | 0x400000u : round_stochastic(bits, random16(key, column))) >> 16);
 }

@@ -1,8 +1,10 @@
-// Storage types, and the scalar conversions that the baseline instruction set uses. Functions are static: one
-// compiled for AVX-512 must never be linked in place of the baseline's.
+// Storage types, and the scalar conversions that the baseline instruction set and the CUDA kernels use. Functions are
+// static: one compiled for AVX-512 must never be linked in place of the baseline's.
 #pragma once
 #include <cstdint>
 #include <cstring>
+
+#include "common/host_device.h"
 
 namespace dbmtl {
 
@@ -16,28 +18,28 @@ struct f16 {
 // Logical vector width: every instruction set works on 16 lanes, so that all of them add in the same order.
 constexpr int kLanes = 16;
 
-static inline float bits_to_float(uint32_t u) {
+DBMTL_HD static inline float bits_to_float(uint32_t u) {
   float f;
   std::memcpy(&f, &u, 4);
   return f;
 }
-static inline uint32_t float_to_bits(float f) {
+DBMTL_HD static inline uint32_t float_to_bits(float f) {
   uint32_t u;
   std::memcpy(&u, &f, 4);
   return u;
 }
 
-static inline float to_float(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+DBMTL_HD static inline float to_float(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
 
 // Round to nearest, ties to even; NaN stays NaN.
-static inline bf16 to_bf16(float f) {
+DBMTL_HD static inline bf16 to_bf16(float f) {
   const uint32_t u = float_to_bits(f);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
   return bf16{uint16_t(nan ? (u >> 16) | 0x40u : rounded)};
 }
 
-static inline float to_float(f16 x) {
+DBMTL_HD static inline float to_float(f16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) {  // inf, or NaN made quiet as the hardware does
@@ -51,7 +53,7 @@ static inline float to_float(f16 x) {
   return bits_to_float(sign | ((magnitude << 13) + 0x38000000u));
 }
 
-static inline f16 to_f16(float f) {
+DBMTL_HD static inline f16 to_f16(float f) {
   const uint32_t u = float_to_bits(f);
   const uint16_t sign = uint16_t((u >> 16) & 0x8000u);
   const uint32_t magnitude = u & 0x7fffffffu;
@@ -65,5 +67,19 @@ static inline f16 to_f16(float f) {
   const uint32_t rounded = magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u);
   return f16{uint16_t(sign | (rounded >> 13))};
 }
+
+// Between storage and arithmetic types, one number at a time.
+DBMTL_HD static inline float widen_lane(float x) { return x; }
+DBMTL_HD static inline float widen_lane(bf16 x) { return to_float(x); }
+DBMTL_HD static inline float widen_lane(f16 x) { return to_float(x); }
+DBMTL_HD static inline double widen_lane(double x) { return x; }
+DBMTL_HD static inline void narrow_lane(float* p, float x) { *p = x; }
+DBMTL_HD static inline void narrow_lane(bf16* p, float x) { *p = to_bf16(x); }
+DBMTL_HD static inline void narrow_lane(f16* p, float x) { *p = to_f16(x); }
+DBMTL_HD static inline void narrow_lane(double* p, float x) { *p = x; }
+DBMTL_HD static inline void narrow_lane(float* p, double x) { *p = float(x); }
+DBMTL_HD static inline void narrow_lane(bf16* p, double x) { *p = to_bf16(float(x)); }
+DBMTL_HD static inline void narrow_lane(f16* p, double x) { *p = to_f16(float(x)); }
+DBMTL_HD static inline void narrow_lane(double* p, double x) { *p = x; }
 
 }  // namespace dbmtl
