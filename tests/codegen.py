@@ -61,10 +61,11 @@ def combine(num_tasks, size, state, out):
 def balance_rows(num_tasks, outs, state=F32, active=None, loss_scale=None):
     books = [torch.zeros(num_tasks, dtype=dtype) for dtype in BOOKS]
     rows = torch.zeros(num_tasks, 4096 * len(outs), dtype=state)
-    launches.balance_rows_(
+    step = launches.EngineStep(
         rows, *books, [torch.zeros(4096, dtype=d) for d in outs], [4096 * i for i in range(len(outs))], active,
         loss_scale, 1e-8, "max", 0.0, True, False,
     )  # fmt: skip
+    launches.balance_rows_(step)
 
 
 def gramian(num_tasks, size, dtype):

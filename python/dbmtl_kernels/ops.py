@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import backends, validation
+from .backends.engine_step import EngineStep
 
 _LIBRARY = torch.library.Library("dbmtl_kernels", "DEF")
 
@@ -158,9 +159,7 @@ def _balance_rows_fake(
     accumulate: bool,
     backend: str,
 ) -> None:
-    books = {
-        "sumsq": sumsq, "broken": broken, "nonfinite_steps": nonfinite_steps, "norms": norms, "weights": weights
-    }  # fmt: skip
+    books = {"sumsq": sumsq, "nonfinite_steps": nonfinite_steps, "norms": norms, "weights": weights, "broken": broken}
     validation.check_balance_rows(rows, books, outs, starts, active, loss_scale, eps, scale)
 
 
@@ -217,10 +216,11 @@ def balance_rows_(
         rows, sumsq, broken, nonfinite_steps, norms, weights, outs, starts, active, loss_scale, eps, scale, constant,
         fresh, accumulate, backend,
     )  # fmt: skip
-    backends.resolve(backend, rows.device).balance_rows_(
+    step = EngineStep(
         rows, sumsq, broken, nonfinite_steps, norms, weights, outs, starts, active, loss_scale, eps, scale, constant,
         fresh, accumulate,
     )  # fmt: skip
+    backends.resolve(backend, rows.device).balance_rows_(step)
     _written(rows, sumsq, broken, nonfinite_steps, norms, weights, *outs)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import eager, native, triton
+from .engine_step import EngineStep
 
 NAMES = ("native", "triton", "eager")
 ENVIRONMENT = "DBMTL_BACKEND"
@@ -44,23 +45,7 @@ class Backend(Protocol):
         """See `ops.combine_out`."""
 
     @staticmethod
-    def balance_rows_(
-        rows: Tensor,
-        sumsq: Tensor,
-        broken: Tensor,
-        nonfinite_steps: Tensor,
-        norms: Tensor,
-        weights: Tensor,
-        outs: list[Tensor],
-        starts: list[int],
-        active: Tensor | None,
-        loss_scale: Tensor | None,
-        eps: float,
-        scale: str,
-        constant: float,
-        fresh: bool,
-        accumulate: bool,
-    ) -> None:
+    def balance_rows_(step: EngineStep) -> None:
         """See `ops.balance_rows_`."""
 
     @staticmethod

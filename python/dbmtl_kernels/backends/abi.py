@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .engine_step import EngineStep
+
 ABI_VERSION = 3
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SCALES = {"max": 0, "mean": 1, "median": 2, "min": 3, "constant": 4}
@@ -98,13 +100,23 @@ def gradient_arguments(grads: list[Tensor | None]) -> tuple[Any, bytes]:
     return addresses, bytes([0 if g is None or g.dtype is f32 else codes[g.dtype] for g in grads])
 
 
-def out_arguments(outs: list[Tensor], starts: list[int]) -> tuple[int, Any, Any, Any, Any]:
-    """Number, pointers, dtypes, first columns and lengths of the outputs."""
-    n = len(outs)
-    return (
+def step_arguments(step: EngineStep, loss_scale: Tensor | None) -> list[Any]:
+    """Everything of a step but where it runs."""
+    n = len(step.outs)
+    books = (step.sumsq, step.broken, step.nonfinite_steps, step.norms, step.weights)
+    return [
+        *rows_arguments(step.rows),
+        *[x.data_ptr() for x in books],
         n,
-        (_ptr * n)(*[out.data_ptr() for out in outs]),
-        (_i32 * n)(*[DTYPES[out.dtype] for out in outs]),
-        (_i64 * n)(*starts),
-        (_i64 * n)(*[out.numel() for out in outs]),
-    )
+        (_ptr * n)(*[out.data_ptr() for out in step.outs]),
+        (_i32 * n)(*[DTYPES[out.dtype] for out in step.outs]),
+        (_i64 * n)(*step.starts),
+        (_i64 * n)(*[out.numel() for out in step.outs]),
+        None if step.active is None else step.active.data_ptr(),
+        *scale_arguments(loss_scale),
+        step.eps,
+        SCALES[step.scale],
+        step.constant,
+        int(step.fresh),
+        int(step.accumulate),
+    ]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..rounding import row_key, to_bfloat16
 from ..weighting import max_norm_weights
+from .engine_step import EngineStep
 
 
 def missing(device: torch.device) -> str | None:
@@ -108,47 +109,31 @@ def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) ->
     out.copy_(total)
 
 
-def balance_rows_(
-    rows: Tensor,
-    sumsq: Tensor,
-    broken: Tensor,
-    nonfinite_steps: Tensor,
-    norms: Tensor,
-    weights: Tensor,
-    outs: list[Tensor],
-    starts: list[int],
-    active: Tensor | None,
-    loss_scale: Tensor | None,
-    eps: float,
-    scale: str,
-    constant: float,
-    fresh: bool,
-    accumulate: bool,
-    combine: Callable[[Tensor, Tensor, Tensor, bool], None] = combine_out,
-) -> None:
+def balance_rows_(step: EngineStep, combine: Callable[[Tensor, Tensor, Tensor, bool], None] = combine_out) -> None:
     """See `ops.balance_rows_`. ``combine`` is the `combine_out` to use."""
-    found = sumsq.sqrt()
-    before = torch.zeros_like(broken) if fresh else broken.clone()
+    found = step.sumsq.sqrt()
+    before = torch.zeros_like(step.broken) if step.fresh else step.broken.clone()
     now = ~torch.isfinite(found)
     bad = before | now
-    use = ~bad if active is None else active & ~bad
-    norms.copy_(found)
-    weights.copy_(max_norm_weights(found, eps, constant if scale == "constant" else scale, use))
-    nonfinite_steps += now & ~before
-    broken.copy_(bad)
-    sumsq.masked_fill_(bad, 0.0)
-    carried = weights
-    if loss_scale is not None:
-        factor = loss_scale.reshape(()).to(weights.device, weights.dtype)
-        carried = torch.where(bad & (factor > 1), torch.nan, weights * factor)
-    for out, start in zip(outs, starts, strict=True):
-        part = rows[:, start : start + out.numel()]
-        if rows.device.type != "cpu":
+    use = ~bad if step.active is None else step.active & ~bad
+    step.norms.copy_(found)
+    alpha = step.constant if step.scale == "constant" else step.scale
+    step.weights.copy_(max_norm_weights(found, step.eps, alpha, use))
+    step.nonfinite_steps.add_(now & ~before)
+    step.broken.copy_(bad)
+    step.sumsq.masked_fill_(bad, 0.0)
+    carried = step.weights
+    if step.loss_scale is not None:
+        factor = step.loss_scale.reshape(()).to(step.weights.device, step.weights.dtype)
+        carried = torch.where(bad & (factor > 1), torch.nan, step.weights * factor)
+    for out, start in zip(step.outs, step.starts, strict=True):
+        part = step.rows[:, start : start + out.numel()]
+        if step.rows.device.type != "cpu":
             part.masked_fill_(bad[:, None], 0.0)
         else:  # no need to touch the others
             for task in bad.nonzero().flatten().tolist():
                 part[task].zero_()
-        combine(part, carried, out, accumulate)
+        combine(part, carried, out, step.accumulate)
 
 
 def gramian(rows: Tensor) -> Tensor:

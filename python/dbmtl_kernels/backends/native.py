@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import abi, eager
+from .engine_step import EngineStep
 
 # Fresh memory of this size and more is worth a system call for huge pages.
 HUGE_BYTES = 8 << 20
@@ -136,39 +137,13 @@ def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) ->
     )  # fmt: skip
 
 
-def balance_rows_(
-    rows: Tensor,
-    sumsq: Tensor,
-    broken: Tensor,
-    nonfinite_steps: Tensor,
-    norms: Tensor,
-    weights: Tensor,
-    outs: list[Tensor],
-    starts: list[int],
-    active: Tensor | None,
-    loss_scale: Tensor | None,
-    eps: float,
-    scale: str,
-    constant: float,
-    fresh: bool,
-    accumulate: bool,
-) -> None:
+def balance_rows_(step: EngineStep) -> None:
     """See `ops.balance_rows_`."""
-    if any(x.dtype != torch.float64 for x in (sumsq, norms, weights)):  # nobody's books but a stranger's
-        eager.balance_rows_(
-            rows, sumsq, broken, nonfinite_steps, norms, weights, outs, starts, active, loss_scale, eps, scale,
-            constant, fresh, accumulate, combine_out,
-        )  # fmt: skip
+    if any(x.dtype != torch.float64 for x in (step.sumsq, step.norms, step.weights)):  # nobody's books but a stranger's
+        eager.balance_rows_(step, combine_out)
         return
-    factor = _floating(loss_scale)
-    _check(
-        _library().dbmtl_balance_rows(
-            *abi.rows_arguments(rows), sumsq.data_ptr(), broken.data_ptr(), nonfinite_steps.data_ptr(),
-            norms.data_ptr(), weights.data_ptr(), *abi.out_arguments(outs, starts),
-            None if active is None else active.data_ptr(), *abi.scale_arguments(factor), eps, abi.SCALES[scale],
-            constant, int(fresh), int(accumulate), *_where(),
-        )
-    )  # fmt: skip
+    factor = _floating(step.loss_scale)  # a name, as only its address is passed on
+    _check(_library().dbmtl_balance_rows(*abi.step_arguments(step, factor), *_where()))
 
 
 def gramian(rows: Tensor) -> Tensor:

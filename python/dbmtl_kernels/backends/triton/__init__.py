@@ -10,10 +10,10 @@ import importlib.metadata
 import os
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 OLDEST = (3, 3)  # the first with cooperative launches
 
@@ -69,58 +69,8 @@ def gathers_early(device: torch.device) -> bool:
     return False
 
 
-def balance_(
-    grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float, seed: int | None
-) -> tuple[Tensor, Tensor]:
-    """See `functional.balance_`."""
-    out: tuple[Tensor, Tensor] = _launches().balance_(grads, ema, beta, eps, scale, constant, seed)
-    return out
-
-
-def accumulate_(
-    row: Tensor,
-    sumsq: Tensor,
-    grads: list[Tensor | None],
-    segments: Tensor,
-    decay: float,
-    gain: float,
-    loss_scale: Tensor | None,
-    seed: int | None,
-) -> None:
-    """See `ops.accumulate_`."""
-    _launches().accumulate_(row, sumsq, grads, segments, decay, gain, loss_scale, seed)
-
-
-def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) -> None:
-    """See `ops.combine_out`."""
-    _launches().combine_out(rows, weights, out, accumulate)
-
-
-def balance_rows_(
-    rows: Tensor,
-    sumsq: Tensor,
-    broken: Tensor,
-    nonfinite_steps: Tensor,
-    norms: Tensor,
-    weights: Tensor,
-    outs: list[Tensor],
-    starts: list[int],
-    active: Tensor | None,
-    loss_scale: Tensor | None,
-    eps: float,
-    scale: str,
-    constant: float,
-    fresh: bool,
-    accumulate: bool,
-) -> None:
-    """See `ops.balance_rows_`."""
-    _launches().balance_rows_(
-        rows, sumsq, broken, nonfinite_steps, norms, weights, outs, starts, active, loss_scale, eps, scale, constant,
-        fresh, accumulate,
-    )  # fmt: skip
-
-
-def gramian(rows: Tensor) -> Tensor:
-    """See `ops.gramian`."""
-    out: Tensor = _launches().gramian(rows)
-    return out
+def __getattr__(name: str) -> Any:
+    """The functions of `backends.Backend`, from `launches`, which is imported when one is first called."""
+    if name in ("balance_", "accumulate_", "combine_out", "balance_rows_", "gramian"):
+        return getattr(_launches(), name)
+    raise AttributeError(name)

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..engine_step import EngineStep
 from . import device as driver
 from . import rows as row_kernels
 from . import tables
@@ -233,42 +234,27 @@ def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) ->
         )  # fmt: skip
 
 
-def balance_rows_(
-    rows: Tensor,
-    sumsq: Tensor,
-    broken: Tensor,
-    nonfinite_steps: Tensor,
-    norms: Tensor,
-    weights: Tensor,
-    outs: list[Tensor],
-    starts: list[int],
-    active: Tensor | None,
-    loss_scale: Tensor | None,
-    eps: float,
-    scale: str,
-    constant: float,
-    fresh: bool,
-    accumulate: bool,
-) -> None:
+def balance_rows_(step: EngineStep) -> None:
     """See `ops.balance_rows_`: one launch for all of it."""
+    rows, outs, active, loss_scale = step.rows, step.outs, step.active, step.loss_scale
     num_tasks, num_params = rows.shape
     device = rows.device
     tuning = _tuning("combine", device, num_params)
-    vec = _vector(rows.stride(0), *starts, *(out.numel() for out in outs))
+    vec = _vector(rows.stride(0), *step.starts, *(out.numel() for out in outs))
     groups: list[Any] = []
-    for out, start in zip(outs, starts, strict=True):
+    for out, start in zip(outs, step.starts, strict=True):
         groups += (out, start // vec, out.numel() // vec)
     groups += [None, 0, 0] * (4 - len(outs))
     grid = _programs(device, tuning, -(-num_params // tuning.block))
     with _on(device):
         space = workspace(device)
         _launch(
-            row_kernels.balance_rows_kernel, grid, rows, sumsq, broken.view(torch.uint8), nonfinite_steps, norms,
-            weights, None if active is None else active.view(torch.uint8),
+            row_kernels.balance_rows_kernel, grid, rows, step.sumsq, step.broken.view(torch.uint8),
+            step.nonfinite_steps, step.norms, step.weights, None if active is None else active.view(torch.uint8),
             None if loss_scale is None else loss_scale.to(device), space.weights(grid * 2 * num_tasks), space.ticket,
-            *groups, rows.stride(0) // vec, _bits(eps), _bits(constant), int(fresh), int(accumulate),
-            K=num_tasks, K_PAD=_pad(num_tasks), VEC=vec, BLOCK=tuning.block, SCALE=scale, UNROLL=tuning.unroll,
-            tuning=tuning,
+            *groups, rows.stride(0) // vec, _bits(step.eps), _bits(step.constant), int(step.fresh),
+            int(step.accumulate), K=num_tasks, K_PAD=_pad(num_tasks), VEC=vec, BLOCK=tuning.block, SCALE=step.scale,
+            UNROLL=tuning.unroll, tuning=tuning,
         )  # fmt: skip
 
 
