@@ -1,15 +1,19 @@
-"""Builds csrc/cpu into dbmtl_kernels/lib/. Needs a C++17 compiler and nothing else; never imports torch.
+"""Builds csrc/cpu, and csrc/cuda where nvcc is, into dbmtl_kernels/lib/. Never imports torch.
 
-Without a compiler the package still installs and says so: the eager backend then serves.
-Environment: CXX picks the compiler; DBMTL_BUILD_NATIVE=0 skips the build, =1 makes its failure an error.
+csrc/cpu needs a C++17 compiler and nothing else, csrc/cuda an nvcc >= 12.4. Without them the package still installs and
+says so: other backends then serve.
+Environment: CXX and CUDACXX pick the compilers; DBMTL_BUILD_NATIVE and DBMTL_BUILD_CUDA: 0 skips a build, 1 makes its
+failure an error; DBMTL_CUDA_ARCHS: "80;90;100" by default; PTX of the last serves what comes after.
 """
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -20,7 +24,7 @@ try:
 except ImportError:  # setuptools < 70.1
     from wheel.bdist_wheel import bdist_wheel
 
-CPU = Path("csrc/cpu")
+CPU, CUDA = Path("csrc/cpu"), Path("csrc/cuda")
 COMMON = ["balance.cpp", "buffer.cpp", "dispatch.cpp", "kernels_baseline.cpp"]
 # One translation unit per instruction set; the library picks one at run time.
 X86 = {
@@ -38,6 +42,12 @@ X86 = {
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall"]
 
 
+# -fmad=false for the same reason.
+CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA_ARCHS = "80;90;100"
+OLDEST_CUDA = (12, 4)
+
+
 class NativeLibrary(Extension):
     """A library for ctypes: no Python symbols, so one binary serves every Python and torch."""
 
@@ -49,19 +59,51 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.unlink(missing_ok=True)  # an earlier build's must not pass for this one's
-        wanted = os.environ.get("DBMTL_BUILD_NATIVE", "")
+        cuda = ext.name.endswith("cuda")
+        variable = "DBMTL_BUILD_CUDA" if cuda else "DBMTL_BUILD_NATIVE"
+        what, served = ("CUDA kernels", "triton") if cuda else ("native CPU kernels", "eager")
+        wanted = os.environ.get(variable, "")
         if wanted == "0":
-            self.say("DBMTL_BUILD_NATIVE=0: the native CPU kernels are not built; the eager backend will serve.")
+            self.say(f"{variable}=0: the {what} are not built; the {served} backend will serve.")
             return
         try:
-            self.compile_library(target)
+            self.compile_cuda(target) if cuda else self.compile_library(target)
         except (OSError, subprocess.CalledProcessError) as error:
             if wanted == "1":
                 raise
-            self.say(
-                f"the native CPU kernels were NOT built ({error}). dbmtl_kernels installs all the same and runs on "
-                "its eager backend; for the kernels, install a C++17 compiler (or set CXX) and install again."
+            tool = (
+                f"nvcc >= {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]} (or set CUDACXX)"
+                if cuda
+                else "a C++17 compiler (or set CXX)"
             )
+            self.say(
+                f"the {what} were NOT built ({error}). dbmtl_kernels installs all the same and runs on its {served} "
+                f"backend; for the kernels, install {tool} and install again."
+            )
+
+    def compile_cuda(self, target: Path) -> None:
+        compiler = shlex.split(os.environ.get("CUDACXX", "nvcc"))
+        said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+        release = re.search(r"release (\d+)\.(\d+)", said)
+        if release is None or tuple(map(int, release.groups())) < OLDEST_CUDA:
+            raise OSError(f"{compiler[0]} is of CUDA {release.group(1, 2) if release else 'an unknown version'}")
+        known = subprocess.run(
+            [*compiler, "--list-gpu-code"], capture_output=True, text=True, check=True
+        ).stdout.split()
+        asked = os.environ.get("DBMTL_CUDA_ARCHS", "")
+        archs = [a.strip().removeprefix("sm_") for a in (asked or CUDA_ARCHS).replace(",", ";").split(";") if a.strip()]
+        # An older nvcc does not know the newest by default; what was asked for by name is nvcc's to refuse.
+        archs = archs if asked else [a for a in archs if f"sm_{a}" in known]
+        targets = [f"arch=compute_{a},code=sm_{a}" for a in archs]
+        targets.append(f"arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        flags = [*CUDA_FLAGS, "-Icsrc", "-Icsrc/include", *(x for t in targets for x in ("-gencode", t))]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            objects = {source: str(Path(folder, source.stem).with_suffix(".o")) for source in sorted(CUDA.glob("*.cu"))}
+            commands = [[*compiler, *flags, "-c", str(source), "-o", made] for source, made in objects.items()]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(run, commands))
+            run([*compiler, "-shared", "-cudart", "static", *objects.values(), "-o", str(target)])
 
     def compile_library(self, target: Path) -> None:
         compiler = shlex.split(os.environ.get("CXX", "c++"))
@@ -102,14 +144,19 @@ def run(command: list[str]) -> None:
     subprocess.run(command, check=True)
 
 
+SHARED = [*Path("csrc/common").glob("*.h"), Path("csrc/include/dbmtl.h")]
+
+
+def library(name: str, folder: Path, pattern: str) -> NativeLibrary:
+    return NativeLibrary(
+        f"dbmtl_kernels.lib.libdbmtl_{name}",
+        sources=[str(p) for p in sorted(folder.glob(pattern))],
+        depends=[str(p) for p in (*folder.glob("*.h"), *folder.glob("*.cuh"), *SHARED)],
+        optional=True,  # there may be no compiler
+    )
+
+
 setup(
-    ext_modules=[
-        NativeLibrary(
-            "dbmtl_kernels.lib.libdbmtl_cpu",
-            sources=[str(p) for p in sorted(CPU.glob("*.cpp"))],
-            depends=[str(p) for p in (*CPU.glob("*.h"), *Path("csrc/common").glob("*.h"), "csrc/include/dbmtl.h")],
-            optional=True,  # there may be no compiler
-        )
-    ],
+    ext_modules=[library("cpu", CPU, "*.cpp"), library("cuda", CUDA, "*.cu")],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
 )

@@ -1,7 +1,10 @@
 import os
 
+import emulator
 import pytest
 import torch
+from dbmtl_kernels import backends
+from dbmtl_kernels.backends import cuda
 
 os.environ.pop("DBMTL_BACKEND", None)
 os.environ.pop("DBMTL_TRITON_LAUNCHES", None)
@@ -15,6 +18,34 @@ def _same_start():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory):
+    return emulator.build(tmp_path_factory.mktemp("cuda"))
+
+
+def _forget():
+    cuda._load.cache_clear()
+    cuda._workspaces.clear()
+    backends.clear_cache()
+
+
+@pytest.fixture
+def emulated_cuda(emulated_library, monkeypatch):
+    """The `cuda` backend serves CPU tensors, with its kernels emulated."""
+    monkeypatch.setattr(cuda, "library_path", lambda: emulated_library)
+    monkeypatch.setattr(cuda, "SERVES", "cpu")
+    _forget()
+    yield
+    _forget()
+
+
+@pytest.fixture(autouse=True)
+def _emulated_where_asked_for(request):
+    params = getattr(request.node, "callspec", None)
+    if params is not None and params.params.get("backend") == "cuda":
+        request.getfixturevalue("emulated_cuda")
 
 
 def pytest_collection_modifyitems(items):

@@ -22,7 +22,7 @@ DTYPES = [
 ]
 BETAS = (0.0, 0.5, 0.9)
 SCALES = ("max", "mean", "median", "min", 0.7)
-BACKENDS = ("native", "triton", "eager")
+BACKENDS = ("native", "triton", "cuda", "eager")
 ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit in the last place, relative
 
 

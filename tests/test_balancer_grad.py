@@ -11,7 +11,7 @@ from problems import EPS, close, flat_grad, flat_gradients, leaf, make, quadrati
 from torch import nn
 
 
-@pytest.mark.parametrize("backend", ["native", "triton", "eager"])
+@pytest.mark.parametrize("backend", ["native", "triton", "cuda", "eager"])
 def test_norms_weights_and_gradient(backend):
     params = [leaf(3, 4), leaf(5), leaf(1)]
     balancer = make(*params, num_tasks=3, beta=0.5, backend=backend)

@@ -132,7 +132,7 @@ def test_an_exception_inside_a_task_leaves_everything_as_it_was():
     balancer.balance()
 
 
-@pytest.mark.parametrize("backend", ["native", "triton", "eager"])
+@pytest.mark.parametrize("backend", ["native", "triton", "cuda", "eager"])
 def test_reentrant_checkpoint_decays_what_is_reached_once(backend):
     first, shared, last = (nn.Linear(5, 5).double() for _ in range(3))
     x = torch.randn(4, 5, dtype=torch.float64).requires_grad_()

@@ -15,7 +15,7 @@ def poisoned(p, poison):
     return [good, bad * torch.tensor(poison, dtype=torch.float64)]
 
 
-@pytest.mark.parametrize("backend", ["native", "triton", "eager"])
+@pytest.mark.parametrize("backend", ["native", "triton", "cuda", "eager"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_nonfinite_task_heals(poison, backend):
     p = leaf(6)

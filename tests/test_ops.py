@@ -8,7 +8,7 @@ from dbmtl_kernels.backends import native
 from torch.library import opcheck
 
 OPS = torch.ops.dbmtl_kernels
-BACKENDS = ("native", "triton", "eager")
+BACKENDS = ("native", "triton", "cuda", "eager")
 STATES = (torch.float32, torch.bfloat16, torch.float64)
 GRADS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -11,7 +11,7 @@ from dbmtl_kernels import ops, rounding
 from dbmtl_kernels.backends import native
 
 ISAS = ("baseline", "avx2", "avx512")
-BACKENDS = ("native", "triton", "eager")
+BACKENDS = ("native", "triton", "cuda", "eager")
 GRADS = (torch.float32, torch.bfloat16, torch.float16)
 SEEDS = (0, 1, -1, 2**63 - 1, 123456789123456789)
 CPU = torch.device("cpu")

@@ -122,7 +122,7 @@ def play(seed, backend):
     assert balancer.step == simulation.k
 
 
-@pytest.mark.parametrize("backend", ["native", "triton", "eager"])
+@pytest.mark.parametrize("backend", ["native", "triton", "cuda", "eager"])
 @pytest.mark.parametrize("block", range(8))
 def test_sequences(block, backend):
     for seed in range(20 * block, 20 * block + 20):

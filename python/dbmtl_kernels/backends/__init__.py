@@ -11,10 +11,12 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from . import eager, native, triton
+from . import cuda, eager, native, triton
 from .engine_step import EngineStep
 
-NAMES = ("native", "triton", "eager")
+NAMES = ("native", "triton", "cuda", "eager")
+# For each type of device, the first that can serve; "auto" says why if it is the last.
+CHOICE = {"cpu": ("native", "eager"), "cuda": ("triton", "cuda", "eager")}
 ENVIRONMENT = "DBMTL_BACKEND"
 
 
@@ -63,7 +65,7 @@ class Backend(Protocol):
 
 def get(name: str) -> Backend:
     """The backend called ``name``, whether it can serve or not."""
-    modules: dict[str, ModuleType] = {"native": native, "triton": triton, "eager": eager}
+    modules: dict[str, ModuleType] = {"native": native, "triton": triton, "cuda": cuda, "eager": eager}
     return cast(Backend, modules[name])
 
 
@@ -93,19 +95,18 @@ def _resolve(argument: str, name: str, device_type: str) -> Backend:
 
 
 def _choose(device: torch.device) -> Backend:
-    name = {"cpu": "native", "cuda": "triton"}.get(device.type)
-    if name is None:
-        return get("eager")
-    reason = get(name).missing(device)
-    if reason is None:
-        return get(name)
-    warnings.warn(  # once: the choice is cached
-        f"dbmtl_kernels: the {name} backend is not available for {device.type} tensors ({reason}); using the slower "
-        "eager backend",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return get("eager")
+    *kernels, last = CHOICE.get(device.type, ("eager",))
+    reasons = []
+    for name in kernels:
+        reason = get(name).missing(device)
+        if reason is None:
+            return get(name)
+        reasons.append(f"the {name} backend is not available for {device.type} tensors ({reason})")
+    if reasons:
+        warnings.warn(  # once: the choice is cached
+            f"dbmtl_kernels: {'; '.join(reasons)}; using the slower {last} backend", RuntimeWarning, stacklevel=2
+        )
+    return get(last)
 
 
 def clear_cache() -> None:

@@ -1,0 +1,263 @@
+// The dense op in one cooperative launch. Each block keeps as many of its tiles of new state in shared memory, across the
+// grid barrier, as fit: those are read and written once. The rest is read again, last tiles first, as what phase one
+// touched last is still in L2.
+#include "device.cuh"
+
+namespace dbmtl {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kTileElements = kThreads * kElements;
+constexpr int kTasksAtOnce = 2;  // whose loads are in flight together
+
+struct BalanceArguments {
+  const void* grads;
+  int64_t grad_stride;
+  void* ema;
+  int64_t state_stride;
+  void* out;
+  void* norms;
+  int64_t num_params;
+  int num_tasks;
+  int kept_tiles;  // of each block, in shared memory
+  double beta, eps, constant;
+  int scale;
+  uint64_t seed;
+  Counters* counters;
+  double* slots;
+};
+
+// Shared memory: sums per warp and task, then norms and weights, then the tiles kept.
+struct SharedParts {
+  double* sums;     // [K][warps]
+  double* norms;    // [K]
+  double* weights;  // [K]
+  uint8_t* use;     // [K]
+  char* tiles;
+};
+
+__host__ __device__ inline size_t fixed_shared_bytes(int num_tasks) {
+  const size_t bytes = sizeof(double) * size_t(num_tasks) * (kThreads / kWarp + 2) + size_t(num_tasks);
+  return (bytes + 15) / 16 * 16;
+}
+
+__device__ inline SharedParts parts_of(char* shared, int num_tasks) {
+  SharedParts p;
+  p.sums = reinterpret_cast<double*>(shared);
+  p.norms = p.sums + num_tasks * (kThreads / kWarp);
+  p.weights = p.norms + num_tasks;
+  p.use = reinterpret_cast<uint8_t*>(p.weights + num_tasks);
+  p.tiles = shared + fixed_shared_bytes(num_tasks);
+  return p;
+}
+
+// A thread's kElements of a kept tile: vectors as far apart as the block is wide, so that a warp meets no bank twice.
+template <class S>
+__device__ inline Vector<S>* kept(char* tiles, int index, int num_tasks, int task) {
+  constexpr int kVectors = kElements * int(sizeof(S)) / 16;
+  Vector<S>* base = reinterpret_cast<Vector<S>*>(tiles);
+  return base + (int64_t(index) * num_tasks + task) * kVectors * kThreads + threadIdx.x;
+}
+
+template <class S, class G, bool kAligned, bool kStochastic>
+__global__ void __launch_bounds__(kThreads, 1) balance_kernel(const __grid_constant__ BalanceArguments a) {
+  using V = Wide<S>;
+  constexpr int kPerVector = 16 / sizeof(S), kVectors = kElements / kPerVector;
+  DBMTL_DYNAMIC_SHARED(shared);
+  const SharedParts part = parts_of(shared, a.num_tasks);
+  const G* grads = static_cast<const G*>(a.grads);
+  S* ema = static_cast<S*>(a.ema);
+  const V decay = V(a.beta), gain = V(1.0 - a.beta);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t tiles = (a.num_params + kTileElements - 1) / kTileElements;
+  const int64_t mine = tiles > blockIdx.x ? (tiles - blockIdx.x + gridDim.x - 1) / gridDim.x : 0;
+  for (int i = threadIdx.x; i < a.num_tasks * (kThreads / kWarp); i += kThreads) part.sums[i] = 0.0;
+  __syncthreads();
+
+  for (int64_t i = 0; i < mine; ++i) {
+    const Place<kAligned> place((blockIdx.x + i * gridDim.x) * kTileElements, threadIdx.x, kThreads);
+    for (int t0 = 0; t0 < a.num_tasks; t0 += kTasksAtOnce) {
+      V g[kTasksAtOnce][kElements], m[kTasksAtOnce][kElements];
+#pragma unroll
+      for (int u = 0; u < kTasksAtOnce; ++u) {
+        if (t0 + u >= a.num_tasks) break;
+        load<Hint::kStream>(g[u], grads + (t0 + u) * a.grad_stride, place, a.num_params);
+        // A state that does not count is not read.
+        load<Hint::kKeep>(m[u], ema + (t0 + u) * a.state_stride, place, decay == V(0) ? 0 : a.num_params);
+      }
+#pragma unroll
+      for (int u = 0; u < kTasksAtOnce; ++u) {
+        const int t = t0 + u;
+        if (t >= a.num_tasks) break;
+        const uint64_t key = kStochastic ? row_key(a.seed, t) : 0;
+        S stored[kElements];
+        double sum = 0.0;
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) {
+          stored[e] = rounded<kStochastic, S>(updated(m[u][e], g[u][e], decay, gain, true), key,
+                                              place.first + int64_t(e) * place.step);
+          const double x = double(widen_lane(stored[e]));
+          if (inside(place, a.num_params, e)) sum += x * x;
+        }
+        store<Hint::kKeep>(ema + t * a.state_stride, stored, place, a.num_params);
+        if (i < a.kept_tiles) {
+          Vector<S>* slot = kept<S>(part.tiles, int(i), a.num_tasks, t);
+#pragma unroll
+          for (int j = 0; j < kVectors; ++j) {
+            Vector<S> out;
+#pragma unroll
+            for (int k = 0; k < kPerVector; ++k) out.v[k] = stored[j * kPerVector + k];
+            slot[j * kThreads] = out;
+          }
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) part.sums[t * (kThreads / kWarp) + warp] += sum;
+      }
+    }
+  }
+  __syncthreads();
+  for (int t = threadIdx.x; t < a.num_tasks; t += kThreads) {
+    double sum = 0.0;
+    for (int w = 0; w < kThreads / kWarp; ++w) sum += part.sums[t * (kThreads / kWarp) + w];
+    a.slots[int64_t(blockIdx.x) * a.num_tasks + t] = sum;
+  }
+
+  grid_barrier(a.counters);
+
+  // Every block adds the slots in the same order: lanes take turns, then a fixed tree.
+  for (int t = warp; t < a.num_tasks; t += kThreads / kWarp) {
+    double sum = 0.0;
+    for (int b = lane; b < int(gridDim.x); b += kWarp) sum += __ldcg(a.slots + int64_t(b) * a.num_tasks + t);
+    sum = warp_sum(sum);
+    if (lane == 0) {
+      part.norms[t] = sqrt(sum);
+      part.use[t] = is_finite(part.norms[t]);
+    }
+  }
+  __syncthreads();
+  bool forget = false;
+  for (int t = threadIdx.x; t < a.num_tasks; t += kThreads) {
+    const double alpha = alpha_of(part.norms, part.use, a.num_tasks, a.scale, a.constant);
+    part.weights[t] = weight_of(part.norms[t], part.use[t], alpha, a.eps, a.num_tasks, a.scale);
+    forget |= !part.use[t];
+    if (blockIdx.x == 0) {
+      if (std::is_same<S, double>::value)
+        static_cast<double*>(a.norms)[t] = part.norms[t];
+      else
+        static_cast<float*>(a.norms)[t] = float(part.norms[t]);
+    }
+  }
+  forget = __syncthreads_or(forget);
+
+  for (int64_t i = mine - 1; i >= 0; --i) {
+    const Place<kAligned> place((blockIdx.x + i * gridDim.x) * kTileElements, threadIdx.x, kThreads);
+    V total[kElements];
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) total[e] = V(0);
+#pragma unroll 4
+    for (int t = 0; t < a.num_tasks; ++t) {
+      V m[kElements];
+      if (i < a.kept_tiles) {
+        const Vector<S>* slot = kept<S>(part.tiles, int(i), a.num_tasks, t);
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) {
+          const Vector<S> in = slot[j * kThreads];
+#pragma unroll
+          for (int k = 0; k < kPerVector; ++k) m[j * kPerVector + k] = V(widen_lane(in.v[k]));
+        }
+      } else {
+        load<Hint::kStream>(m, ema + t * a.state_stride, place, a.num_params);
+      }
+      const V weight = V(part.weights[t]);
+#pragma unroll
+      for (int e = 0; e < kElements; ++e)
+        if (weight != V(0)) total[e] += weight * m[e];
+    }
+    G out[kElements];
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) narrow_lane(out + e, total[e]);
+    store<Hint::kStream>(static_cast<G*>(a.out), out, place, a.num_params);
+    if (forget) {
+      const S zeros[kElements] = {};
+      for (int t = 0; t < a.num_tasks; ++t)
+        if (!part.use[t]) store<Hint::kKeep>(ema + t * a.state_stride, zeros, place, a.num_params);
+    }
+  }
+}
+
+template <class S, class G, bool kAligned, bool kStochastic>
+int32_t launch(BalanceArguments a, cudaStream_t stream) {
+  const auto kernel = balance_kernel<S, G, kAligned, kStochastic>;
+  const Device device = current_device();
+  const size_t fixed = fixed_shared_bytes(a.num_tasks), tile = size_t(a.num_tasks) * kTileElements * sizeof(S);
+  const int64_t tiles = (a.num_params + kTileElements - 1) / kTileElements;
+  const int64_t per_block = (tiles + device.multiprocessors - 1) / device.multiprocessors;
+  const int64_t room = int64_t((size_t(device.shared_bytes) - fixed) / tile);
+  a.kept_tiles = int(room < per_block ? room : per_block);
+  const size_t shared = fixed + size_t(a.kept_tiles) * tile;
+  int resident = 0;
+  const int32_t status = resident_blocks(kernel, kThreads, shared, &resident);
+  if (status) return status;
+  if (resident < 1) return fail(DBMTL_LAUNCH_FAILED, "no block of the dense kernel fits on this device");
+  const int64_t most = device.multiprocessors;
+  const unsigned grid = unsigned(tiles < 1 ? 1 : tiles < most ? tiles : most);
+  return launch_kernel(kernel, int(grid), kThreads, shared, stream, true, a);
+}
+
+template <class S, class G, bool kStochastic>
+int32_t launch_aligned(const BalanceArguments& a, cudaStream_t stream) {
+  const bool aligned = on_16_bytes(a.grads, a.ema, a.out) && a.num_params % kElements == 0 &&
+                       a.grad_stride % kElements == 0 && a.state_stride % kElements == 0;
+  return aligned ? launch<S, G, true, kStochastic>(a, stream) : launch<S, G, false, kStochastic>(a, stream);
+}
+
+template <class S, bool kStochastic>
+int32_t launch_for(int32_t grad_dtype, const BalanceArguments& a, cudaStream_t stream) {
+  switch (grad_dtype) {
+    case DBMTL_F32: return launch_aligned<S, float, kStochastic>(a, stream);
+    case DBMTL_BF16: return launch_aligned<S, bf16, kStochastic>(a, stream);
+    case DBMTL_F16: return launch_aligned<S, f16, kStochastic>(a, stream);
+    default: return fail(DBMTL_UNSUPPORTED_DTYPE, "grad_dtype: float64 goes with a float64 state");
+  }
+}
+
+}  // namespace
+}  // namespace dbmtl
+
+using namespace dbmtl;
+
+extern "C" int32_t dbmtl_balance(const void* grads, int32_t grad_dtype, int64_t grad_row_stride, void* ema,
+                                 int32_t state_dtype, int64_t state_row_stride, void* out, int32_t out_dtype,
+                                 void* norms, int64_t num_tasks, int64_t num_params, double beta, double eps,
+                                 int32_t scale, double constant, int32_t stochastic, uint64_t seed,
+                                 int32_t /*num_threads*/, void* workspace, void* stream) {
+  const Fault fault = check_balance(grads, grad_dtype, grad_row_stride, ema, state_dtype, state_row_stride, out,
+                                    out_dtype, norms, num_tasks, num_params, beta, eps, scale, stochastic);
+  if (fault.status) return fail(fault);
+  if (out_dtype != grad_dtype) return fail(DBMTL_UNSUPPORTED_DTYPE, "out_dtype must be that of grads");
+  const int32_t status = ready(num_tasks, workspace);
+  if (status) return status;
+  BalanceArguments a = {};
+  a.grads = grads;
+  a.grad_stride = num_tasks > 1 ? grad_row_stride : 0;
+  a.ema = ema;
+  a.state_stride = num_tasks > 1 ? state_row_stride : 0;
+  a.out = out;
+  a.norms = norms;
+  a.num_params = num_params;
+  a.num_tasks = int(num_tasks);
+  a.beta = beta;
+  a.eps = eps;
+  a.constant = constant;
+  a.scale = scale;
+  a.seed = seed;
+  a.counters = counters_of(workspace);
+  a.slots = slots_of(workspace);
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  if (state_dtype == DBMTL_F64) {
+    if (grad_dtype != DBMTL_F64) return fail(DBMTL_UNSUPPORTED_DTYPE, "grad_dtype: float64 goes with a float64 state");
+    return launch_aligned<double, double, false>(a, s);
+  }
+  if (state_dtype == DBMTL_F32) return launch_for<float, false>(grad_dtype, a, s);
+  return stochastic ? launch_for<bf16, true>(grad_dtype, a, s) : launch_for<bf16, false>(grad_dtype, a, s);
+}

@@ -1,0 +1,70 @@
+// The device, the workspace, launching, and how a failing call says what was wrong.
+#pragma once
+#ifdef DBMTL_EMULATED
+#include "emulation.h"  // tests/cuda: the kernels as threads of a CPU
+#else
+#include <cuda_runtime.h>
+
+#define DBMTL_SPIN() ((void)0)
+#define DBMTL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
+#endif
+
+#include <cstdint>
+
+#include "common/arguments.h"
+
+namespace dbmtl {
+
+struct Counters;
+
+struct Device {
+  int multiprocessors;
+  int shared_bytes;      // that a block may ask for
+  bool large_arguments;  // 32 KB of kernel arguments, not 4 KB
+};
+
+// Of the current device; each is asked once.
+Device current_device();
+
+// Remember `message` for dbmtl_last_error() and return `status`.
+int32_t fail(int32_t status, const char* message);
+inline int32_t fail(const Fault& fault) { return fail(fault.status, fault.message); }
+
+// Whether there is a device, a workspace, and room for so many tasks.
+int32_t ready(int64_t num_tasks, const void* workspace);
+
+Counters* counters_of(void* workspace);
+double* slots_of(void* workspace);
+
+// Numbers that a block of the Gramian leaves in the slots.
+int64_t gramian_slots(int64_t num_tasks);
+
+template <class... P>
+bool on_16_bytes(const P*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+#ifndef DBMTL_EMULATED
+int32_t fail_cuda(cudaError_t error);  // DBMTL_OK if there was none
+
+// Blocks that one multiprocessor holds at once.
+template <class A>
+int32_t resident_blocks(void (*kernel)(A), int threads, size_t shared, int* count) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (error != cudaSuccess) return fail_cuda(error);
+  return fail_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(count, kernel, threads, shared));
+}
+
+// Every kernel takes one struct by value.
+template <class A>
+int32_t launch_kernel(void (*kernel)(A), int blocks, int threads, size_t shared, cudaStream_t stream,
+                      bool cooperative, A arguments) {
+  void* pointers[] = {&arguments};
+  const void* function = reinterpret_cast<const void*>(kernel);
+  const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
+  return fail_cuda(cooperative ? cudaLaunchCooperativeKernel(function, grid, block, pointers, shared, stream)
+                               : cudaLaunchKernel(function, grid, block, pointers, shared, stream));
+}
+#endif
+
+}  // namespace dbmtl

@@ -1,0 +1,189 @@
+// Just enough of CUDA to run the kernels of csrc/cuda on a CPU: a block is a thread of the system, its CUDA threads are
+// fibers that take turns at every barrier and shuffle. Blocks run at the same time, as a cooperative launch's do.
+#pragma once
+#include <ucontext.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static thread_local
+#define DBMTL_DYNAMIC_SHARED(name) char* name = emulation::block->shared()
+#define DBMTL_SPIN() std::this_thread::yield()
+#define threadIdx (emulation::block->thread_index())
+#define blockIdx (emulation::block->block_index)
+#define gridDim (emulation::block->grid)
+#define blockDim (emulation::block->dim)
+
+using cudaStream_t = void*;
+struct int4 {
+  int x, y, z, w;
+};
+
+namespace emulation {
+
+struct Index {
+  unsigned x;
+};
+
+class Block {
+ public:
+  Index block_index, grid, dim;
+
+  Block(unsigned index, unsigned blocks, unsigned threads, size_t shared_bytes)
+      : block_index{index}, grid{blocks}, dim{threads}, fibers_(threads), warps_((threads + 31) / 32),
+        shared_(shared_bytes + 16) {}
+
+  Index thread_index() const { return {current_}; }
+  char* shared() {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(shared_.data());
+    return shared_.data() + (16 - at % 16) % 16;
+  }
+
+  void run(std::function<void()> kernel) {
+    kernel_ = std::move(kernel);
+    constexpr size_t kStack = 192 * 1024;
+    for (unsigned t = 0; t < dim.x; ++t) {
+      Fiber& f = fibers_[t];
+      f.stack.reset(new char[kStack]);
+      getcontext(&f.context);
+      f.context.uc_stack.ss_sp = f.stack.get();
+      f.context.uc_stack.ss_size = kStack;
+      f.context.uc_link = &scheduler_;
+      makecontext(&f.context, &Block::enter, 0);
+    }
+    for (alive_ = dim.x; alive_ > 0;)
+      for (current_ = 0; current_ < dim.x; ++current_)
+        if (!fibers_[current_].done) swapcontext(&scheduler_, &fibers_[current_].context);
+  }
+
+  void synchronize() {
+    const unsigned generation = generation_;
+    ++arrived_;
+    while (generation == generation_ && arrived_ < alive_) wait();
+    if (generation == generation_) {
+      arrived_ = 0;
+      ++generation_;
+    }
+  }
+
+  int synchronize_or(int predicate) {
+    any_ |= predicate != 0;
+    synchronize();
+    const bool result = any_;
+    synchronize();
+    any_ = false;
+    return result;
+  }
+
+  double shuffle_down(double value, int offset) {
+    Warp& warp = warps_[current_ / 32];
+    const unsigned lane = current_ % 32;
+    warp.values[lane] = value;
+    warp_barrier(warp);
+    const double result = lane + offset < 32 ? warp.values[lane + offset] : value;
+    warp_barrier(warp);
+    return result;
+  }
+
+ private:
+  struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    bool done = false;
+  };
+  struct Warp {
+    double values[32];
+    unsigned arrived = 0, generation = 0;
+  };
+
+  static void enter();
+  void wait() { swapcontext(&fibers_[current_].context, &scheduler_); }
+  void warp_barrier(Warp& warp) {
+    const unsigned generation = warp.generation;
+    if (++warp.arrived == 32) {
+      warp.arrived = 0;
+      ++warp.generation;
+    }
+    while (generation == warp.generation) wait();
+  }
+
+  std::vector<Fiber> fibers_;
+  std::vector<Warp> warps_;
+  std::vector<char> shared_;
+  std::function<void()> kernel_;
+  ucontext_t scheduler_;
+  unsigned current_ = 0, alive_ = 0, arrived_ = 0, generation_ = 0;
+  bool any_ = false;
+};
+
+inline thread_local Block* block = nullptr;
+
+inline void Block::enter() {
+  block->kernel_();
+  block->fibers_[block->current_].done = true;
+  --block->alive_;
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::block->synchronize(); }
+inline int __syncthreads_or(int predicate) { return emulation::block->synchronize_or(predicate); }
+inline double __shfl_down_sync(unsigned, double value, int offset) {
+  return emulation::block->shuffle_down(value, offset);
+}
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline unsigned atomicAdd(unsigned* p, unsigned x) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); }
+template <class T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+void __stcs(T* p, T x) {
+  *p = x;
+}
+
+namespace dbmtl {
+
+inline int from_environment(const char* name, int otherwise) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? otherwise : std::atoi(value);
+}
+inline int emulated_multiprocessors() { return from_environment("DBMTL_EMULATED_MULTIPROCESSORS", 3); }
+inline bool emulated_large_arguments() { return from_environment("DBMTL_EMULATED_LARGE_ARGUMENTS", 1) != 0; }
+
+template <class A>
+int32_t resident_blocks(void (*)(A), int, size_t, int* count) {
+  *count = 1;
+  return 0;
+}
+
+template <class A>
+int32_t launch_kernel(void (*kernel)(A), int blocks, int threads, size_t shared, cudaStream_t, bool, A arguments) {
+  std::vector<std::thread> running;
+  for (int b = 0; b < blocks; ++b)
+    running.emplace_back([&, b] {
+      emulation::Block own(unsigned(b), unsigned(blocks), unsigned(threads), shared);
+      emulation::block = &own;
+      own.run([&] { kernel(arguments); });
+    });
+  for (std::thread& t : running) t.join();
+  return 0;
+}
+
+}  // namespace dbmtl
