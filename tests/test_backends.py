@@ -148,7 +148,7 @@ def test_building_without_a_compiler_succeeds_and_says_so(tmp_path):
                 str(tmp_path),
             ],
             cwd=root,
-            env={**os.environ, "CXX": compiler},
+            env={**os.environ, "CXX": compiler, "CUDACXX": compiler},
             capture_output=True,
             text=True,
         )

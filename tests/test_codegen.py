@@ -93,6 +93,37 @@ def test_gathering_is_vectorised_for_each_dtype(reports):
         assert count(report, "st.global", wide) == 2 * stores, report["accesses"]  # gradients aligned, and not
 
 
+def test_what_cannot_be_aligned_is_not_taken_together(reports):
+    """A vector access there would be a misaligned address."""
+    for report in reports:
+        if report["case"] == "dense, odd P":
+            assert count(report, "evict_first", wide) == count(report, "st.global", wide) == 0
+        if report["case"] == "accumulate, unaligned row":
+            assert count(report, "st.global", wide) == 0
+
+
+def test_programs_meet_in_the_right_order(reports):
+    """All threads of a program have stored before it counts itself in; others' stores are read past L1."""
+    for report in reports:
+        events = report["meetings"]
+        arrivals = [i for i, event in enumerate(events) if event == "atom.global.gpu.acq_rel.add.u32"]
+        waits = report["kernel"] == "balance_kernel"
+        assert len(arrivals) == (report["kernel"] in ("balance_kernel", "accumulate_kernel", "balance_rows_kernel"))
+        for arrival in arrivals:
+            before = [event for event in events[:arrival] if event in ("st.global", "bar.sync")]
+            assert before[-1] == "bar.sync", report["case"]
+            after = events[arrival + 1 :]
+            assert after[0] == "bar.sync"
+            assert ("ld.global.gpu.acquire" in after) == waits
+            if waits:
+                assert "atom.global.gpu.release.add.u32" in after
+                opened = len(after) - after[::-1].index("ld.global.gpu.acquire")
+                assert after[opened] == "bar.sync"
+                assert "ld.global.cg" not in events[: arrival + 1 + opened]
+            if report["kernel"] != "balance_rows_kernel":
+                assert "ld.global.cg" in after
+
+
 def test_the_dense_op_alone_is_launched_cooperatively(reports):
     for report in reports:
         assert report["cooperative"] == (report["kernel"] == "balance_kernel")

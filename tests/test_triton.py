@@ -45,6 +45,7 @@ class Traffic:
 
     def __init__(self, monkeypatch, **tensors):
         self.tensors = tensors
+        self.watch = None  # called with the dictionary and the addresses of every access
         self.read = dict.fromkeys([*tensors, "other"], 0)
         self.written = dict(self.read)
         from triton.runtime import interpreter
@@ -55,6 +56,8 @@ class Traffic:
         def count(into, pointers, mask):
             at = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].ravel()
             size = pointers.get_element_ty().primitive_bitwidth // 8
+            if self.watch is not None and len(at):
+                self.watch(into, at)
             rest = len(at)
             for name, tensor in self.tensors.items():
                 begin = tensor.data_ptr()
@@ -144,11 +147,13 @@ def test_one_launch_whatever_the_driver_can_hold(launches, monkeypatch):
     """The cooperative grid is bounded by what the device says is resident, and by the tiles there are."""
     grids = []
     monkeypatch.setattr(launches, "INTERPRETED", False)
+    launches._dense_plan.cache_clear()
     monkeypatch.setattr(launches, "_launch", lambda kernel, grid, *args, **options: grids.append(grid))
     monkeypatch.setattr(launches.driver, "multiprocessors", lambda device: 10)
     for resident, size in ((1, 1 << 22), (2, 1 << 22), (9, 1 << 22), (9, 5000)):
         monkeypatch.setattr(launches, "_resident_programs", lambda *args, resident=resident: resident)
         launches.balance_(torch.zeros(2, size), torch.zeros(2, size), 0.9, 1e-8, "max", 0.0, None)
+    launches._dense_plan.cache_clear()
     assert grids == [10, 20, 20, 5]
 
 
@@ -198,6 +203,40 @@ def test_bytes_of_an_engine_step(launches, monkeypatch):
     assert row <= 1.01 * one
 
 
+def test_the_second_phase_walks_backwards(monkeypatch):
+    """So that it finds in the cache what the first touched last. Without decay only the second reads the state."""
+    ema, seen = torch.zeros(2, 60000), []
+    traffic = Traffic(monkeypatch, ema=ema)
+    traffic.watch = lambda into, at: seen.append(int(at.min())) if into is traffic.read and len(at) > 100 else None
+    dbk.balance_(torch.randn(2, 60000), ema, 0.0, backend="triton")
+    columns = [
+        (address - ema.data_ptr()) // 4 % 60000 for address in seen if 0 <= address - ema.data_ptr() < ema.nbytes
+    ]
+    tiles = columns[::2]  # two tasks each
+    assert len(tiles) > 8
+    assert tiles == sorted(tiles, reverse=True)
+
+
+@pytest.mark.parametrize("kernel", ["dense", "rows"])
+def test_every_program_keeps_its_weights_to_itself(launches, launched, kernel, monkeypatch):
+    monkeypatch.setenv(LAUNCHES, "2")
+    rows = torch.randn(3, 60000)
+    dbk.balance_(rows, torch.zeros(3, 60000), backend="triton")  # makes the workspace large enough
+    weights = launches.workspace(torch.device("cpu")).weights(0)
+    seen = set()
+    traffic = Traffic(monkeypatch, weights=weights)
+    traffic.watch = lambda into, at: seen.update(at.tolist()) if into is traffic.written else None
+    if kernel == "dense":
+        dbk.balance_(rows, torch.zeros(3, 60000), backend="triton")
+    else:
+        buffer = dbk.TaskGradientBuffer(dbk.ParameterLayout([torch.zeros(60000, requires_grad=True)]), 3, "triton")
+        buffer.balance(buffer.new_flats(), 1e-8, "max")
+    begin = weights.data_ptr()
+    programs = launched[-1][1]
+    assert programs > 1
+    assert len([a for a in seen if begin <= a < begin + weights.nbytes]) == programs * 2 * 3
+
+
 # --- the same bits as the CPU kernels -----------------------------------------------------------------------------
 
 
@@ -215,6 +254,18 @@ def test_state_has_the_bits_of_the_native_backend(form, size, monkeypatch):
                 assert torch.equal(ema.view(torch.uint8), other.view(torch.uint8))
                 torch.testing.assert_close(norms, exact, rtol=2e-7, atol=0)
                 torch.testing.assert_close(out.float(), expected.float(), rtol=2**-7, atol=1e-6)
+
+
+def test_rows_further_apart_than_they_are_long():
+    """A row length that divides by 8 in a matrix whose stride does not."""
+    grads, ema, other = torch.randn(3, 4001)[:, :4000], torch.randn(3, 4000), torch.empty(3, 4000)
+    other.copy_(ema)
+    out, _ = dbk.balance_(grads, ema, backend="triton")
+    expected, _ = dbk.balance_(grads, other, backend="native")
+    assert torch.equal(ema, other)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(ops.combine(grads, torch.ones(3), None, "triton"), grads.sum(0))
+    torch.testing.assert_close(ops.gramian(grads, "triton"), dbk.reference.gramian(grads))
 
 
 @pytest.mark.parametrize("off", [0, 1])
@@ -308,7 +359,7 @@ def test_broken_tasks_partial_steps_and_loss_scales_as_on_the_eager_backend():
     for trial in range(24):
         torch.manual_seed(trial)
         num_tasks = 1 + trial % 5
-        rows = torch.randn(num_tasks, 96).to((torch.float32, torch.bfloat16, torch.float64)[trial % 3])
+        rows = torch.randn(num_tasks, 20096).to((torch.float32, torch.bfloat16, torch.float64)[trial % 3])
         sumsq = rows.double().square().sum(1)
         if trial % 2:
             rows[-1, 3] = float("nan")
@@ -317,7 +368,7 @@ def test_broken_tasks_partial_steps_and_loss_scales_as_on_the_eager_backend():
             rows, sumsq, torch.rand(num_tasks) < 0.2, torch.randint(5, (num_tasks,)),
             *torch.full((2, num_tasks), float("nan"), dtype=torch.float64),
         ]  # fmt: skip
-        outs = [torch.randn(32), torch.randn(40).bfloat16()]
+        outs = [torch.randn(20032), torch.randn(40).bfloat16()]  # several programs, and a gap between
         active = torch.rand(num_tasks) < 0.7 if trial % 4 else None
         scale = (None, torch.tensor(8.0), torch.tensor(0.5))[trial % 3]
         alpha = ("max", "mean", "median", "min", "constant")[trial % 5]
@@ -325,7 +376,7 @@ def test_broken_tasks_partial_steps_and_loss_scales_as_on_the_eager_backend():
         for name in ("triton", "eager"):
             mine, flats = [b.clone() for b in books], [o.clone() for o in outs]
             ops.balance_rows_(
-                *mine, flats, [0, 40], active, scale, 1e-8, alpha, 0.7, bool(trial & 1), bool(trial & 2), name
+                *mine, flats, [0, 20048], active, scale, 1e-8, alpha, 0.7, bool(trial & 1), bool(trial & 2), name
             )
             states.append([*mine, *flats])
         for ours, theirs in zip(*states, strict=True):
@@ -353,7 +404,8 @@ def test_triton_absent_or_too_old(monkeypatch, version, message):
         with pytest.raises(RuntimeError, match=f"backend='triton'.*{message}"):
             dbk.balance_(torch.ones(2, 4), ema, backend="triton")
         assert (ema == 1).all()
-        with pytest.warns(RuntimeWarning, match=f"triton backend is not available for cuda.*{message}.*eager"):
+        match = f"triton backend is not available for cuda.*{message}.*cuda backend is not available.*eager"
+        with pytest.warns(RuntimeWarning, match=match):
             assert backends.resolve("auto", CUDA) is backends.get("eager")
     finally:
         backends.clear_cache()
@@ -362,11 +414,15 @@ def test_triton_absent_or_too_old(monkeypatch, version, message):
 def test_where_it_serves(monkeypatch):
     backends.clear_cache()
     try:
-        assert backends.resolve("auto", CUDA) is backend
+        with monkeypatch.context() as patch:
+            patch.setattr(backend._launches(), "INTERPRETED", False)
+            assert backends.resolve("auto", CUDA) is backend
         assert backends.resolve("auto", torch.device("cpu")) is native
         assert "CUDA tensors only" in backend.missing(torch.device("meta"))
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         assert "TRITON_INTERPRET=1" in backend.missing(torch.device("cpu"))
+        assert "TRITON_INTERPRET=1 is set" in backend.missing(CUDA)
+        monkeypatch.setattr(backend._launches(), "INTERPRETED", False)
         assert backend.missing(CUDA) is None
     finally:
         backends.clear_cache()

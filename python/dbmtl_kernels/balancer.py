@@ -17,7 +17,7 @@ from .gradients import Flats, Kept, SharedGradients
 from .layout import ParameterLayout
 from .rounding import update_seed
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class DBMTL:
@@ -89,7 +89,7 @@ class DBMTL:
         self._pending: set[int] = set()  # tasks entered since the last balance
         self._loss_scale: Tensor | None = None  # the factor that this step's gradients carry
         self._reported = torch.float64 if state_dtype == torch.float64 else torch.float32
-        self.seed = seed if state_dtype == torch.bfloat16 else None
+        self.seed = checks.check_seed(seed) if state_dtype == torch.bfloat16 else None
         self._updates = 0  # of any row, each with random numbers of its own
         self._fresh = True  # nothing was balanced yet in this step
 
@@ -177,7 +177,7 @@ class DBMTL:
         self._inside = index
         try:
             yield
-            scale = None if loss_scale is None else torch.as_tensor(loss_scale, device=self.buffer.rows.device)
+            scale = None if loss_scale is None else loss_values.factor_on(self.buffer.rows.device, loss_scale)
             self._finish(index, self._update(index, None if scale is None else loss_values.factor_or_none(scale)))
             self._pending.add(index)
         except BaseException:

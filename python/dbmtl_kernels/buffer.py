@@ -116,14 +116,16 @@ class TaskGradientBuffer:
         )  # fmt: skip
 
     def _mask(self, active: Sequence[bool] | None) -> Tensor | None:
-        """On the device; remembered, as steps repeat them and an upload would wait for the device."""
+        """On the device; remembered, as steps repeat them."""
         if active is None or all(active):
             return None
         key = tuple(active)
         if key not in self._masks:
             if len(self._masks) >= 256:
                 self._masks.clear()
-            self._masks[key] = torch.tensor(key, device=self.rows.device)
+            mask = torch.tensor(key)
+            pinned = mask.pin_memory() if self.rows.device.type == "cuda" else mask
+            self._masks[key] = pinned.to(self.rows.device, non_blocking=True)
         return self._masks[key]
 
     def combine(self, weights: Tensor, flats: dict[torch.dtype, Tensor], accumulate: bool = False) -> None:

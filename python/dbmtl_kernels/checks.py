@@ -26,6 +26,13 @@ def check_eps(eps: float) -> float:
     return eps
 
 
+def check_seed(seed: int | None) -> int | None:
+    """Return the seed; raise TypeError unless it is an int or None."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed must be an int or None, got {type(seed).__name__}")
+    return seed
+
+
 def check_num_tasks(num_tasks: int) -> int:
     """Return K; raise TypeError or ValueError unless it is an int >= 1."""
     if isinstance(num_tasks, bool) or not isinstance(num_tasks, int):

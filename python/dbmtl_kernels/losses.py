@@ -76,6 +76,11 @@ def factor_or_none(factor: Tensor) -> Tensor | None:
     return None if factor.device.type == "cpu" and float(factor) == 1.0 else factor.detach().clone()
 
 
+def factor_on(device: torch.device, factor: float | Tensor) -> Tensor:
+    """The factor as a tensor on the device; a number gets there without a wait."""
+    return factor.to(device) if isinstance(factor, Tensor) else torch.full((), float(factor), device=device)
+
+
 def is_zero(factor: Tensor) -> bool:
     """Whether the factor is 0 (off a CPU it would take a sync to know)."""
     return factor.device.type == "cpu" and float(factor) == 0.0

@@ -53,8 +53,8 @@ def missing(device: torch.device) -> str | None:
         launches = _launches()
     except Exception as error:  # whatever a broken installation raises
         return f"triton {version} could not be imported: {error}"
-    if device.type != "cpu":
-        return None
+    if device.type != "cpu":  # an interpreter on the host cannot follow the addresses of gradients
+        return "TRITON_INTERPRET=1 is set: its interpreter serves CPU tensors only" if launches.INTERPRETED else None
     if not launches.INTERPRETED:
         return "TRITON_INTERPRET=1 must be set before the kernels are first used"
     try:  # triton 3.6's interpreter does not run with numpy 2.4

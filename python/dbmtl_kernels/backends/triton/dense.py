@@ -63,9 +63,11 @@ def combine_rows(
 
 
 _CHANGING = ["units", "grad_units", "decay_bits", "gain_bits", "eps_bits", "constant_bits", "seed", "num_slots"]
+# Scratch may begin anywhere without compiling a kernel anew.
+_SMALL = ["norms", "slots", "weights", "barrier"]
 
 
-@triton.jit(do_not_specialize=_CHANGING)
+@triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=_SMALL)
 def balance_kernel(
     grads, ema, out, norms, slots, weights, barrier,
     units: tl.int64, grad_units: tl.int64, decay_bits: tl.int64, gain_bits: tl.int64, eps_bits: tl.int64,
@@ -87,7 +89,7 @@ def balance_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_CHANGING)
+@triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=_SMALL)
 def update_kernel(
     grads, ema, slots, units: tl.int64, grad_units: tl.int64, decay_bits: tl.int64, gain_bits: tl.int64, seed: tl.int64,
     K: tl.constexpr, K_PAD: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -100,7 +102,7 @@ def update_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_CHANGING)
+@triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=_SMALL)
 def combine_kernel(
     ema, out, norms, slots, weights, units: tl.int64, num_slots: tl.int32, eps_bits: tl.int64, constant_bits: tl.int64,
     K: tl.constexpr, K_PAD: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr,

@@ -15,7 +15,9 @@ ENVIRONMENT = "DBMTL_TRITON_LAUNCHES"
 
 @cache
 def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuInit(0)  # whoever asks may be the first to need the driver; what fails, fails again below
+    return driver
 
 
 def _call(name: str, *args: Any) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -145,6 +145,41 @@ def _resident_programs(device: torch.device, kernel: Any, args: tuple[Any, ...],
     return found
 
 
+class _DensePlan(NamedTuple):
+    """What `balance_` needs to know of a problem, worked out once."""
+
+    tuning: Tuning
+    units: int
+    grad_units: int
+    tiles: int
+    pad: int
+    most: int  # programs, at most
+    common: dict[str, Any]
+    weighing: dict[str, Any]
+    rounding: dict[str, Any]
+
+
+@lru_cache(1024)
+def _dense_plan(
+    device: torch.device, num_tasks: int, num_params: int, stride: int, scale: str, stochastic: bool
+) -> _DensePlan:
+    grad_stride = stride if num_tasks > 1 else num_params
+    vec = _vector(num_params, grad_stride)
+    tuning = _tuning("balance", device, num_params)
+    pad = _pad(num_tasks)
+    return _DensePlan(
+        tuning,
+        num_params // vec,
+        grad_stride // vec,
+        -(-num_params // tuning.block),
+        pad,
+        max(driver.multiprocessors(device) * tuning.programs, INTERPRETED_PROGRAMS),
+        {"K": num_tasks, "K_PAD": pad, "VEC": vec, "BLOCK": tuning.block},
+        {"SCALE": scale, "UNROLL": tuning.unroll},
+        {"STOCHASTIC": stochastic},
+    )
+
+
 def balance_(
     grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float, seed: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -153,41 +188,32 @@ def balance_(
     device = ema.device
     out = torch.empty(num_params, dtype=grads.dtype, device=device)
     norms = torch.empty(num_tasks, dtype=torch.float64 if ema.dtype == torch.float64 else torch.float32, device=device)
-    grad_stride = grads.stride(0) if num_tasks > 1 else num_params
-    vec = _vector(num_params, grad_stride)
-    units, grad_units = num_params // vec, grad_stride // vec
-    tuning = _tuning("balance", device, num_params)
-    tiles = -(-num_params // tuning.block)
-    pad = _pad(num_tasks)
-    common: dict[str, Any] = {"K": num_tasks, "K_PAD": pad, "VEC": vec, "BLOCK": tuning.block}
-    weighing: dict[str, Any] = {"SCALE": scale, "UNROLL": tuning.unroll}
-    rounding: dict[str, Any] = {"STOCHASTIC": seed is not None}
-    decay, gain, eps_bits, constant_bits = _bits(beta), _bits(1.0 - beta), _bits(eps), _bits(constant)
+    plan = _dense_plan(device, num_tasks, num_params, grads.stride(0), scale, seed is not None)
     with _on(device):
         space = workspace(device)
-        most = driver.multiprocessors(device) * tuning.programs
-        slots = space.slots(max(most, INTERPRETED_PROGRAMS) * pad)
-        weights = space.weights(max(most, INTERPRETED_PROGRAMS) * 2 * num_tasks)
+        slots, weights = space.slots(plan.most * plan.pad), space.weights(plan.most * 2 * num_tasks)
+        decay, gain, eps_bits, constant_bits = _bits(beta), _bits(1.0 - beta), _bits(eps), _bits(constant)
         if driver.launches(device)[0] == 1:
             args = (
-                grads, ema, out, norms, slots, weights, space.barrier, units, grad_units, decay, gain, eps_bits,
-                constant_bits, seed or 0,
+                grads, ema, out, norms, slots, weights, space.barrier, plan.units, plan.grad_units, decay, gain,
+                eps_bits, constant_bits, seed or 0,
             )  # fmt: skip
-            meta = {**common, **weighing, **rounding}
+            meta = {**plan.common, **plan.weighing, **plan.rounding}
             grid = 1  # interpreted, programs run one after another: two would wait for each other for ever
             if not INTERPRETED:
-                per = min(tuning.programs, _resident_programs(device, balance_kernel, args, tuning, meta))
-                grid = max(1, min(tiles, driver.multiprocessors(device) * per))
-            _launch(balance_kernel, grid, *args, tuning=tuning, cooperative=True, **meta)
+                resident = _resident_programs(device, balance_kernel, args, plan.tuning, meta)
+                per = min(plan.tuning.programs, resident)
+                grid = max(1, min(plan.tiles, driver.multiprocessors(device) * per))
+            _launch(balance_kernel, grid, *args, tuning=plan.tuning, cooperative=True, **meta)
         else:
-            grid = _programs(device, tuning, tiles)
+            grid = _programs(device, plan.tuning, plan.tiles)
             _launch(
-                update_kernel, grid, grads, ema, slots, units, grad_units, decay, gain, seed or 0,
-                tuning=tuning, **common, **rounding,
+                update_kernel, grid, grads, ema, slots, plan.units, plan.grad_units, decay, gain, seed or 0,
+                tuning=plan.tuning, **plan.common, **plan.rounding,
             )  # fmt: skip
             _launch(
-                combine_kernel, grid, ema, out, norms, slots, weights, units, grid, eps_bits, constant_bits,
-                tuning=tuning, **common, **weighing,
+                combine_kernel, grid, ema, out, norms, slots, weights, plan.units, grid, eps_bits, constant_bits,
+                tuning=plan.tuning, **plan.common, **plan.weighing,
             )  # fmt: skip
     return out, norms
 

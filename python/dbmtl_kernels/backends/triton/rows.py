@@ -11,6 +11,7 @@ from .rounding import row_key, widen
 # Columns of the chunk table: segment, first element of it, column of that element in the row, elements.
 CHUNK_COLUMNS = tl.constexpr(4)
 SLOTS_AT_ONCE = tl.constexpr(1024)
+SLOTS_AT_A_TIME = tl.constexpr(16)
 
 
 @triton.jit
@@ -68,7 +69,11 @@ def gather_aligned_or_not(
     return squares
 
 
-@triton.jit(do_not_specialize=["num_chunks", "decay_bits", "gain_bits", "seed"])
+# Small tensors are views of larger ones: where they begin must not compile a kernel anew.
+@triton.jit(
+    do_not_specialize=["num_chunks", "decay_bits", "gain_bits", "seed"],
+    do_not_specialize_on_alignment=["sumsq", "slots", "ticket", "loss_scale"],
+)
 def accumulate_kernel(
     row, addresses, chunks, sumsq, slots, ticket, loss_scale,
     num_chunks: tl.int32, decay_bits: tl.int64, gain_bits: tl.int64, seed: tl.int64,
@@ -123,7 +128,7 @@ def accumulate_kernel(
         tl.store(sumsq, total.to(sumsq.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["units", "stride_units", "accumulate"])
+@triton.jit(do_not_specialize=["units", "stride_units", "accumulate"], do_not_specialize_on_alignment=["weights"])
 def combine_out_kernel(
     rows, weights, out, units: tl.int64, stride_units: tl.int64, accumulate: tl.int32,
     K: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
@@ -151,7 +156,10 @@ def combine_group(
     do_not_specialize=[
         "first0", "units0", "first1", "units1", "first2", "units2", "first3", "units3",
         "stride_units", "eps_bits", "constant_bits", "fresh", "accumulate",
-    ]
+    ],
+    do_not_specialize_on_alignment=[
+        "sumsq", "broken", "nonfinite_steps", "norms_out", "weights_out", "active", "loss_scale", "scratch", "ticket",
+    ],
 )  # fmt: skip
 def balance_rows_kernel(
     rows, sumsq, broken, nonfinite_steps, norms_out, weights_out, active, loss_scale, scratch, ticket,
@@ -235,11 +243,14 @@ def add_gramians_kernel(
     """The sum of the slots, in order, made symmetric to the bit; each program does one row of the matrix."""
     row = tl.program_id(0)
     index = tl.arange(0, COLUMNS)
-    upper = tl.zeros([COLUMNS], tl.float64)
-    lower = tl.zeros([COLUMNS], tl.float64)
-    for slot in range(num_slots):
+    place = tl.arange(0, SLOTS_AT_A_TIME)
+    upper = tl.zeros([SLOTS_AT_A_TIME, COLUMNS], tl.float64)
+    lower = tl.zeros([SLOTS_AT_A_TIME, COLUMNS], tl.float64)
+    for start in range(0, num_slots, SLOTS_AT_A_TIME):
+        slot = start + place[:, None]
         base = slots + offset(slot, K_PAD * K_PAD)
-        upper += tl.load(base + row * K_PAD + index, mask=index < K, other=0.0)
-        lower += tl.load(base + index * K_PAD + row, mask=index < K, other=0.0)
-    half = 0.5 * (upper + lower)
+        mask = (slot < num_slots) & (index[None, :] < K)
+        upper += tl.load(base + row * K_PAD + index[None, :], mask=mask, other=0.0)
+        lower += tl.load(base + index[None, :] * K_PAD + row, mask=mask, other=0.0)
+    half = 0.5 * (tl.sum(upper, axis=0) + tl.sum(lower, axis=0))
     tl.store(gramian + row * K + index, half.to(gramian.dtype.element_ty), mask=index < K)

@@ -12,6 +12,35 @@ from torch import Tensor
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
+class _Staging:
+    """Pinned memory for what a graph uploads at every replay: made before a capture, where pinning is forbidden."""
+
+    NUMBERS = 1 << 17
+
+    def __init__(self) -> None:
+        self._block: Tensor | None = None
+        self._used = 0
+        self._more: list[Tensor] = []
+
+    def prepare(self) -> None:
+        """Called outside captures."""
+        if self._block is None:
+            self._block = torch.empty(self.NUMBERS, dtype=torch.int64, pin_memory=True)
+
+    def take(self, values: np.ndarray) -> Tensor:
+        """``values`` in pinned memory that lives as long as the process, as a graph may."""
+        end = self._used + values.size
+        if self._block is None or end > self.NUMBERS:  # no warm-up, or very many captures: newer PyTorch allows it
+            self._more.append(torch.from_numpy(values).pin_memory())
+            return self._more[-1]
+        part = self._block[self._used : end].view(values.shape)
+        self._used = end
+        return part.copy_(torch.from_numpy(values))
+
+
+_staging = _Staging()
+
+
 class _Remembered:
     """Device tables by what is in them, the least recently used forgotten first.
 
@@ -21,18 +50,14 @@ class _Remembered:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._tables: OrderedDict[Hashable, Tensor] = OrderedDict()
-        self._captured: list[tuple[Tensor, Tensor]] = []  # a graph replays the upload: both ends must live on
 
     def get(self, key: Hashable, device: torch.device, make: Callable[[], np.ndarray]) -> Tensor:
         if device.type == "cpu":
             return torch.from_numpy(make())
-        stream = torch.cuda.current_stream(device)
         if torch.cuda.is_current_stream_capturing():
-            host = torch.from_numpy(make()).pin_memory()
-            table = host.to(device, non_blocking=True)
-            self._captured.append((host, table))
-            return table
-        full_key = (device, stream.cuda_stream, key)
+            return _staging.take(make()).to(device, non_blocking=True)
+        _staging.prepare()
+        full_key = (device, torch.cuda.current_stream(device).cuda_stream, key)
         found = self._tables.get(full_key)
         if found is None:
             # From pinned memory, which its allocator keeps until the copy is done: the host waits for nothing.
