@@ -59,7 +59,7 @@ __device__ inline void store_vector(T* p, const Vector<T>& x) {
   if (kHint == Hint::kStream)
     __stcs(reinterpret_cast<int4*>(p), raw);
   else
-    *reinterpret_cast<int4*>(p) = raw;
+    __stwb(reinterpret_cast<int4*>(p), raw);  // a plain assignment of 16-bit numbers would be taken apart again
 }
 
 // kElements numbers as arithmetic type; zeros where outside.

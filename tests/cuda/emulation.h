@@ -154,6 +154,10 @@ T __ldcg(const T* p) {
   return *p;
 }
 template <class T>
+void __stwb(T* p, T x) {
+  *p = x;
+}
+template <class T>
 void __stcs(T* p, T x) {
   *p = x;
 }
