@@ -53,6 +53,12 @@ class NativeLibrary(Extension):
 
 
 class BuildNative(build_ext):
+    def run(self) -> None:
+        if self.inplace:  # copied there afterwards, if there is anything to copy
+            for ext in self.extensions:
+                Path("python", self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        super().run()
+
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + (".dylib" if sys.platform == "darwin" else ".so")
 
@@ -91,9 +97,9 @@ class BuildNative(build_ext):
             [*compiler, "--list-gpu-code"], capture_output=True, text=True, check=True
         ).stdout.split()
         asked = os.environ.get("DBMTL_CUDA_ARCHS", "")
-        archs = [a.strip().removeprefix("sm_") for a in (asked or CUDA_ARCHS).replace(",", ";").split(";") if a.strip()]
+        archs = re.findall(r"\w+", asked.replace("sm_", "")) or CUDA_ARCHS.split(";")
         # An older nvcc does not know the newest by default; what was asked for by name is nvcc's to refuse.
-        archs = archs if asked else [a for a in archs if f"sm_{a}" in known]
+        archs = archs if asked.strip() else [a for a in archs if f"sm_{a}" in known]
         targets = [f"arch=compute_{a},code=sm_{a}" for a in archs]
         targets.append(f"arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         flags = [*CUDA_FLAGS, "-Icsrc", "-Icsrc/include", *(x for t in targets for x in ("-gencode", t))]

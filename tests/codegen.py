@@ -112,7 +112,7 @@ def dump(option, path):
 
 def meetings(ptx):
     """What matters where programs meet, in order: stores, barriers of a program, atomics, loads past the cache."""
-    pattern = r"\bst\.global|\bbar\.sync|\batom\.global[\w.]*|\bld\.global\.gpu\.acquire|\bld\.global\.cg"
+    pattern = r"\bst\.global|\bbar\.sync|\b(?:atom|red)\.global[\w.]*|\bld\.global\.gpu\.acquire|\bld\.global\.cg"
     found = re.findall(pattern, ptx)
     return [event for i, event in enumerate(found) if i == 0 or event != found[i - 1]]
 

@@ -1,27 +1,42 @@
-"""The device that the GPU tests run on, and what they share.
+"""The device and the backend that the GPU tests run on, and what they share.
 
-``DBMTL_TEST_DEVICE=cpu TRITON_INTERPRET=1 pytest --noconftest tests/test_gpu.py tests/test_gpu_engine.py`` runs, on
-small sizes, whatever does not need CUDA itself.
+``DBMTL_TEST_BACKEND`` is "triton" or "cuda". ``DBMTL_TEST_DEVICE=cpu TRITON_INTERPRET=1 pytest --noconftest
+tests/test_gpu.py tests/test_gpu_engine.py`` runs, on small sizes, whatever does not need CUDA itself; so does
+``DBMTL_TEST_DEVICE=cpu DBMTL_TEST_BACKEND=cuda``, with the CUDA kernels emulated.
 """
 
 import os
+import tempfile
+from pathlib import Path
 
 import dbmtl_kernels as dbk
+import emulator
 import numpy as np
 import oracle
 import pytest
 import torch
-from dbmtl_kernels import ops
-from dbmtl_kernels.backends import native
+from dbmtl_kernels import backends, ops
+from dbmtl_kernels.backends import cuda, native
 from test_balance import ULP, assert_same_bits
 
 DEVICE = torch.device(os.environ.get("DBMTL_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
-needs_cuda = pytest.mark.skipif(not ON_GPU, reason="needs CUDA itself, not the interpreter")
+BACKEND = os.environ.get("DBMTL_TEST_BACKEND", "triton")
+needs_cuda = pytest.mark.skipif(not ON_GPU, reason="needs CUDA itself, not the interpreter or the emulation")
 needs_native = pytest.mark.skipif(
     native.missing(torch.device("cpu")) is not None, reason="no native library to compare with"
 )
-both_forms = pytest.mark.parametrize("form", ["1", "2"], ids=["one-launch", "two-launches"])
+# Of the dense op; the CUDA kernels have but one.
+FORMS = {"1": "one-launch", "2": "two-launches"} if BACKEND == "triton" else {"1": "one-launch"}
+both_forms = pytest.mark.parametrize("form", FORMS, ids=FORMS.values())
+# What is launched: for each form of the dense op, for one row, for the end of a step, for the Gramian.
+if BACKEND == "triton":
+    DENSE_LAUNCHES = {"1": ["balance_kernel"], "2": ["update_kernel", "combine_kernel"]}
+    ROW_LAUNCHES, END_LAUNCHES = ["accumulate_kernel"], ["balance_rows_kernel"]
+    GRAMIAN_LAUNCHES = ["gramian_kernel", "add_gramians_kernel"]
+else:
+    DENSE_LAUNCHES = {"1": ["balance_kernel"]}
+    ROW_LAUNCHES, END_LAUNCHES, GRAMIAN_LAUNCHES = ["accumulate_kernel"], ["rows_kernel"], ["gramian_kernel"]
 
 SIZES = (1, 7, 33, 1000, 4096, 100003, 1 << 20, (1 << 22) + 16) if ON_GPU else (1, 7, 33, 1000, 4096)
 LARGE = 100003 if ON_GPU else 5003
@@ -29,7 +44,20 @@ TASKS = (1, 2, 3, 5, 11, 16, 33)
 GRADS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STATES = (torch.float32, torch.bfloat16, torch.float64)
 SEEDS = (0, -1, 123456789123456789)
-BACKEND = "triton"
+
+
+def emulate():
+    """The `cuda` backend serves CPU tensors, for as long as this process runs."""
+    with tempfile.TemporaryDirectory() as folder:  # once loaded, a library needs its file no longer
+        library = emulator.build(Path(folder))
+        cuda.library_path, cuda.SERVES = (lambda: library), "cpu"
+        cuda._load.cache_clear()
+        backends.clear_cache()
+        assert cuda.missing(torch.device("cpu")) is None
+
+
+if BACKEND == "cuda" and not ON_GPU:
+    emulate()
 
 
 def there(x):
@@ -49,15 +77,29 @@ def dense(grads, ema, beta=0.9, scale="max", seed=None):
 
 
 def workspace():
-    """Of the current stream of the device."""
+    """Scratch of the current stream of the device: its four counters, and all that may hold anything."""
+    device = torch.empty(0, device=DEVICE).device
+    if BACKEND == "cuda":
+        stream = torch.cuda.current_stream(device).cuda_stream if ON_GPU else 0
+        space = cuda._workspaces[device, stream]
+        return space[:16].view(torch.int32), [space[256:].view(torch.float64)]
     from dbmtl_kernels.backends.triton import launches  # not at import: the interpreter is chosen there
 
-    return launches.workspace(torch.empty(0, device=DEVICE).device)
+    space = launches.workspace(device)
+    return space.counters, [space._slots, space._weights]
+
+
+def short(name):
+    """Of one of our CUDA kernels as a profiler calls it, mangled or not, its own name; others as they are."""
+    if BACKEND != "cuda" or "dbmtl" not in name:
+        return name
+    kernels = ("balance_kernel", "accumulate_kernel", "rows_kernel", "gramian_kernel")
+    return next((kernel for kernel in kernels if kernel in name), name)
 
 
 def assert_nobody_waits():
     """The counters of whoever waits or is last are back at zero; the other one counts how often a barrier opened."""
-    come, _, ticket, _ = workspace().counters.tolist()
+    come, _, ticket, _ = workspace()[0].tolist()
     assert (come, ticket) == (0, 0)
 
 

@@ -3,6 +3,7 @@
 That their numbers are right is tested beside the other backends (test_balance, test_ops, test_rounding, ...).
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -18,7 +19,6 @@ from dbmtl_kernels.backends import abi, cuda
 
 CPU = torch.device("cpu")
 NVCC = shutil.which("nvcc")
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Registers a thread at most, and static shared memory, by kernel; nothing may spill or lie in local memory. 512 threads
 # of the dense op have 128 registers, two blocks of 256 threads of the others as many.
 RESOURCES = {
@@ -49,6 +49,34 @@ def test_the_dense_op_has_the_bits_of_the_native_backend(size, backend):
             same_bits(ema, other)
             torch.testing.assert_close(norms, exact, rtol=1e-7, atol=0)
             torch.testing.assert_close(out, expected, rtol=2**-7 if grad == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", ["40000", "100000", "150000"])
+@pytest.mark.parametrize("num_tasks", [1, 8, 16])
+@pytest.mark.usefixtures("emulated_cuda")
+def test_tiles_kept_in_part(num_tasks, shared, monkeypatch):
+    """All, some or none of a tile's tasks in shared memory."""
+    monkeypatch.setenv("DBMTL_EMULATED_SHARED_BYTES", shared)
+    for state in (torch.float32, torch.bfloat16):
+        grads, ema = torch.randn(num_tasks, 20000), torch.randn(num_tasks, 20000).to(state)
+        other = ema.clone()
+        out, _ = dbk.balance_(grads, ema, 0.9, backend="cuda")
+        expected, _ = dbk.balance_(grads, other, 0.9, backend="native")
+        same_bits(ema, other)
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_a_device_that_says_nothing_and_a_gradient_that_is_not_there(monkeypatch):
+    rows, sums = torch.ones(2, 64), torch.ones(2, 1, dtype=torch.float64)
+    for row, sumsq, name in zip(rows, sums, ("cuda", "native"), strict=True):
+        ops.accumulate_(row, sumsq, [None], torch.tensor([[0, 64]]), 0.0, -1.0, torch.tensor(float("nan")), None, name)
+        assert (row == 0).all()
+        assert sumsq == 0
+    same_bits(rows[0], rows[1])
+    monkeypatch.setenv("DBMTL_EMULATED_MULTIPROCESSORS", "0")
+    with pytest.raises(RuntimeError, match="does not say what it is"):
+        dbk.balance_(torch.ones(2, 4), torch.ones(2, 4), backend="cuda")
 
 
 @pytest.mark.parametrize("multiprocessors", ["1", "2", "5"])
@@ -168,16 +196,16 @@ def dump(option):
 def built():
     """By architecture and mangled kernel: (registers, stack, shared, local, SASS). Nothing where there is no nvcc."""
     found = {}
-    if NVCC is None:
+    if not cuda.library_path().exists():
         assert "was not built" in cuda.missing(torch.device("cuda"))
-        return found
-    arch = None
+        pytest.skip("no nvcc here, so there is no GPU library to look at")
+    arch = name = ""
     for line in dump("-res-usage").splitlines():
         if match := re.search(r"arch = (sm_\d+)", line):
             arch = match.group(1)
         elif match := re.search(r"Function (\S+):", line):
             name = match.group(1)
-        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+        elif "probe" not in name and (match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line)):
             found[arch, name] = [*map(int, match.groups()), ""]
     for line in dump("-sass").splitlines():
         if match := re.search(r"arch = (sm_\d+)", line):
@@ -194,12 +222,16 @@ def kernel_of(name):
 
 
 def test_every_kernel_is_built_for_every_architecture(built):
-    if NVCC is not None:
-        assert {arch for arch, _ in built} == set(ARCHITECTURES)
-        kinds = {(arch, kernel_of(name)) for arch, name in built}
-        assert kinds == {(arch, kernel) for arch in ARCHITECTURES for kernel in RESOURCES}
-        assert len(built) == 3 * (20 + 8 + 3 + 3)
-        assert "sm_100" in dump("-lptx").replace("compute_100", "sm_100")  # for what comes after
+    asked = os.environ.get("DBMTL_CUDA_ARCHS", "80;90;100")
+    known = subprocess.run(
+        [NVCC or "nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    architectures = {f"sm_{arch}" for arch in re.findall(r"\w+", asked)} & set(known)
+    assert {arch for arch, _ in built} == architectures
+    kinds = {(arch, kernel_of(name)) for arch, name in built}
+    assert kinds == {(arch, kernel) for arch in architectures for kernel in RESOURCES}
+    assert len(built) == len(architectures) * (20 + 8 + 3 + 3)
+    assert re.search(r"sm_\d+\.ptx", dump("-lptx"))  # for what comes after
 
 
 def test_resources_are_within_the_table(built):
@@ -227,6 +259,21 @@ def test_aligned_kernels_move_128_bits(built):
             assert re.search(r"\bSTG\.E\.[\w.]*128", sass), where
 
 
+def test_blocks_meet_behind_fences(built):
+    """A block's threads have come and a fence lies before it counts itself in; the barrier is polled."""
+    for (arch, name), (*_, sass) in built.items():
+        kernel = kernel_of(name)
+        events = re.findall(r"\b(BAR\.SYNC|MEMBAR\.SC\.GPU|ATOMG?\.E\.ADD\.STRONG\.GPU|STRONG\.SYS)", sass)
+        arrival = next(i for i, event in enumerate(events) if event.startswith("ATOM"))
+        before, after = events[:arrival], events[arrival + 1 :]
+        assert before[-1] == "MEMBAR.SC.GPU", (arch, name)
+        assert "BAR.SYNC" in before, (arch, name)
+        assert "MEMBAR.SC.GPU" in after, (arch, name)
+        assert ("STRONG.SYS" in events) == (kernel == "balance_kernel"), (arch, name)
+        if kernel != "rows_kernel":  # which has no slots
+            assert re.search(r"LDG\.E\.64\.STRONG\.GPU", sass), (arch, name)
+
+
 def test_products_are_not_fused_with_sums(built):
     """State must have the bits of the CPU kernels. The few FFMA are those of the division and the square root."""
     for (arch, name), (*_, sass) in built.items():
@@ -235,8 +282,8 @@ def test_products_are_not_fused_with_sums(built):
 
 def test_a_library_without_a_driver_says_so():
     """It loads; asking it for anything gives a status."""
-    if NVCC is None or torch.cuda.is_available():
-        return
+    if not cuda.library_path().exists() or torch.cuda.is_available():
+        pytest.skip("no nvcc here, so there is no GPU library, or there is a GPU")
     cuda._load.cache_clear()
     backends.clear_cache()
     reason = cuda.missing(torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU against the CPU kernels: `bash benchmarks/gpu_suite.sh OUT_DIR` runs these."""
+"""The GPU kernels of a backend against the CPU kernels: `bash benchmarks/gpu_suite.sh OUT_DIR` runs these."""
 
 import dbmtl_kernels as dbk
 import numpy as np
@@ -8,6 +8,7 @@ from dbmtl_kernels import ops
 from device import (
     BACKEND,
     DEVICE,
+    FORMS,
     GRADS,
     LARGE,
     ON_GPU,
@@ -50,7 +51,8 @@ def test_dense_parity_with_the_oracle(size, dtypes, form, monkeypatch):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("num_tasks", TASKS)
 def test_every_number_of_tasks_and_scale(num_tasks, scale, monkeypatch):
-    monkeypatch.setenv("DBMTL_TRITON_LAUNCHES", "12"[(TASKS.index(num_tasks) + SCALES.index(scale)) % 2])
+    forms = list(FORMS)
+    monkeypatch.setenv("DBMTL_TRITON_LAUNCHES", forms[(TASKS.index(num_tasks) + SCALES.index(scale)) % len(forms)])
     grads, ema = problem(num_tasks, 1000, torch.float32, torch.float32)
     assert_like_the_oracle(grads, ema, dense(grads, ema, 0.5, scale), 0.5, scale)
 
@@ -231,8 +233,16 @@ def test_gramian(num_tasks, state):
         assert torch.equal(gram, gram.T)
 
 
+@pytest.mark.skipif(BACKEND != "cuda", reason="Triton has no such limit")
+def test_the_most_tasks_and_one_more():
+    grads, ema = problem(256, 40, torch.float32, torch.float32)
+    assert_like_the_oracle(grads, ema, dense(grads, ema, 0.5, "max"), 0.5, "max")
+    with pytest.raises(ValueError, match="at most 256"):
+        dense(*problem(257, 40, torch.float32, torch.float32))
+
+
 def test_gramian_of_too_many_tasks():
-    with pytest.raises(ValueError, match="65"):
+    with pytest.raises(ValueError, match="at most 64"):
         ops.gramian(there(torch.randn(65, 40)), BACKEND)
 
 
@@ -255,10 +265,8 @@ def test_scratch_may_hold_anything(form, monkeypatch):
 
     first = everything()
     for _ in range(2):
-        space = workspace()
-        space._slots.fill_(torch.nan)
-        space._weights.fill_(torch.nan)
-        del space
+        for scratch in workspace()[1]:
+            scratch.fill_(torch.nan)
         if ON_GPU:  # and so may the memory that results are allocated from
             blocks = [torch.full((n,), torch.nan, device=DEVICE) for n in (2, 4, 5, 10, 25, LARGE, len(row), 5 * LARGE)]
             del blocks

@@ -11,10 +11,14 @@ from dbmtl_kernels.buffer import TaskGradientBuffer
 from dbmtl_kernels.layout import ParameterLayout
 from device import (
     BACKEND,
+    DENSE_LAUNCHES,
     DEVICE,
+    END_LAUNCHES,
     GRADS,
+    GRAMIAN_LAUNCHES,
     LARGE,
     ON_GPU,
+    ROW_LAUNCHES,
     assert_accumulates_as_native,
     assert_like_the_oracle,
     assert_nobody_waits,
@@ -24,6 +28,7 @@ from device import (
     needs_native,
     numpy,
     row_problem,
+    short,
     there,
 )
 from test_balance import assert_same_bits, problem
@@ -113,20 +118,22 @@ def launched(run, path):
             torch.cuda.synchronize()
     profiler.export_chrome_trace(str(path))
     events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("cat") in DEVICE_EVENTS]
-    return [e["name"] for e in sorted(events, key=lambda e: e["ts"])]
+    return [short(e["name"]) for e in sorted(events, key=lambda e: e["ts"])]
 
 
 DEVICE_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
-ENGINE_STEP = ["accumulate_kernel"] * 3 + ["balance_rows_kernel"]
+ENGINE_STEP = ROW_LAUNCHES * 3 + END_LAUNCHES
 
 
 @needs_cuda
 def test_number_of_launches(tmp_path, monkeypatch):
     grads, ema = there(torch.randn(3, LARGE)), there(torch.randn(3, LARGE))
-    for form, kernels in (("1", ["balance_kernel"]), ("2", ["update_kernel", "combine_kernel"])):
+    for form, kernels in DENSE_LAUNCHES.items():
         monkeypatch.setenv("DBMTL_TRITON_LAUNCHES", form)
         dbk.balance_(grads, ema, backend=BACKEND)
         assert launched(lambda: dbk.balance_(grads, ema, backend=BACKEND), tmp_path / "trace.json") == kernels
+    ops.gramian(ema, BACKEND)
+    assert launched(lambda: ops.gramian(ema, BACKEND), tmp_path / "trace.json") == GRAMIAN_LAUNCHES
     _, _, _, step = engine()
     step()
     assert launched(step, tmp_path / "trace.json") == ENGINE_STEP
@@ -196,7 +203,7 @@ def test_every_device_whichever_is_current(monkeypatch):
     row, segments, bases, shift = row_problem(torch.float32, GRADS, 32)
     for index in range(count):
         if ON_GPU:
-            monkeypatch.setitem(globals(), "DEVICE", torch.device("cuda", index))
+            monkeypatch.setattr("device.DEVICE", torch.device("cuda", index))
             torch.cuda.set_device((index + 1) % count)
         try:
             grads, ema = problem(3, 1000, torch.float32, torch.float32)

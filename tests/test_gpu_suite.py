@@ -15,7 +15,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_suite.sh"
-UNCHECKED = {"bare K backward passes"}  # has no result to agree on
+EMPTY = "empty cooperative launch"
+UNCHECKED = {"bare K backward passes", EMPTY}  # have no result to agree on
 
 
 def suite(folder, *options, **changes):
@@ -35,11 +36,12 @@ def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
     import clock
     import dense
+    import engine
     import report
     import shard
     import suite
 
-    return SimpleNamespace(clock=clock, dense=dense, report=report, shard=shard, suite=suite)
+    return SimpleNamespace(clock=clock, dense=dense, engine=engine, report=report, shard=shard, suite=suite)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +80,8 @@ def test_a_dry_run_times_only_what_agreed_and_judges_nothing(tried):
         assert row["P"] > 1
         if row["section"] != "memory":
             assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
-            assert row["gb_per_s"] > 0
-    # Every target of DESIGN.md's table that a GPU is held to
+            assert row["gb_per_s"] > 0 or row["name"] == EMPTY
+    # Every target of the project's table that a GPU is held to
     targets = {(row["section"], row["against"].split(" ")[0], row["target"]) for row in rows if row["target"]}
     assert targets == {
         ("dense", "copy", 0.9), ("dense", "eager", 1.2), ("dense", "authors'", 4.0), ("small", "eager", 3.0),
@@ -197,10 +199,125 @@ def test_parts_of_the_tests_are_all_of_them(modules):
     assert sorted(parts) == list(range(23))
 
 
-def test_what_the_sanitizer_watches_runs(tmp_path):
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_what_the_sanitizer_watches_runs(backend, request):
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "sanitize.py"), "--device", "cpu"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "python")}
-    )
+    settings = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "DBMTL_TEST_BACKEND": backend}
+    if backend == "cuda":
+        settings["DBMTL_EMULATED"] = str(request.getfixturevalue("emulated_library"))
+    done = subprocess.run(command, capture_output=True, text=True, env=settings)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "every kernel ran"
+
+
+# --- Both backends --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.interpreter
+def test_the_cuda_kernels_are_measured_against_triton(modules, tmp_path, emulated_cuda):
+    report = modules.report.Report(tmp_path, judge=False, seconds=60)
+    timer = modules.clock.Clock(torch.device("cpu"), 1, 1)
+    dense = modules.dense.Dense(report, timer, tiny=True)
+    dense.large(3, 100_000_000, torch.float32, torch.float32)
+    for size in (1_000_000, 2_000_000, 100_000):
+        dense.small(size)
+    dense.gramian(11, 50_000_000)
+    modules.engine.gathering(report, timer, True, None)
+    modules.engine.whole_step(report, timer, True, tf32=False)
+    assert report.failures == []
+    judged = [
+        (r.section, r.clock, r.against, r.wanted, r.target) for r in report.rows if r.name == "cuda" and r.against
+    ]
+    small = [("small", "device", "triton", ">=", 1.15), ("small", "device", EMPTY, "<=", None)]
+    call = ("small", "call", "triton", ">=", 1.0)
+    assert judged == [
+        ("dense", "device", "triton", ">=", 1.0), ("dense", "device", "copy", ">=", None),
+        *small, call, *small, call,
+        ("small", "device", "triton", ">=", 1.0), ("small", "device", EMPTY, "<=", 2.0), call,
+        ("gramian", "device", "triton", ">=", None),
+        ("engine", "device", "triton", ">=", 1.0), ("engine", "call", "triton", ">=", 1.0),
+        ("step", "call", "bare K backward passes", "<=", 1.05),
+    ]  # fmt: skip
+
+
+def test_how_the_backends_are_compared(modules, tmp_path):
+    report = modules.report.Report(tmp_path, judge=True, seconds=60)
+    base = modules.report.Row("small", "case", "", 3, 100, clock="device")
+    times = {"dbmtl_kernels": [1.1] * 3, "cuda": [1.0] * 3, EMPTY: [0.4] * 3}
+    report.add_times(base, times, {"": 1.0, EMPTY: 0.0}, {}, (EMPTY,))
+    modules.dense.compare_backends(report, base, times)
+    modules.dense.compare_backends(report, base, times, 1.15)
+    modules.dense.compare_with_empty(report, base, times, judged=True)
+    found = [(r.name, r.against, round(r.ratio, 6), r.reached) for r in report.rows if r.against]
+    assert found == [
+        ("cuda", "triton", 1.1, True), ("cuda", "triton", 1.1, False),
+        ("dbmtl_kernels", EMPTY, 2.75, None), ("cuda", EMPTY, 2.5, False),
+    ]  # fmt: skip
+    assert [row.p50_ms for row in report.rows if row.name == "cuda"] == [1e3] * 4
+    del times["cuda"]  # where its library is not built
+    modules.dense.compare_backends(report, base, times)
+    assert len(report.rows) == 7
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_both_backends_are_tested_and_watched(modules, tmp_path, monkeypatch, built):
+    python, library = tmp_path / "python", tmp_path / "libdbmtl_cuda.so"
+    python.write_text(
+        '#!/bin/sh\necho "backend: $DBMTL_TEST_BACKEND"\n'
+        'if [ "$1" = -m ]; then echo "1 passed"; else echo "every kernel ran"; echo "ERROR SUMMARY: 0 errors"; fi\n'
+    )
+    watcher = tmp_path / "compute-sanitizer"
+    watcher.write_text('#!/bin/sh\nwhile [ "$1" != "$PYTHON" ]; do shift; done\nexec "$@"\n')
+    for path in (python, watcher):
+        path.chmod(0o755)
+    if built:
+        library.touch()
+    monkeypatch.setenv("PYTHON", str(python))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("DBMTL_TEST_BACKEND", "another")
+    monkeypatch.setattr(modules.suite, "CUDA_LIBRARY", library)
+    suite = modules.suite.Suite(tmp_path, tmp_path, dry=False)
+    suite.test_and_sanitize()
+    names = ("tests {}", "sanitizer {} memcheck", "sanitizer {} racecheck")
+    statuses = {stage.stage: stage.status for stage in suite.stages}
+    other = "passed" if built else "not available"
+    assert statuses == {name.format(b): s for b, s in (("triton", "passed"), ("cuda", other)) for name in names}
+    assert all("was not built" in stage.remark for stage in suite.stages if stage.status == "not available")
+    for log, triton, cuda in (("pytest.log", 7, 2), ("sanitizer.log", 2, 2)):
+        text = (tmp_path / log).read_text()
+        assert (text.count("backend: triton"), text.count("backend: cuda")) == (triton, cuda * built)
+        assert "another" not in text
+
+
+def test_part_of_a_backends_tests_failing_or_all_skipped_is_a_failure(modules):
+    passed, failed, skipped = (
+        modules.suite.Stage("part", status, code, 1.0, remark)
+        for status, code, remark in (("passed", 0, "3 passed"), ("failed", 1, "1 failed"), ("passed", 0, "3 skipped"))
+    )
+    assert modules.suite.together("tests cuda", [passed, passed]) == passed._replace(
+        stage="tests cuda", remark="3 passed | 3 passed"
+    )
+    assert modules.suite.together("tests cuda", [passed, failed]).status == "failed"
+    assert modules.suite.together("tests cuda", [passed, skipped]).status == "failed"
+
+
+@pytest.mark.parametrize(("said", "archs"), [("9.0", "90"), ("10.0", "100"), ("[N/A]", None), (None, None)])
+def test_the_build_is_for_the_gpu_that_is_there(modules, monkeypatch, said, archs):
+    monkeypatch.setattr(modules.suite.environment, "said_by", lambda *command: said)
+    assert modules.suite.build_settings().get("DBMTL_CUDA_ARCHS") == archs
+
+
+def test_a_build_without_the_cuda_kernels_says_so(modules, tmp_path, monkeypatch):
+    monkeypatch.setattr(modules.suite, "CUDA_LIBRARY", tmp_path / "libdbmtl_cuda.so")
+    stage = modules.suite.Stage("build", "passed", 0, 1.0, "copying")
+    log = "dbmtl_kernels: the CUDA kernels were NOT built (no nvcc)."
+    assert log.split(" (")[0].removeprefix("dbmtl_kernels: the CUDA kernels ") in (ROOT / "setup.py").read_text()
+    assert modules.suite.built(stage, "all is well") == stage
+    assert modules.suite.built(stage, log).remark.endswith("there is none")
+    (tmp_path / "libdbmtl_cuda.so").touch()
+    assert modules.suite.built(stage, log).remark.endswith("an earlier build's is used")
+
+
+def test_it_ends_within_eight_minutes(modules):
+    suite = modules.suite
+    assert suite.BUILD + suite.TEST + suite.BENCHMARK + suite.FIGURE < 480 - 15

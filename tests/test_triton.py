@@ -157,7 +157,7 @@ def test_one_launch_whatever_the_driver_can_hold(launches, monkeypatch):
     assert grids == [10, 20, 20, 5]
 
 
-# --- bytes: DESIGN's budget, to the byte ------------------------------------------------------------------------
+# --- bytes: the budget of docs/backends.md, to the byte --------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["1", "2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Callable
 from functools import partial
 
@@ -10,11 +11,14 @@ import clock
 import contenders
 import dbmtl_kernels as dbk
 import torch
-from dbmtl_kernels import ops
+import triton
+from dbmtl_kernels import backends, ops
 from report import OURS, Report, Row, WrongResultError, plain
 from torch import Tensor
 
 BACKEND = "triton"
+CUDA = "cuda"  # the other backend, and the name of its rows
+EMPTY = "empty cooperative launch"
 CACHE = 60e6  # bytes of the H200's second-level cache
 LAUNCHES = "DBMTL_TRITON_LAUNCHES"
 
@@ -22,6 +26,46 @@ LAUNCHES = "DBMTL_TRITON_LAUNCHES"
 def ours(grads: Tensor, ema: Tensor) -> Tensor:
     """One call, (4 K P + P) elements moved."""
     return dbk.balance_(grads, ema, contenders.BETA, contenders.EPS, backend=BACKEND)[0]
+
+
+def ours_cuda(grads: Tensor, ema: Tensor) -> Tensor:
+    """The same by the CUDA kernels."""
+    return dbk.balance_(grads, ema, contenders.BETA, contenders.EPS, backend=CUDA)[0]
+
+
+def has_cuda(device: torch.device) -> bool:
+    """Whether the `cuda` backend serves ``device``; where its library is not built it is left out."""
+    return backends.get(CUDA).missing(device) is None
+
+
+@triton.jit
+def empty_kernel(unused):
+    """Does nothing."""
+    return
+
+
+def empty_launch(device: torch.device) -> clock.Call:
+    """What a cooperative launch costs by itself, with one program on each multiprocessor."""
+    unused = torch.zeros(1, device=device)
+    if device.type != "cuda":
+        return lambda _: empty_kernel[(1,)](unused)
+    grid = (torch.cuda.get_device_properties(device).multi_processor_count,)
+    return lambda _: empty_kernel[grid](unused, launch_cooperative_grid=True)
+
+
+def compare_backends(report: Report, base: Row, times: dict[str, list[float]], target: float | None = 1.0) -> None:
+    """How many times faster the CUDA kernels are than Triton's; after `Report.add_times` of the same."""
+    if CUDA in times and OURS in times:
+        row = report.row_of(base, CUDA)
+        report.compare(row, BACKEND, statistics.median(times[OURS]) / statistics.median(times[CUDA]), ">=", target)
+
+
+def compare_with_empty(report: Report, base: Row, times: dict[str, list[float]], judged: bool) -> None:
+    """How many times as long as an empty cooperative launch each backend takes; a target is the CUDA kernels' only."""
+    empty = statistics.median(times[EMPTY])
+    for name, target in ((OURS, None), (CUDA, 2.0 if judged else None)):
+        if name in times:
+            report.compare(report.row_of(base, name), EMPTY, statistics.median(times[name]) / empty, "<=", target)
 
 
 def ours_in(launches: int, grads: Tensor, ema: Tensor) -> Tensor:
@@ -132,6 +176,8 @@ class Dense:
         if grads == state == torch.float32 and not with_compile:
             named["authors' arithmetic"] = contenders.authors
             named["two launches"] = partial(ours_in, 2)
+            if has_cuda(self.device):
+                named[CUDA] = ours_cuda
         if with_compile:
             named["torch.compile (lerp_)"] = self.compiled(contenders.eager_lerp)
         if grads != state:
@@ -141,12 +187,16 @@ class Dense:
         calls = {name: inputs.rotating(call) for name, call in right.items()}
         times = self.timer.on_device({**calls, "copy": copy})
         base = Row("dense", case, "", K, inputs.base.P, inputs.base.grads, inputs.base.state, "device")
-        # The table of DESIGN.md speaks of K P s >= 1 GB; half precision is held to the bandwidth only.
+        # The targets speak of K P s >= 1 GB; half precision is held to the bandwidth only.
         full = grads == state == torch.float32
         targets = {
             "copy": 0.9, "eager": 1.2 if full else None, "authors": 4.0, "torch.compile": None, "two launches": None
         }  # fmt: skip
         self.report.add_times(base, times, {"": inputs.moved, "copy": copied}, targets)
+        compare_backends(self.report, base, times)
+        if CUDA in times:
+            share = inputs.moved / copied * statistics.median(times["copy"]) / statistics.median(times[CUDA])
+            self.report.compare(self.report.row_of(base, CUDA), "copy", share, ">=", None)
 
     def small(self, P: int) -> None:
         """K=3: bound by launches. On the device alone, by calls made from Python, and replayed from a CUDA graph."""
@@ -161,17 +211,23 @@ class Dense:
             "eager (mul_, add_)": contenders.eager_addmul,
             "authors' arithmetic": contenders.authors,
         }
+        if has_cuda(self.device):
+            named[CUDA] = ours_cuda
         right = self.report.agree(case, named, inputs.check)
         calls = {name: inputs.rotating(call) for name, call in right.items()}
         target = 3.0 if P == 1_000_000 else None
-        targets = {"eager": target, "authors": 4.0, "one launch": None, "two launches": None}
+        authors = 4.0 if P <= 1_000_000 else None
+        targets = {"eager": target, "authors": authors, "one launch": None, "two launches": None}
         base = Row("small", case, "", K, inputs.base.P, inputs.base.grads, inputs.base.state)
         for kind, times in (
-            ("device", self.timer.on_device(calls)),
+            ("device", self.timer.on_device({**calls, EMPTY: empty_launch(self.device)})),
             ("call", self.timer.of_calls(calls, 1 if self.tiny else 50)),
         ):
             base.clock = kind
-            self.report.add_times(base, times, {"": inputs.moved}, targets)
+            self.report.add_times(base, times, {"": inputs.moved, EMPTY: 0.0}, targets, (EMPTY,))
+            compare_backends(self.report, base, times, 1.15 if kind == "device" and P >= 1_000_000 else 1.0)
+            if EMPTY in times:
+                compare_with_empty(self.report, base, times, P == 100_000)
         if self.device.type != "cuda":
             return
         count = len(inputs.sets)
@@ -182,6 +238,7 @@ class Dense:
         times = {name: [t / count for t in found] for name, found in self.timer.on_device(graphs).items()}
         base.clock = "graph"
         self.report.add_times(base, times, {"": inputs.moved}, {"eager": None, "two launches": None})
+        compare_backends(self.report, base, times)
 
     def gramian(self, K: int, P: int) -> None:
         """All inner products of K rows."""
@@ -194,7 +251,10 @@ class Dense:
             close(call().double(), expected, 1e-5, "the Gramian")
 
         named = {OURS: lambda: ops.gramian(rows, BACKEND), "torch matmul": lambda: rows @ rows.T}
+        if has_cuda(self.device):
+            named[CUDA] = lambda: ops.gramian(rows, CUDA)
         right = self.report.agree(case, named, check)
         times = self.timer.on_device({name: lambda _, call=call: call() for name, call in right.items()})
         base = Row("gramian", case, "", K, P, "float32", "float32", "device")
         self.report.add_times(base, times, {"": 4.0 * K * P}, {"torch matmul": None})
+        compare_backends(self.report, base, times, None)

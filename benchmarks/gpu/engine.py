@@ -11,7 +11,7 @@ import dbmtl_kernels as dbk
 import torch
 from dbmtl_kernels.buffer import TaskGradientBuffer
 from dbmtl_kernels.layout import ParameterLayout
-from dense import BACKEND, close
+from dense import BACKEND, CUDA, close, compare_backends, has_cuda
 from report import OURS, Report, Row
 from torch import Tensor, nn
 
@@ -42,10 +42,10 @@ class Gathering:
         self.start = torch.randn(K, self.numel, device=device)
         self.K = K
 
-    def ours(self) -> Callable[[], list[Tensor]]:
+    def ours(self, backend: str = BACKEND) -> Callable[[], list[Tensor]]:
         """`TaskGradientBuffer`: each list gathered into its row, then all rows combined."""
         layout = ParameterLayout(self.parameters)
-        buffer = TaskGradientBuffer(layout, self.K, BACKEND)
+        buffer = TaskGradientBuffer(layout, self.K, backend)
         for task, row in enumerate(self.start):
             buffer.accumulate(task, list(row.split(self.sizes)), 0.0, 1.0)
         flats = buffer.new_flats()
@@ -125,6 +125,8 @@ def gathering(
     else:
         named = {OURS: problem.ours(), "eager (cat, lerp_)": problem.eager(), "foreach (lerp_)": problem.foreach()}
         targets = {"eager": 1.6, "foreach": None}
+        if has_cuda(timer.device):
+            named[CUDA] = problem.ours(CUDA)
     right = report.agree(case, named, problem.check)
     calls = {name: problem.timed(step) for name, step in right.items()}
     base = Row("engine", case, "", problem.K, problem.numel, "float32", "float32")
@@ -132,6 +134,7 @@ def gathering(
     for kind, times in (("device", timer.on_device(calls)), ("call", timer.of_calls(calls, 1 if tiny else 10))):
         base.clock = kind
         report.add_times(base, times, moved, targets)
+        compare_backends(report, base, times)
 
 
 class Training:
@@ -155,7 +158,7 @@ class Training:
         z = self.trunk(self.x)
         return [nn.functional.cross_entropy(head(z), y) for head, y in zip(self.heads, self.y, strict=True)]
 
-    def check(self, tolerance: float) -> None:
+    def check(self, tolerance: float, backend: str) -> None:
         """Raise WrongResultError unless a first engine step agrees with the reference."""
         shared = list(self.trunk.parameters())
         losses = self.losses()
@@ -163,7 +166,7 @@ class Training:
         grads = torch.stack([torch.cat([grad.reshape(-1) for grad in row]) for row in rows])
         expected, _, _ = dbk.reference.balance(grads, torch.zeros_like(grads), BETA, EPS)
         self.optimizer.zero_grad()
-        dbk.DBMTL(shared, self.K, beta_sigma=0.0, backend=BACKEND).backward(losses)
+        dbk.DBMTL(shared, self.K, beta_sigma=0.0, backend=backend).backward(losses)
         close(torch.cat([p.grad.reshape(-1) for p in shared]), expected, tolerance, "the balanced .grad")
         self.optimizer.zero_grad()
 
@@ -175,8 +178,11 @@ def whole_step(report: Report, timer: clock.Clock, tiny: bool, tf32: bool) -> No
     torch.backends.cuda.matmul.allow_tf32 = tf32
     try:
         problem = Training(widths, batch, timer.device)
-        problem.check(1e-2 if tf32 else 1e-4)
-        balancer = dbk.DBMTL(problem.trunk.parameters(), problem.K, backend=BACKEND)
+        backends = {OURS: BACKEND, **({CUDA: CUDA} if has_cuda(timer.device) else {})}
+        balancers = {}
+        for name, backend in backends.items():
+            problem.check(1e-2 if tf32 else 1e-4, backend)
+            balancers[name] = dbk.DBMTL(problem.trunk.parameters(), problem.K, backend=backend)
 
         def bare(losses: list[Tensor]) -> None:
             for task, loss in enumerate(losses):
@@ -190,16 +196,19 @@ def whole_step(report: Report, timer: clock.Clock, tiny: bool, tf32: bool) -> No
 
             return call
 
-        calls = {OURS: step(balancer.backward), "bare K backward passes": step(bare)}
+        calls = {name: step(balancer.backward) for name, balancer in balancers.items()}
+        calls["bare K backward passes"] = step(bare)
         times = timer.of_calls(calls, 1 if tiny else 3)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     case = f"step P={problem.numel}" + (" tf32" if tf32 else "")
     base = Row("step", case, "", problem.K, problem.numel, "float32", "float32", "call")
     report.add_times(base, times, {"": 4.0 * problem.numel * (4 * problem.K + 1)}, {}, ("bare K backward passes",))
-    ours, bare_row = report.rows[-2:]
+    bare_row = report.row_of(base, "bare K backward passes")
     # A real trunk multiplies matrices at full precision or at half; what TF32 leaves to hide behind is only reported.
-    report.compare(ours, bare_row.name, ours.p50_ms / bare_row.p50_ms, "<=", None if tf32 else 1.05)
+    for name in backends:
+        ours = report.row_of(base, name)
+        report.compare(ours, bare_row.name, ours.p50_ms / bare_row.p50_ms, "<=", None if tf32 else 1.05)
 
 
 class Gradients(torch.autograd.Function):

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,21 @@ def gpu() -> dict[str, Any]:
     return found
 
 
+def nvcc() -> str | None:
+    """Its release, if it is where the suite looks for it."""
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    try:
+        done = subprocess.run([found or "nvcc", "--version"], capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next((line.strip() for line in done.stdout.splitlines() if "release" in line), None)
+
+
 def sources() -> str:
-    """A digest of the package, for a checkout that came without its .git."""
+    """A digest of the package and its kernels, for a checkout that came without its .git."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "python" / "dbmtl_kernels").rglob("*.py")):
+    kernels = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    for path in sorted([*(ROOT / "python" / "dbmtl_kernels").rglob("*.py"), *kernels]):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -66,6 +78,7 @@ def write(folder: Path, stages: list[dict[str, Any]], command: str) -> None:
         "changed_files": changed,
         "sources": sources(),
         "gpu": gpu(),
+        "nvcc": nvcc(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: version(name) for name in ("torch", "triton", "numpy", "pytest", "matplotlib")},

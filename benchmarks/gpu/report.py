@@ -131,6 +131,11 @@ class Report:
                 ratio = rate[name] / rate[best] if family == "copy" else median[best] / median[name]
                 self.compare(row, best, ratio, ">=", target)
 
+    def row_of(self, base: Row, name: str) -> Row:
+        """The times of a contender that `add_times` noted last for the case and the clock of ``base``."""
+        key = (base.case, base.clock, name, "")
+        return next(row for row in reversed(self.rows) if (row.case, row.clock, row.name, row.against) == key)
+
     def compare(self, row: Row, against: str, ratio: float, wanted: str, target: float | None) -> None:
         """The same row once more, with a comparison."""
         reached = None

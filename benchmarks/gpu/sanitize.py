@@ -1,5 +1,6 @@
 """Every kernel once or twice at small sizes, for compute-sanitizer to watch: ``python sanitize.py [--device cpu]``.
 
+``DBMTL_TEST_BACKEND`` chooses the backend: triton, or cuda (on a CPU: the library that ``DBMTL_EMULATED`` names).
 Inputs are made on the CPU, so that few kernels of others run. Prints "every kernel ran" at the end.
 """
 
@@ -9,12 +10,17 @@ import sys
 if "cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
+from pathlib import Path
+
 import dbmtl_kernels as dbk
 import torch
 from dbmtl_kernels import ops
+from dbmtl_kernels.backends import cuda
 
 DEVICE = torch.device("cpu" if "cpu" in sys.argv else "cuda")
-BACKEND = "triton"
+BACKEND = os.environ.get("DBMTL_TEST_BACKEND", "triton")
+if BACKEND == "cuda" and DEVICE.type == "cpu":
+    cuda.library_path, cuda.SERVES = (lambda: Path(os.environ["DBMTL_EMULATED"])), "cpu"
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
@@ -23,8 +29,8 @@ def there(*shape, dtype=F32):
 
 
 def dense():
-    """Whole tiles, a rest, an odd size, one element; both forms; a broken task; stochastic rounding."""
-    for form in ("1", "2"):
+    """Whole tiles, a rest, an odd size, one element; every form; a broken task; stochastic rounding."""
+    for form in ("1", "2") if BACKEND == "triton" else ("1",):
         os.environ["DBMTL_TRITON_LAUNCHES"] = form
         for size in (4096, 3 * 1024 + 8, 2049, 1):
             grads, ema = there(3, size), there(3, size)

@@ -1,9 +1,10 @@
 """The stages of ../gpu_suite.sh: each has its time, and none depends on how another ended.
 
+Both GPU backends are tested and watched; `cuda` is "not available" where its library could not be built.
 Writes to OUT_DIR: results.json, results.csv and figure.png (benchmarks), pytest.log, sanitizer.log, suite.log (build,
 benchmarks, figure) and environment.json (the machine, the versions, how each stage ended).
 
-Exit code: 0, 1 if a stage failed or a target of DESIGN.md was missed, 2 if nothing could be done.
+Exit code: 0, 1 if a stage failed or a target was missed, 2 if nothing could be done.
 """
 
 from __future__ import annotations
@@ -26,10 +27,17 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 FILES = ("results.json", "results.csv", "figure.png", "pytest.log", "sanitizer.log", "suite.log", "environment.json")
 DRY = "DBMTL_GPU_SUITE_DRY"
-UNSET = ("TRITON_INTERPRET", "DBMTL_BACKEND", "DBMTL_TRITON_LAUNCHES", "DBMTL_TEST_DEVICE", DRY)  # change what is run
+UNSET = (  # they change what is run
+    "TRITON_INTERPRET", "DBMTL_BACKEND", "DBMTL_TRITON_LAUNCHES", "DBMTL_TEST_DEVICE", "DBMTL_TEST_BACKEND",
+    "DBMTL_BUILD_CUDA", DRY,
+)  # fmt: skip
 # Seconds; the tests and the sanitizer share theirs. With the pauses for what must be killed, under eight minutes.
-BUILD, TEST, BENCHMARK, FIGURE = 45, 210, 160, 30
-PARTS = 7  # of the tests, at once: compiling kernels takes most of their time, and one core
+BUILD, TEST, BENCHMARK, FIGURE = 90, 190, 160, 20
+# Of each backend's tests, at once: Triton compiles kernels, which takes most of its time, and one core.
+PARTS = {"triton": 7, "cuda": 2}
+# Without torch's cache every tensor is an allocation of its own: what lies beyond its end is seen.
+TOOLS: dict[str, dict[str, str]] = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "racecheck": {}}
+CUDA_LIBRARY = ROOT / "python" / "dbmtl_kernels" / "lib" / "libdbmtl_cuda.so"
 COMPLETE = "every kernel ran"
 
 
@@ -95,9 +103,38 @@ class Running:
         return Stage(name, status, code, round(time.monotonic() - self.began, 1), lines[-1][:300] if lines else "")
 
 
-def sanitizer() -> str | None:
-    """Where compute-sanitizer is."""
-    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+def tool(name: str) -> str | None:
+    """Where a tool of the CUDA toolkit is."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
+def build_settings() -> dict[str, str]:
+    """For setup.py: code for the GPU that is here and no other, which is soon compiled."""
+    found = {"DBMTL_BUILD_NATIVE": "1"}
+    nvcc = tool("nvcc")
+    if nvcc and "CUDACXX" not in os.environ:
+        found["CUDACXX"] = nvcc
+    capability = environment.said_by("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader") or ""
+    if re.fullmatch(r"\d+\.\d", capability):
+        found["DBMTL_CUDA_ARCHS"] = capability.replace(".", "")
+    return found
+
+
+def built(stage: Stage, log: str) -> Stage:
+    """What the build's exit code does not say: whether the CUDA kernels were built, as a compiler may be missing."""
+    if stage.status != "passed" or "CUDA kernels were NOT built" not in log:
+        return stage
+    left = "an earlier build's is used" if CUDA_LIBRARY.exists() else "there is none"
+    return stage._replace(remark=f"{CUDA_LIBRARY.name} was not built, {left}")
+
+
+def together(name: str, found: list[Stage]) -> Stage:
+    """One stage of the parts that the tests were run in; it is as good as the worst."""
+    # Where every test was skipped, pytest is content.
+    found = [s if re.search(r"\d passed", s.remark) or s.exit_code else s._replace(status="failed") for s in found]
+    worst = next((stage for stage in found if stage.status != "passed"), found[0])
+    remark = " | ".join(s.remark.strip("= ") for s in found)
+    return worst._replace(stage=name, seconds=max(s.seconds for s in found), remark=remark)
 
 
 def watched(tool: str, stage: Stage, log: str) -> Stage:
@@ -140,7 +177,8 @@ class Suite:
             self.ended(*(Stage(n, "skipped", None, 0.0, "dry run") for n in ("build", "tests", "sanitizer")))
         else:
             build = [self.python, "setup.py", "build_ext", "--inplace"]
-            self.ended(Running(build, log, BUILD, DBMTL_BUILD_NATIVE="1").ended("build"))
+            stage = Running(build, log, BUILD, **build_settings()).ended("build")
+            self.ended(built(stage, log.read_text(errors="replace")))
             self.test_and_sanitize()
         benchmarks = [self.python, str(HERE / "run.py"), str(self.folder), *(["--dry-run"] if self.dry else [])]
         stage = Running(benchmarks, log, BENCHMARK).ended("benchmarks")
@@ -149,56 +187,57 @@ class Suite:
         return int(any(s.status not in ("passed", "not available", "skipped") for s in self.stages))
 
     def test_and_sanitize(self) -> None:
-        """The tests in parts, and both tools of the sanitizer, all at once."""
-        files = [str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text()]
-        pytest = [
-            self.python,
-            "-m",
-            "pytest",
-            "-p",
-            "shard",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "gpu",
-            "-v",
-            "-W",
-            "default",
-        ]
-        parts = [
-            Running(
-                [*pytest, "-o", "faulthandler_timeout=120", "--shard", f"{part}/{PARTS}", *files],
-                self.work / f"pytest.{part}", TEST, PYTHONPATH=f"python{os.pathsep}{HERE}", OMP_NUM_THREADS="2",
-            )
-            for part in range(PARTS)
-        ]  # fmt: skip
-        tool = sanitizer()
-        command = [str(tool), "--error-exitcode", "1", "--report-api-errors", "no"]
-        script = [self.python, str(HERE / "sanitize.py")]
-        # Without torch's cache every tensor is an allocation of its own: what lies beyond its end is seen.
-        settings = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "racecheck": {}}
-        watching = {
-            name: Running([*command, "--tool", name, *script], self.work / name, TEST, **changes)
-            for name, changes in (settings.items() if tool else ())
-        }
-        found = [running.ended("tests") for running in parts]
-        # Where every test was skipped, pytest is content.
-        found = [s if re.search(r"\d passed", s.remark) or s.exit_code else s._replace(status="failed") for s in found]
-        worst = next((stage for stage in found if stage.status != "passed"), found[0])
-        self.ended(
-            worst._replace(
-                seconds=max(s.seconds for s in found), remark=" | ".join(s.remark.strip("= ") for s in found)
-            )
-        )
-        self._join("pytest.log", parts)
-        for name in settings:
-            if name in watching:
-                stage = watching[name].ended(f"sanitizer {name}")
-                self.ended(watched(name, stage, watching[name].log.read_text(errors="replace")))
+        """The tests in parts, and both tools of the sanitizer, for each backend that is here: all at once."""
+        backends = [name for name in PARTS if name != "cuda" or CUDA_LIBRARY.exists()]
+        parts = {name: self._tests(name) for name in backends}
+        watching = {name: self._sanitizers(name) for name in backends if tool("compute-sanitizer")}
+        for backend in PARTS:
+            if backend in parts:
+                name = f"tests {backend}"
+                self.ended(together(name, [running.ended(name) for running in parts[backend]]))
             else:
-                remark = "no compute-sanitizer on PATH or in /usr/local/cuda/bin"
-                self.ended(Stage(f"sanitizer {name}", "not available", None, 0.0, remark))
-        self._join("sanitizer.log", list(watching.values()))
+                self.ended(Stage(f"tests {backend}", "not available", None, 0.0, f"{CUDA_LIBRARY.name} was not built"))
+        self._join("pytest.log", [running for backend in parts.values() for running in backend])
+        for backend in PARTS:
+            for name in TOOLS:
+                stage = f"sanitizer {backend} {name}"
+                if backend in watching:
+                    running = watching[backend][name]
+                    self.ended(watched(name, running.ended(stage), running.log.read_text(errors="replace")))
+                elif backend in parts:
+                    remark = "no compute-sanitizer on PATH or in /usr/local/cuda/bin"
+                    self.ended(Stage(stage, "not available", None, 0.0, remark))
+                else:
+                    self.ended(Stage(stage, "not available", None, 0.0, f"{CUDA_LIBRARY.name} was not built"))
+        self._join("sanitizer.log", [running for backend in watching.values() for running in backend.values()])
+
+    def _tests(self, backend: str) -> list[Running]:
+        """Those that need a GPU, begun."""
+        files = [str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text()]
+        options = ["-p", "shard", "-p", "no:cacheprovider", "-m", "gpu", "-v", "-W", "default"]
+        command = [self.python, "-m", "pytest", *options, "-o", "faulthandler_timeout=120"]
+        settings = {
+            "PYTHONPATH": f"python{os.pathsep}{HERE}", "OMP_NUM_THREADS": "2", "DBMTL_TEST_BACKEND": backend
+        }  # fmt: skip
+        return [
+            Running(
+                [*command, "--shard", f"{part}/{PARTS[backend]}", *files],
+                self.work / f"pytest.{backend}.{part}", TEST, **settings,
+            )
+            for part in range(PARTS[backend])
+        ]  # fmt: skip
+
+    def _sanitizers(self, backend: str) -> dict[str, Running]:
+        """Each tool watching sanitize.py, begun."""
+        command = [str(tool("compute-sanitizer")), "--error-exitcode", "1", "--report-api-errors", "no"]
+        script = [self.python, str(HERE / "sanitize.py")]
+        return {
+            name: Running(
+                [*command, "--tool", name, *script], self.work / f"{backend}.{name}", TEST,
+                DBMTL_TEST_BACKEND=backend, **changes,
+            )
+            for name, changes in TOOLS.items()
+        }  # fmt: skip
 
     def _join(self, name: str, running: list[Running]) -> None:
         logs = [f"== {r.log.name}\n{r.log.read_text(errors='replace')}\n" for r in running]

@@ -155,6 +155,8 @@ extern "C" int32_t dbmtl_accumulate(void* row, int32_t state_dtype, int64_t num_
   if (fault.status) return fail(fault);
   int32_t status = ready(1, workspace);
   if (status) return status;
+  for (int64_t i = 0; i < num_segments; ++i)
+    if (segments[2 * i + 1] / kChunk >= INT32_MAX) return fail(DBMTL_INVALID_ARGUMENT, "segments has too large a size");
   const Device device = current_device();
   const int at_once = device.large_arguments ? kLarge : kSmall;
   GatherHead head = {};

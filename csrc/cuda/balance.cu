@@ -1,6 +1,6 @@
-// The dense op in one cooperative launch. Each block keeps as many of its tiles of new state in shared memory, across the
-// grid barrier, as fit: those are read and written once. The rest is read again, last tiles first, as what phase one
-// touched last is still in L2.
+// The dense op in one cooperative launch. Each block keeps as many pieces of its new state (a tile of one task each) in
+// shared memory, across the grid barrier, as fit: those are read and written once. The rest is read again, last tiles
+// first, as what phase one touched last is still in L2.
 #include "device.cuh"
 
 namespace dbmtl {
@@ -8,7 +8,8 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kTileElements = kThreads * kElements;
-constexpr int kTasksAtOnce = 2;  // whose loads are in flight together
+constexpr int kTasksAtOnce = 2;  // whose loads are in flight together, in phase one
+constexpr int kBytesAtOnce = 16;  // of a column, in phase two: four rows of fp32 arithmetic, two of fp64
 
 struct BalanceArguments {
   const void* grads;
@@ -19,7 +20,7 @@ struct BalanceArguments {
   void* norms;
   int64_t num_params;
   int num_tasks;
-  int kept_tiles;  // of each block, in shared memory
+  int kept;  // pieces of each block in shared memory: the first ones, task after task and tile after tile
   double beta, eps, constant;
   int scale;
   uint64_t seed;
@@ -51,18 +52,72 @@ __device__ inline SharedParts parts_of(char* shared, int num_tasks) {
   return p;
 }
 
-// A thread's kElements of a kept tile: vectors as far apart as the block is wide, so that a warp meets no bank twice.
+// A thread's kElements of a piece: vectors as far apart as the block is wide, so that a warp meets no bank twice.
 template <class S>
-__device__ inline Vector<S>* kept(char* tiles, int index, int num_tasks, int task) {
+__device__ inline Vector<S>* piece(char* tiles, int64_t index) {
   constexpr int kVectors = kElements * int(sizeof(S)) / 16;
-  Vector<S>* base = reinterpret_cast<Vector<S>*>(tiles);
-  return base + (int64_t(index) * num_tasks + task) * kVectors * kThreads + threadIdx.x;
+  return reinterpret_cast<Vector<S>*>(tiles) + index * kVectors * kThreads + threadIdx.x;
+}
+
+template <class S>
+__device__ inline void keep(char* tiles, int64_t index, const S (&x)[kElements]) {
+  constexpr int kPerVector = 16 / sizeof(S);
+  Vector<S>* slot = piece<S>(tiles, index);
+#pragma unroll
+  for (int j = 0; j < kElements / kPerVector; ++j) {
+    Vector<S> out;
+#pragma unroll
+    for (int k = 0; k < kPerVector; ++k) out.v[k] = x[j * kPerVector + k];
+    slot[j * kThreads] = out;
+  }
+}
+
+template <class S, class V>
+__device__ inline void recall(V (&x)[kElements], char* tiles, int64_t index) {
+  constexpr int kPerVector = 16 / sizeof(S);
+  const Vector<S>* slot = piece<S>(tiles, index);
+#pragma unroll
+  for (int j = 0; j < kElements / kPerVector; ++j) {
+    const Vector<S> in = slot[j * kThreads];
+#pragma unroll
+    for (int k = 0; k < kPerVector; ++k) x[j * kPerVector + k] = V(widen_lane(in.v[k]));
+  }
+}
+
+enum class Where { kShared, kGlobal, kBoth };
+
+// total += sum_t weights[t] * row t of a tile whose first piece is `first`. Several rows are loaded before the first is
+// used: no branch lies between their loads, but where the pieces of one tile are kept in part.
+template <Where kWhere, class S, bool kAligned, class V>
+__device__ inline void add_rows(V (&total)[kElements], const BalanceArguments& a, const SharedParts& part,
+                                const Place<kAligned>& place, int64_t first) {
+  constexpr int kRowsAtOnce = kBytesAtOnce / sizeof(V);
+  const S* ema = static_cast<const S*>(a.ema);
+  for (int t0 = 0; t0 < a.num_tasks; t0 += kRowsAtOnce) {
+    V m[kRowsAtOnce][kElements];
+#pragma unroll
+    for (int u = 0; u < kRowsAtOnce; ++u) {
+      const int t = t0 + u < a.num_tasks ? t0 + u : a.num_tasks - 1;  // once more, for nothing
+      if (kWhere == Where::kShared || (kWhere == Where::kBoth && first + t < a.kept))
+        recall<S>(m[u], part.tiles, first + t);
+      else
+        load<Hint::kStream>(m[u], ema + t * a.state_stride, place, t0 + u < a.num_tasks ? a.num_params : 0);
+    }
+#pragma unroll
+    for (int u = 0; u < kRowsAtOnce; ++u) {
+      const V weight = t0 + u < a.num_tasks ? V(part.weights[t0 + u]) : V(0);
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        const V more = total[e] + weight * m[u][e];
+        total[e] = weight != V(0) ? more : total[e];
+      }
+    }
+  }
 }
 
 template <class S, class G, bool kAligned, bool kStochastic>
 __global__ void __launch_bounds__(kThreads, 1) balance_kernel(const __grid_constant__ BalanceArguments a) {
   using V = Wide<S>;
-  constexpr int kPerVector = 16 / sizeof(S), kVectors = kElements / kPerVector;
   DBMTL_DYNAMIC_SHARED(shared);
   const SharedParts part = parts_of(shared, a.num_tasks);
   const G* grads = static_cast<const G*>(a.grads);
@@ -100,16 +155,7 @@ __global__ void __launch_bounds__(kThreads, 1) balance_kernel(const __grid_const
           if (inside(place, a.num_params, e)) sum += x * x;
         }
         store<Hint::kKeep>(ema + t * a.state_stride, stored, place, a.num_params);
-        if (i < a.kept_tiles) {
-          Vector<S>* slot = kept<S>(part.tiles, int(i), a.num_tasks, t);
-#pragma unroll
-          for (int j = 0; j < kVectors; ++j) {
-            Vector<S> out;
-#pragma unroll
-            for (int k = 0; k < kPerVector; ++k) out.v[k] = stored[j * kPerVector + k];
-            slot[j * kThreads] = out;
-          }
-        }
+        if (i * a.num_tasks + t < a.kept) keep(part.tiles, i * a.num_tasks + t, stored);
         sum = warp_sum(sum);
         if (lane == 0) part.sums[t * (kThreads / kWarp) + warp] += sum;
       }
@@ -154,25 +200,13 @@ __global__ void __launch_bounds__(kThreads, 1) balance_kernel(const __grid_const
     V total[kElements];
 #pragma unroll
     for (int e = 0; e < kElements; ++e) total[e] = V(0);
-#pragma unroll 4
-    for (int t = 0; t < a.num_tasks; ++t) {
-      V m[kElements];
-      if (i < a.kept_tiles) {
-        const Vector<S>* slot = kept<S>(part.tiles, int(i), a.num_tasks, t);
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j) {
-          const Vector<S> in = slot[j * kThreads];
-#pragma unroll
-          for (int k = 0; k < kPerVector; ++k) m[j * kPerVector + k] = V(widen_lane(in.v[k]));
-        }
-      } else {
-        load<Hint::kStream>(m, ema + t * a.state_stride, place, a.num_params);
-      }
-      const V weight = V(part.weights[t]);
-#pragma unroll
-      for (int e = 0; e < kElements; ++e)
-        if (weight != V(0)) total[e] += weight * m[e];
-    }
+    const int64_t first = i * a.num_tasks;
+    if (first + a.num_tasks <= a.kept)
+      add_rows<Where::kShared, S>(total, a, part, place, first);
+    else if (first >= a.kept)
+      add_rows<Where::kGlobal, S>(total, a, part, place, first);
+    else
+      add_rows<Where::kBoth, S>(total, a, part, place, first);
     G out[kElements];
 #pragma unroll
     for (int e = 0; e < kElements; ++e) narrow_lane(out + e, total[e]);
@@ -189,17 +223,15 @@ template <class S, class G, bool kAligned, bool kStochastic>
 int32_t launch(BalanceArguments a, cudaStream_t stream) {
   const auto kernel = balance_kernel<S, G, kAligned, kStochastic>;
   const Device device = current_device();
-  const size_t fixed = fixed_shared_bytes(a.num_tasks), tile = size_t(a.num_tasks) * kTileElements * sizeof(S);
+  const size_t fixed = fixed_shared_bytes(a.num_tasks), size = kTileElements * sizeof(S);
   const int64_t tiles = (a.num_params + kTileElements - 1) / kTileElements;
-  const int64_t per_block = (tiles + device.multiprocessors - 1) / device.multiprocessors;
-  const int64_t room = int64_t((size_t(device.shared_bytes) - fixed) / tile);
-  a.kept_tiles = int(room < per_block ? room : per_block);
-  const size_t shared = fixed + size_t(a.kept_tiles) * tile;
-  int resident = 0;
-  const int32_t status = resident_blocks(kernel, kThreads, shared, &resident);
+  const int64_t most = device.multiprocessors, pieces = (tiles + most - 1) / most * a.num_tasks;
+  const int64_t room = int64_t((size_t(device.shared_bytes) - fixed) / size);
+  a.kept = int(room < pieces ? room : pieces);
+  const size_t shared = fixed + size_t(a.kept) * size;
+  static Prepared prepared;
+  const int32_t status = prepare(kernel, kThreads, device, &prepared);
   if (status) return status;
-  if (resident < 1) return fail(DBMTL_LAUNCH_FAILED, "no block of the dense kernel fits on this device");
-  const int64_t most = device.multiprocessors;
   const unsigned grid = unsigned(tiles < 1 ? 1 : tiles < most ? tiles : most);
   return launch_kernel(kernel, int(grid), kThreads, shared, stream, true, a);
 }

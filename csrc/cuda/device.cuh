@@ -105,7 +105,7 @@ __device__ inline void store(T* base, const T (&x)[kElements], const Place<kAlig
 // decay * m + gain * g; a missing term is left out, not added as zero, as the CPU kernels do.
 template <class V>
 __device__ inline V updated(V m, V g, V decay, V gain, bool has_grad) {
-  if (decay == V(0)) return gain * g;
+  if (decay == V(0)) return has_grad ? gain * g : V(0);
   return has_grad ? decay * m + gain * g : decay * m;
 }
 

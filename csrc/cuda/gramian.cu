@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 2) gramian_kernel(const __grid_const
 }  // namespace
 
 int64_t gramian_slots(int64_t num_tasks) {
-  return num_tasks > kMaxRows ? 0 : int64_t(num_blocks_of_pairs(int(num_tasks))) * kPairs;
+  return int64_t(num_blocks_of_pairs(int(num_tasks < kMaxRows ? num_tasks : kMaxRows))) * kPairs;
 }
 
 }  // namespace dbmtl

@@ -1,3 +1,4 @@
+#include <atomic>
 #include <cstdio>
 #include <mutex>
 
@@ -19,45 +20,75 @@ int32_t fail(int32_t status, const char* message) {
 
 #ifdef DBMTL_EMULATED
 static int32_t available() { return DBMTL_OK; }
-Device current_device() { return {emulated_multiprocessors(), 96 * 1024, emulated_large_arguments()}; }
+Device current_device() { return {0, emulated_multiprocessors(), emulated_shared_bytes(), emulated_large_arguments()}; }
 #else
 
 static thread_local char composed[256];
 
+static int32_t fail_with(int32_t status, const char* format, const char* reason) {
+  std::snprintf(composed, sizeof(composed), format, reason);
+  return fail(status, composed);
+}
+
 int32_t fail_cuda(cudaError_t error) {
   if (error == cudaSuccess) return DBMTL_OK;
   cudaGetLastError();  // it was this call's, not the next one's
-  std::snprintf(composed, sizeof(composed), "CUDA: %s", cudaGetErrorString(error));
-  return fail(DBMTL_LAUNCH_FAILED, composed);
+  return fail_with(DBMTL_LAUNCH_FAILED, "CUDA: %s", cudaGetErrorString(error));
 }
 
+__global__ void probe() {}
+
+static int current_index() {
+  int index = 0;
+  return cudaGetDevice(&index) == cudaSuccess && index < kMostDevices ? index : 0;
+}
+
+// Whether the current device can run what was built: there is code for it, and it can launch cooperatively.
 static int32_t available() {
+  static std::atomic<bool> found[kMostDevices];  // a device does not go away; a missing one may come
   int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error == cudaSuccess && count > 0) return DBMTL_OK;
-  cudaGetLastError();
-  std::snprintf(composed, sizeof(composed), "no CUDA device to run on: %s",
-                error == cudaSuccess ? "the driver sees none" : cudaGetErrorString(error));
-  return fail(DBMTL_UNAVAILABLE, composed);
+  cudaError_t error = cudaGetDeviceCount(&count);
+  const char* no_device = "no CUDA device to run on: %s";
+  if (error != cudaSuccess || count < 1) {
+    cudaGetLastError();
+    return fail_with(DBMTL_UNAVAILABLE, no_device,
+                     error == cudaSuccess ? "the driver sees none" : cudaGetErrorString(error));
+  }
+  const int index = current_index();
+  if (found[index].load(std::memory_order_relaxed)) return DBMTL_OK;
+  cudaFuncAttributes attributes;
+  error = cudaFuncGetAttributes(&attributes, probe);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return fail_with(DBMTL_UNAVAILABLE, "the library has no code for this device: %s", cudaGetErrorString(error));
+  }
+  int cooperative = 0;
+  error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, index);
+  if (error != cudaSuccess || !cooperative)
+    return fail(DBMTL_UNAVAILABLE, "the device cannot launch cooperatively");
+  found[index].store(true, std::memory_order_relaxed);
+  return DBMTL_OK;
 }
 
 Device current_device() {
-  constexpr int kMost = 64;
-  static Device devices[kMost];
-  static std::once_flag asked[kMost];
-  int index = 0;
-  cudaGetDevice(&index);
-  if (index >= kMost) index = kMost - 1;
-  std::call_once(asked[index], [index] {
-    Device& d = devices[index];
-    int major = 0, driver = 0;
-    cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-    cudaDeviceGetAttribute(&d.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-    cudaDriverGetVersion(&driver);
-    d.large_arguments = major >= 7 && driver >= 12010;
-  });
-  return devices[index];
+  static Device devices[kMostDevices];
+  static std::atomic<bool> known[kMostDevices];
+  static std::mutex asking;
+  const int index = current_index();
+  if (known[index].load(std::memory_order_acquire)) return devices[index];
+  const std::lock_guard<std::mutex> lock(asking);
+  Device d = {index, 0, 0, false};
+  int major = 0, driver = 0;
+  const bool ok =
+      cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, index) == cudaSuccess &&
+      cudaDeviceGetAttribute(&d.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) == cudaSuccess &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) == cudaSuccess &&
+      cudaDriverGetVersion(&driver) == cudaSuccess;
+  if (!ok) return {index, 0, 0, false};
+  d.large_arguments = major >= 7 && driver >= 12010;
+  devices[index] = d;
+  known[index].store(true, std::memory_order_release);
+  return d;
 }
 #endif
 
@@ -66,6 +97,7 @@ int32_t ready(int64_t num_tasks, const void* workspace) {
   const int32_t status = available();
   if (status) return status;
   if (workspace == nullptr) return fail(DBMTL_INVALID_ARGUMENT, "workspace is null");
+  if (current_device().multiprocessors < 1) return fail(DBMTL_UNAVAILABLE, "the device does not say what it is");
   return DBMTL_OK;
 }
 
@@ -87,7 +119,7 @@ const char* dbmtl_last_error(void) { return dbmtl::last_error; }
 int64_t dbmtl_workspace_bytes(int64_t num_tasks) {
   using namespace dbmtl;
   if (num_tasks < 1) num_tasks = 1;
-  const int64_t gramian = gramian_slots(num_tasks);
+  const int64_t gramian = gramian_slots(num_tasks);  // of the most that it takes, if there are more
   const int64_t a_block = gramian > num_tasks ? gramian : num_tasks;
   return kCounterBytes + int64_t(sizeof(double)) * a_block * kBlocksAMultiprocessor * current_device().multiprocessors;
 }

@@ -9,6 +9,7 @@
 #define DBMTL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 #endif
 
+#include <atomic>
 #include <cstdint>
 
 #include "common/arguments.h"
@@ -17,10 +18,18 @@ namespace dbmtl {
 
 struct Counters;
 
+constexpr int kMostDevices = 64;
+
 struct Device {
-  int multiprocessors;
+  int index;
+  int multiprocessors;   // 0 if the driver would not say
   int shared_bytes;      // that a block may ask for
   bool large_arguments;  // 32 KB of kernel arguments, not 4 KB
+};
+
+// What a kernel was told once for each device; every kernel has one of its own.
+struct Prepared {
+  std::atomic<bool> done[kMostDevices];
 };
 
 // Of the current device; each is asked once.
@@ -47,12 +56,19 @@ bool on_16_bytes(const P*... pointers) {
 #ifndef DBMTL_EMULATED
 int32_t fail_cuda(cudaError_t error);  // DBMTL_OK if there was none
 
-// Blocks that one multiprocessor holds at once.
+// Let a cooperative kernel take all the shared memory there is, and see that a block of it fits on a multiprocessor. Once:
+// the limit belongs to the process, and another thread may be launching.
 template <class A>
-int32_t resident_blocks(void (*kernel)(A), int threads, size_t shared, int* count) {
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+int32_t prepare(void (*kernel)(A), int threads, const Device& device, Prepared* prepared) {
+  if (prepared->done[device.index].load(std::memory_order_acquire)) return DBMTL_OK;
+  const int shared = device.shared_bytes;
+  int count = 0;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, shared);
   if (error != cudaSuccess) return fail_cuda(error);
-  return fail_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(count, kernel, threads, shared));
+  if (count < 1) return fail(DBMTL_LAUNCH_FAILED, "no block of the dense kernel fits on this device");
+  prepared->done[device.index].store(true, std::memory_order_release);
+  return DBMTL_OK;
 }
 
 // Every kernel takes one struct by value.

@@ -3,7 +3,8 @@
  * Libraries that implement this header (csrc/cpu, csrc/cuda) are loaded with ctypes. Rules:
  *   - every size, offset and stride is int64_t and counts elements, not bytes;
  *   - rows lie `row_stride` elements apart and are contiguous within;
- *   - a call either returns DBMTL_OK or has written nothing; no exception crosses the boundary;
+ *   - a call either returns DBMTL_OK or has written nothing (a device may still fail later, or a second launch of one
+ *     call after the first: DBMTL_LAUNCH_FAILED); no exception crosses the boundary;
  *   - sums are made of fixed chunks added in a fixed order: the same input gives the same bits, run after run, on a
  *     CPU for any number of threads and any instruction set;
  *   - `stochastic` not 0 rounds a bf16 state stochastically with the random numbers of `seed`, the same ones in every

@@ -171,9 +171,10 @@ inline int from_environment(const char* name, int otherwise) {
 inline int emulated_multiprocessors() { return from_environment("DBMTL_EMULATED_MULTIPROCESSORS", 3); }
 inline bool emulated_large_arguments() { return from_environment("DBMTL_EMULATED_LARGE_ARGUMENTS", 1) != 0; }
 
-template <class A>
-int32_t resident_blocks(void (*)(A), int, size_t, int* count) {
-  *count = 1;
+inline int emulated_shared_bytes() { return from_environment("DBMTL_EMULATED_SHARED_BYTES", 96 * 1024); }
+
+template <class A, class Device, class Prepared>
+int32_t prepare(void (*)(A), int, const Device&, Prepared*) {
   return 0;
 }
 

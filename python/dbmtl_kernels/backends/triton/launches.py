@@ -161,11 +161,13 @@ class _DensePlan(NamedTuple):
 
 @lru_cache(1024)
 def _dense_plan(
-    device: torch.device, num_tasks: int, num_params: int, stride: int, scale: str, stochastic: bool
+    device: torch.device, num_tasks: int, num_params: int, stride: int, scale: str, stochastic: bool, size: int
 ) -> _DensePlan:
     grad_stride = stride if num_tasks > 1 else num_params
     vec = _vector(num_params, grad_stride)
     tuning = _tuning("balance", device, num_params)
+    if size == 8 or vec == 1:  # float64, and elements one by one, take more registers
+        tuning = tuning._replace(block=tuning.block // 2)
     pad = _pad(num_tasks)
     return _DensePlan(
         tuning,
@@ -188,7 +190,7 @@ def balance_(
     device = ema.device
     out = torch.empty(num_params, dtype=grads.dtype, device=device)
     norms = torch.empty(num_tasks, dtype=torch.float64 if ema.dtype == torch.float64 else torch.float32, device=device)
-    plan = _dense_plan(device, num_tasks, num_params, grads.stride(0), scale, seed is not None)
+    plan = _dense_plan(device, num_tasks, num_params, grads.stride(0), scale, seed is not None, ema.element_size())
     with _on(device):
         space = workspace(device)
         slots, weights = space.slots(plan.most * plan.pad), space.weights(plan.most * 2 * num_tasks)
