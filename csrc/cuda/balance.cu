@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kTileElements = kThreads * kElements;
-constexpr int kTasksAtOnce = 2;  // whose loads are in flight together, in phase one
-constexpr int kBytesAtOnce = 16;  // of a column, in phase two: four rows of fp32 arithmetic, two of fp64
+constexpr int kTaskBytes = 8;     // of a column whose loads are in flight together in phase one: two tasks of fp32
+constexpr int kRowBytes = 16;     // and in phase two: four rows of fp32; half as many of fp64
 
 struct BalanceArguments {
   const void* grads;
@@ -91,7 +91,7 @@ enum class Where { kShared, kGlobal, kBoth };
 template <Where kWhere, class S, bool kAligned, class V>
 __device__ inline void add_rows(V (&total)[kElements], const BalanceArguments& a, const SharedParts& part,
                                 const Place<kAligned>& place, int64_t first) {
-  constexpr int kRowsAtOnce = kBytesAtOnce / sizeof(V);
+  constexpr int kRowsAtOnce = kRowBytes / sizeof(V);
   const S* ema = static_cast<const S*>(a.ema);
   for (int t0 = 0; t0 < a.num_tasks; t0 += kRowsAtOnce) {
     V m[kRowsAtOnce][kElements];
@@ -118,6 +118,7 @@ __device__ inline void add_rows(V (&total)[kElements], const BalanceArguments& a
 template <class S, class G, bool kAligned, bool kStochastic>
 __global__ void __launch_bounds__(kThreads, 1) balance_kernel(const __grid_constant__ BalanceArguments a) {
   using V = Wide<S>;
+  constexpr int kTasksAtOnce = kTaskBytes / sizeof(V);
   DBMTL_DYNAMIC_SHARED(shared);
   const SharedParts part = parts_of(shared, a.num_tasks);
   const G* grads = static_cast<const G*>(a.grads);
