@@ -16,16 +16,13 @@ import oracle
 import pytest
 import torch
 from dbmtl_kernels import backends, ops
-from dbmtl_kernels.backends import cuda, native
+from dbmtl_kernels.backends import cuda
 from test_balance import ULP, assert_same_bits
 
 DEVICE = torch.device(os.environ.get("DBMTL_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
 BACKEND = os.environ.get("DBMTL_TEST_BACKEND", "triton")
 needs_cuda = pytest.mark.skipif(not ON_GPU, reason="needs CUDA itself, not the interpreter or the emulation")
-needs_native = pytest.mark.skipif(
-    native.missing(torch.device("cpu")) is not None, reason="no native library to compare with"
-)
 # Of the dense op; the CUDA kernels have but one.
 FORMS = {"1": "one-launch", "2": "two-launches"} if BACKEND == "triton" else {"1": "one-launch"}
 both_forms = pytest.mark.parametrize("form", FORMS, ids=FORMS.values())

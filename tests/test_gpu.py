@@ -21,7 +21,6 @@ from device import (
     assert_nobody_waits,
     both_forms,
     dense,
-    needs_native,
     row_problem,
     there,
     workspace,
@@ -57,7 +56,6 @@ def test_every_number_of_tasks_and_scale(num_tasks, scale, monkeypatch):
     assert_like_the_oracle(grads, ema, dense(grads, ema, 0.5, scale), 0.5, scale)
 
 
-@needs_native
 @both_forms
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(x).removeprefix("torch.") for x in d))
 @pytest.mark.parametrize("size", (33, 100003, 1 << 20) if ON_GPU else (33, 4096))
@@ -101,7 +99,6 @@ def test_a_nonfinite_task_is_left_out_and_starts_afresh(poison, form, monkeypatc
     torch.testing.assert_close(dense(healthy, new)[1][1], 0.1 * healthy[1])
 
 
-@needs_native
 @both_forms
 def test_hundreds_of_calls_of_random_sizes(form, monkeypatch):
     monkeypatch.setenv("DBMTL_TRITON_LAUNCHES", form)
@@ -124,7 +121,6 @@ def test_hundreds_of_calls_of_random_sizes(form, monkeypatch):
 # --- The task-gradient buffer ---------------------------------------------------------------------------------
 
 
-@needs_native
 @pytest.mark.parametrize("unaligned", [False, True], ids=["aligned", "off by one"])
 @pytest.mark.parametrize("step", [32, 7])
 @pytest.mark.parametrize("state", STATES)
@@ -138,7 +134,6 @@ def test_accumulate_as_native(grad_dtypes, state, step, unaligned):
         assert_accumulates_as_native(row, segments, bases, shift, decay, gain, scale, seed)
 
 
-@needs_native
 def test_accumulate_many_parameters_and_tables_used_again():
     sizes = np.random.default_rng(5).integers(1, 300, 1500 if ON_GPU else 40).tolist()
     row, segments, bases, _ = row_problem(torch.float32, (torch.float32,), 32, sizes=sizes)

@@ -25,7 +25,6 @@ from device import (
     both_forms,
     dense,
     needs_cuda,
-    needs_native,
     numpy,
     row_problem,
     short,
@@ -174,7 +173,6 @@ def test_the_host_waits_for_nothing():
 
 
 @needs_cuda
-@needs_native
 @both_forms
 def test_two_streams_at_once(form, monkeypatch):
     monkeypatch.setenv("DBMTL_TRITON_LAUNCHES", form)
@@ -197,7 +195,6 @@ def test_two_streams_at_once(form, monkeypatch):
         torch.testing.assert_close(results[index][0].cpu(), grad, rtol=1e-6, atol=1e-6 * float(grad.abs().max()))
 
 
-@needs_native
 def test_every_device_whichever_is_current(monkeypatch):
     count = torch.cuda.device_count() if ON_GPU else 1
     row, segments, bases, shift = row_problem(torch.float32, GRADS, 32)
@@ -216,7 +213,6 @@ def test_every_device_whichever_is_current(monkeypatch):
                 torch.cuda.set_device(0)
 
 
-@needs_native
 @both_forms
 def test_more_than_two_to_the_31_elements(form, monkeypatch):
     monkeypatch.setenv("DBMTL_TRITON_LAUNCHES", form)

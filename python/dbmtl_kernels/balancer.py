@@ -89,7 +89,8 @@ class DBMTL:
         self._pending: set[int] = set()  # tasks entered since the last balance
         self._loss_scale: Tensor | None = None  # the factor that this step's gradients carry
         self._reported = torch.float64 if state_dtype == torch.float64 else torch.float32
-        self.seed = checks.check_seed(seed) if state_dtype == torch.bfloat16 else None
+        checks.check_seed(seed)
+        self.seed = seed if state_dtype == torch.bfloat16 else None
         self._updates = 0  # of any row, each with random numbers of its own
         self._fresh = True  # nothing was balanced yet in this step
 
