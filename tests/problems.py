@@ -37,5 +37,22 @@ def flat_grad(params):
     return torch.cat([p.grad.reshape(-1) for p in params]).double().numpy()
 
 
+def entries(state, prefix=""):
+    """A nested state_dict as one dict of its leaves."""
+    out = {}
+    for key, value in state.items():
+        out |= entries(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def assert_same_state(state, other):
+    """Bit for bit."""
+    state, other = entries(state), entries(other)
+    assert state.keys() == other.keys()
+    for key, value in state.items():
+        same = torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+        assert same, key
+
+
 def close(actual, expected, rtol=1e-10):
     np.testing.assert_allclose(actual, expected, rtol=rtol, atol=rtol * np.abs(expected).max())

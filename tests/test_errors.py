@@ -6,6 +6,7 @@ import dbmtl_kernels as dbk
 import pytest
 import torch
 from dbmtl_kernels import ops
+from problems import assert_same_state
 from torch import nn
 
 
@@ -33,10 +34,7 @@ def snapshot(balancer):
 
 def assert_untouched(balancer, before):
     state, grads = before
-    now = balancer.state_dict()
-    for key, value in state.items():
-        same = torch.equal(value, now[key]) if isinstance(value, torch.Tensor) else value == now[key]
-        assert same, key
+    assert_same_state(state, balancer.state_dict())
     for p, grad in zip(balancer.buffer.layout.parameters, grads, strict=True):
         assert torch.equal(p.grad, grad)
 
@@ -119,7 +117,7 @@ PARAMETERS = {
     "several devices": (
         lambda: [leaf(2), torch.zeros(2, device="meta").requires_grad_()],
         ValueError,
-        r"\[0\] is on cpu, \[1\] on meta",
+        "must hold data: they are on cpu, meta",
     ),
 }
 
@@ -404,18 +402,25 @@ def other(shapes=((4, 5), (3,)), num_tasks=3, dtype=torch.float32, **options):
     return dbk.DBMTL([leaf(*s, dtype=dtype) for s in shapes], num_tasks, **options).state_dict()
 
 
+def changed(part, key, value):
+    state = other()
+    return state | {part: state[part] | {key: value}}
+
+
 STATES = {
     "number": (lambda: other(((4, 5),)), r"of 1 shared parameters.*2 here"),
     "shape": (lambda: other(((5, 4), (3,))), r"shared parameter 0.*\[4, 5\] here.*\[5, 4\]"),
     "order": (lambda: other(((3,), (4, 5))), "shared parameter 0"),
     "dtype": (lambda: other(dtype=torch.float64), "shared parameter 0.*float32.*float64"),
     "num_tasks": (lambda: other(num_tasks=2), "num_tasks"),
-    "state_dtype": (lambda: other(state_dtype=torch.bfloat16), r"rows in torch.bfloat16.*float32"),
+    "state_dtype": (lambda: other(state_dtype=torch.bfloat16), r"rows.0 in torch.bfloat16.*float32"),
     "version": (lambda: other() | {"version": 99}, "99"),
     "not ours": (dict, "None"),
-    "incomplete": (lambda: {k: v for k, v in other().items() if k not in ("seen", "broken")}, "lacks broken, seen"),
-    "touched": (lambda: other() | {"touched": [True]}, "1 entries of touched, this balancer 2"),
-    "norms": (lambda: other() | {"norms": torch.zeros(2, dtype=torch.float64)}, r"norms of shape \(2,\)"),
+    "incomplete": (lambda: {k: v for k, v in other().items() if k not in ("touched", "steps")}, "lacks steps, touched"),
+    "touched": (lambda: other() | {"touched": [True]}, "1 entries of touched, not 2"),
+    "norms": (lambda: changed("buffer", "norms", torch.zeros(2, dtype=torch.float64)), r"norms of shape \(2,\)"),
+    "seen": (lambda: changed("steps", "seen", [1]), "1 entries of seen, not 3"),
+    "other cut": (lambda: changed("buffer", "rows", {}), r"lacks buffer.rows.0 \(saved of replicas"),
 }
 
 

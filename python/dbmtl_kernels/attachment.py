@@ -33,6 +33,11 @@ class Attachment:
 
         self._handles = [optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)]
         self._removed: Callable[[], None] | None = removed
+        self._optimizer = optimizer
+
+    def parameters(self) -> list[torch.Tensor]:
+        """What the optimizer steps."""
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def remove(self) -> None:
         """Detach; once is enough, more does no harm."""

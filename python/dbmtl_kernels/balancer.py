@@ -1,23 +1,26 @@
-"""DBMTL: what a user touches. Runs the K backward passes and keeps the books of steps."""
+"""DBMTL: what a user touches. Runs the K backward passes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import backends, checkpoint, checks
+from . import checkpoint, checks, placement
 from . import losses as loss_values
 from .attachment import Attachment
-from .buffer import Coefficients, RowUpdate, TaskGradientBuffer
-from .gradients import Flats, Kept, SharedGradients
-from .layout import ParameterLayout
-from .rounding import update_seed
+from .buffer import Flats
+from .gradients import Kept, SharedGradients
+from .heads import HeadGradients
+from .losses import Given, TaskLosses
+from .steps import Steps
+from .updates import Update
 
-STATE_VERSION = 2
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class DBMTL:
@@ -36,24 +39,33 @@ class DBMTL:
     ``attach(optimizer)`` everything up to ``optimizer.step()`` is one step, and each backward in it adds to the
     task gradients and leaves the balanced gradient so far in ``.grad``.
 
+    Several ranks (see docs/training.md): the log is of the mean loss, the gradients are those of the mean loss, and
+    the state is sharded: N ranks do what one process would with the whole batch. Every rank must take the same path.
+
     Args:
-        shared_parameters: leaf tensors on one device, dense, each once, requiring grad; P elements in all. Dtypes
-            may differ.
+        shared_parameters: leaf tensors, dense, each once, requiring grad; P elements in all. Dtypes and devices may
+            differ. Those of ``fully_shard`` (DTensors) must be collected before the forward pass.
         num_tasks: K >= 1.
         beta: forgetting rate in [0, 1).
         beta_sigma: decay exponent >= 0; 0 keeps beta constant.
         eps: > 0, in the logarithm and added to the norms.
         scale: alpha: "max" (the method), "mean", "median", "min", or a number.
-        log_transform: balance the logs of the losses given. False takes the losses as they are. Does not concern
-            `task`, where the caller runs backward.
-        state_dtype: dtype of the EMA: float32, bfloat16 or float64. Memory held: (K + 1) P elements.
+        log_transform: balance the logs of the losses given. False takes the losses as they are. With `task` the
+            caller runs backward, on a ``log_transform(loss)`` or not.
+        state_dtype: dtype of the EMA: float32, bfloat16 or float64. Memory held: (K + 1) P elements; of N replicas
+            each holds K P / N + 2 P (3 P on a CPU), of a sharded model K + 1 times its shard.
         backend: "auto", or a backend by name.
         seed: of the stochastic rounding of a bfloat16 state (`rounding`); None rounds it to nearest.
+        process_group: the ranks that hold replicas of these parameters, each with a part of the batch. None: there is
+            only this process, or the parameters are DTensors, whose mesh tells. False: leave each rank alone.
+        capturable: keep the step count and the coefficients on the device, so that a whole step can be captured in a
+            CUDA graph; a few small launches more.
 
     Raises:
         ValueError: a value out of range, or parameters that are empty, repeated, not leaf or not requiring grad.
         TypeError: a value or dtype of the wrong kind.
-        RuntimeError: a backend asked for by name that cannot serve these parameters.
+        RuntimeError: a backend asked for by name that cannot serve these parameters; several ranks of which
+            ``process_group`` says nothing.
     """
 
     def __init__(
@@ -69,6 +81,8 @@ class DBMTL:
         state_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
         seed: int | None = 0,
+        process_group: ProcessGroup | bool | None = None,
+        capturable: bool = False,
     ) -> None:
         self.num_tasks = checks.check_num_tasks(num_tasks)
         self.beta = checks.check_beta(beta)
@@ -76,28 +90,22 @@ class DBMTL:
         self.eps = checks.check_eps(eps)
         self.scale = checks.check_scale(scale)
         self.log_transform = log_transform
-        layout = ParameterLayout(shared_parameters, state_dtype)
-        backends.resolve(backend, layout.device)
-        self.buffer = TaskGradientBuffer(layout, num_tasks, backend)
-        self._grads = SharedGradients(self.buffer)
-        self._attachment: Attachment | None = None
-        self._inside: int | None = None  # the task whose context is open
-
-        self._step = 0
-        self._open = False  # a step has begun and not ended
-        self._seen = [False] * num_tasks  # tasks that have a gradient in this step
-        self._pending: set[int] = set()  # tasks entered since the last balance
-        self._loss_scale: Tensor | None = None  # the factor that this step's gradients carry
-        self._reported = torch.float64 if state_dtype == torch.float64 else torch.float32
         checks.check_seed(seed)
         self.seed = seed if state_dtype == torch.bfloat16 else None
-        self._updates = 0  # of any row, each with random numbers of its own
-        self._fresh = True  # nothing was balanced yet in this step
+        self.buffer, self._world = placement.place(shared_parameters, num_tasks, state_dtype, backend, process_group)
+        self._alone = process_group is None and not placement.is_distributed(self.buffer.parameters)
+        self._grads = SharedGradients(self.buffer, self._world)
+        self._heads = HeadGradients(self.buffer.parameters, self._world)
+        device = self.buffer.device if capturable else None
+        self._steps = Steps(num_tasks, self.beta, self.beta_sigma, self.seed, device)
+        self._attachment: Attachment | None = None
+        self._inside: int | None = None  # the task whose context is open
+        self._reported = torch.float64 if state_dtype == torch.float64 else torch.float32
 
     @property
     def step(self) -> int:
-        """Number of EMA updates begun."""
-        return self._step
+        """Number of EMA updates begun; reading it is a sync if ``capturable``."""
+        return self._steps.count
 
     @property
     def norms(self) -> Tensor:
@@ -117,42 +125,48 @@ class DBMTL:
         """(K,) int64: in how many steps each task's gradient was not finite."""
         return self.buffer.nonfinite_steps
 
-    def __call__(self, losses: Sequence[Tensor] | Tensor, *, retain_graph: bool = False) -> Tensor:
+    def __call__(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> Tensor:
         """A scalar whose ``backward()`` is the balanced backward.
 
-        Its value is the sum of the log-losses. The gradient that arrives at it is the factor by which the caller
-        scaled the loss (a GradScaler's scale, 1 / accumulation steps): the task gradients are computed with it,
-        the state is kept without it, ``.grad`` comes out with it. Under ``torch.no_grad()`` only the value.
+        Its value is the sum of the log-losses (of several ranks: of the logs of the mean losses). The gradient that
+        arrives at it is the factor by which the caller scaled the loss (a GradScaler's scale, 1 / accumulation
+        steps): the task gradients are computed with it, the state is kept without it, ``.grad`` comes out with it.
+        Under ``torch.no_grad()`` only the value, of this rank's losses.
 
         Args:
-            losses: K scalars, as a sequence or a (K,) tensor, each with a graph. Prefer a sequence: in the one graph
-                of a tensor every pass runs through every loss, and a NaN in one reaches them all.
+            losses: K scalars, as a sequence or a (K,) tensor, each with a graph; None for a task that is absent.
+                Prefer a sequence: in the one graph of a tensor every pass runs through every loss, and a NaN in one
+                reaches them all.
+            tasks: the tasks that the losses are of, if not all. Absent tasks keep their state and have no say.
             retain_graph: keep the graphs of the losses, for another backward through them.
 
         Raises:
-            ValueError: the number of losses is not K; one is not a scalar; one is <= -eps and has no log (seen on a
-                CPU only: elsewhere it would take a sync, and gives NaN, which the state survives).
-            TypeError: one is not a floating-point tensor.
-            RuntimeError: one has no graph; a `task` context is open.
+            ValueError: the number of losses is wrong, or all are None; one is not a scalar; a task is out of range or
+                there twice; a loss is <= -eps and has no log (seen on a CPU only: elsewhere it would take a sync, and
+                gives NaN, which the state survives).
+            TypeError: a loss is not a floating-point tensor.
+            RuntimeError: one has no graph; a `task` context is open; several ranks of which the balancer was told
+                nothing, or a DistributedDataParallel outside its ``no_sync()``; a collective failed.
         """
-        scalars = loss_values.check(losses, self.num_tasks, self.eps if self.log_transform else None)
-        value = loss_values.total(scalars, self.eps if self.log_transform else None)
+        present = TaskLosses(losses, tasks, self.num_tasks, self.eps if self.log_transform else None)
         if not torch.is_grad_enabled():
-            return value
-        loss_values.check_graphs(scalars)
+            present.check_logarithms()
+            return present.total()
+        self._share(present)
+        value = present.total()
         anchor = torch.zeros((), dtype=value.dtype, device=value.device, requires_grad=True)
 
         def run(factor: Tensor) -> None:
-            self._run(scalars, loss_values.factor_or_none(factor), retain_graph)
+            self._run(present, loss_values.factor_or_none(factor), retain_graph)
 
         out: Tensor = loss_values.BalancedLoss.apply(anchor, value, run, retain_graph)  # type: ignore[no-untyped-call]
         return out
 
-    def backward(self, losses: Sequence[Tensor] | Tensor, *, retain_graph: bool = False) -> None:
+    def backward(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> None:
         """``balancer(losses).backward()``, named. Arguments and errors as for `__call__`."""
-        scalars = loss_values.check(losses, self.num_tasks, self.eps if self.log_transform else None)
-        loss_values.check_graphs(scalars)
-        self._run(scalars, None, retain_graph)
+        present = TaskLosses(losses, tasks, self.num_tasks, self.eps if self.log_transform else None)
+        self._share(present)
+        self._run(present, None, retain_graph)
 
     @contextmanager
     def task(self, index: int, *, loss_scale: float | Tensor | None = None) -> Iterator[None]:
@@ -172,15 +186,18 @@ class DBMTL:
         """
         checks.check_task(index, self.num_tasks)
         self._refuse_inside("task()")
-        if index in self._pending:
+        if index in self._steps.pending:
             raise RuntimeError(f"task {index} was entered already in this step; call balance() (or optimizer.step())")
+        self._check_ranks()
+        self._world.check_same(f"task {index}", self.buffer.device, f"the ranks are not all in task({index})")
         kept, balanced = self._take()
         self._inside = index
         try:
-            yield
-            scale = None if loss_scale is None else loss_values.factor_on(self.buffer.rows.device, loss_scale)
-            self._finish(index, self._update(index, None if scale is None else loss_values.factor_or_none(scale)))
-            self._pending.add(index)
+            with self._heads.averaging(self._candidates()), self._heads.sharing_logs(index, self.log_transform):
+                yield
+                scale = None if loss_scale is None else loss_values.factor_on(self.buffer.device, loss_scale)
+                self._finish(index, self._update(index, None if scale is None else loss_values.factor_or_none(scale)))
+            self._steps.pending.add(index)
         except BaseException:
             self._give_back(kept, balanced)
             raise
@@ -198,7 +215,7 @@ class DBMTL:
             RuntimeError: no task was entered since the last `balance`, or a `task` context is open.
         """
         self._refuse_inside("balance()")
-        if not self._pending:
+        if not self._steps.pending:
             raise RuntimeError("balance() has nothing to balance: no task() was entered since the last step")
         kept, _ = self._take()
         self._write(kept)
@@ -219,31 +236,46 @@ class DBMTL:
         if self._attachment is not None:
             raise RuntimeError("already attached to an optimizer; call remove() on the handle that attach() returned")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in held for p in self.buffer.layout.parameters):
+        if not any(id(p) in held for p in self.buffer.parameters):
             raise ValueError(f"{type(optimizer).__name__} holds none of the shared parameters")
         self._attachment = Attachment(optimizer, self._before_optimizer, self._end_step, self._detached)
         return self._attachment
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to go on bit for bit. Tensors are references, as in PyTorch."""
-        return {
-            "version": STATE_VERSION,
-            "parameters": self.buffer.layout.signature(),
-            "step": self._step,
-            "open": self._open,
-            "seen": list(self._seen),
-            "pending": sorted(self._pending),
-            "updates": self._updates,
-            "fresh": self._fresh,
-            "loss_scale": self._loss_scale,
-            "touched": list(self._grads.touched),
-            "written": self._grads.written,
-            **self._state_tensors(),
-        }
+    def add_task(self) -> int:
+        """Make room for one task more, with a row of zeros; the others keep theirs. Returns its index, the last.
 
-    def _state_tensors(self) -> dict[str, Tensor]:
-        names = ("rows", "sumsq", "broken", "norms", "weights", "nonfinite_steps")
-        return {name: getattr(self.buffer, name) for name in names}
+        Raises:
+            RuntimeError: within a step.
+        """
+        self._keep([*range(self.num_tasks), None])
+        return self.num_tasks - 1
+
+    def remove_task(self, index: int) -> None:
+        """Forget a task; those after it move up by one, all keep their rows.
+
+        Raises:
+            RuntimeError: within a step.
+            ValueError: the index is out of range, or it is the last task.
+        """
+        checks.check_task(index, self.num_tasks)
+        checks.check_num_tasks(self.num_tasks - 1)
+        self._keep([task for task in range(self.num_tasks) if task != index])
+
+    def _keep(self, tasks: list[int | None]) -> None:
+        self._refuse_inside("a change of tasks")
+        if self._steps.open:
+            raise RuntimeError("a change of tasks within a step; end it first (balance(), or optimizer.step())")
+        self.buffer.keep(tasks)
+        self._steps.keep(tasks)
+        self.num_tasks = len(tasks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to go on bit for bit. Tensors are references, as in PyTorch.
+
+        Of several ranks the rows are DTensors: ``torch.distributed.checkpoint`` saves and loads them with any number.
+        """
+        self.buffer.settle()
+        return checkpoint.state_of(self.buffer, self._steps, self._grads)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, copying into this balancer's tensors.
@@ -252,35 +284,42 @@ class DBMTL:
             ValueError: a state of another version, of other parameters (number, dtypes, shapes, memory order), number
                 of tasks or state dtype, or an incomplete one. Nothing is changed then.
         """
-        checkpoint.check(state, self.state_dict(), self.buffer.layout)
-        for name, tensor in self._state_tensors().items():
-            tensor.copy_(state[name])
-        self._step = int(state["step"])
-        self._open = bool(state["open"])
-        self._seen = [bool(x) for x in state["seen"]]
-        self._pending = {int(x) for x in state["pending"]}
-        self._updates = int(state["updates"])
-        self._fresh = bool(state["fresh"])
-        scale = state["loss_scale"]
-        self._loss_scale = None if scale is None else scale.to(self.buffer.rows.device)
-        self._grads.resume([bool(x) for x in state["touched"]], bool(state["written"]))
+        checkpoint.check(state, self.state_dict(), self.buffer)
+        checkpoint.load(state, self.buffer, self._steps, self._grads)
 
-    def _run(self, losses: list[Tensor], factor: Tensor | None, retain_graph: bool) -> None:
-        """K backward passes, each gathered into its row before the next, then the balanced gradient."""
+    def _share(self, present: TaskLosses) -> None:
+        """Check losses that will be backpropagated; those of several ranks become the means."""
+        present.check_graphs()
+        self._check_ranks()
+        present.share(self._world)
+        present.check_logarithms()
+
+    def _check_ranks(self) -> None:
+        if self._alone:
+            placement.refuse_unnamed_group()
+        elif self._world.size > 1:
+            self._heads.refuse_synchronising_wrapper()
+
+    def _candidates(self) -> list[Tensor]:
+        """Parameters that an attached optimizer would step."""
+        return [] if self._attachment is None else self._attachment.parameters()
+
+    def _run(self, present: TaskLosses, factor: Tensor | None, retain_graph: bool) -> None:
+        """A backward pass for each task, gathered into its row before the next, then the balanced gradient."""
         self._refuse_inside("backward()")
-        if self._pending:
-            raise RuntimeError(f"backward() while task(s) {sorted(self._pending)} wait for balance(); call it first")
+        waiting = sorted(self._steps.pending)
+        if waiting:
+            raise RuntimeError(f"backward() while task(s) {waiting} wait for balance(); call it first")
         kept, balanced = self._take()
-        last = self.num_tasks - 1
-        update = self._update(0, factor)
+        last = len(present.tasks) - 1
+        update = self._update(present.tasks[0], factor)
         try:
-            with self._grads.handing_over() as follow:
-                for index, loss in enumerate(losses):
-                    root = loss_values.scaled(loss, self.eps if self.log_transform else None, factor)
-                    update = self._update(index, factor)
+            with self._grads.handing_over() as follow, self._heads.averaging(self._candidates(), present.losses):
+                for place, task in enumerate(present.tasks):
+                    update = self._update(task, factor)
                     follow(update)
-                    root.backward(retain_graph=retain_graph or index < last)
-                    self._finish(index, update)
+                    present.backward(place, factor, retain_graph or place < last)
+                    self._finish(task, update)
         except BaseException:
             with torch.no_grad():
                 update.abandon()
@@ -295,7 +334,7 @@ class DBMTL:
         Returns:
             what must be added to, and whether ``.grad`` held a balanced gradient of this step besides.
         """
-        self.buffer.layout.check_unchanged()
+        self.buffer.check_unchanged()
         balanced = self._grads.written
         kept, dropped = self._grads.take(self._fill, lambda: bool(self._overflow().any()))
         if dropped:
@@ -314,49 +353,40 @@ class DBMTL:
             self._write(kept)
         else:
             self._grads.put_back(kept)
-            if not self._pending:
+            if not self._steps.pending:
                 self._end_step()
 
-    def _update(self, task: int, factor: Tensor | None) -> RowUpdate:
+    def _update(self, task: int, factor: Tensor | None) -> Update:
         """The EMA update of one row; begins the step when the first gradient has come."""
-
-        def begin() -> Coefficients:
-            if not self._open:
-                self._begin_step(factor)
-            elif self._loss_scale is not None and loss_values.is_zero(self._loss_scale):
-                self._loss_scale = factor  # nothing counted so far
-            beta = self.beta / self._step**self.beta_sigma
-            self._updates += 1
-            seed = None if self.seed is None else update_seed(self.seed, self._updates)
-            return Coefficients(1.0 if self._seen[task] else beta, 1.0 - beta, self._loss_scale, seed)
-
-        return RowUpdate(self.buffer, task, begin)
+        return self.buffer.update(task, lambda: self._steps.coefficients(task, factor))
 
     @torch.no_grad()
-    def _finish(self, task: int, update: RowUpdate) -> None:
+    def _finish(self, task: int, update: Update) -> None:
         self._grads.hand_over(update)
-        self._seen[task] = True
+        self._steps.seen[task] = True
 
     @torch.no_grad()
     def _write(self, kept: Kept) -> None:
         """Norms, weights, the balanced gradient, ``.grad``."""
+        self.buffer.settle()
         self._grads.write(kept, self._balance_into)
-        self._pending.clear()
+        self._steps.pending.clear()
         if self._attachment is None:
             self._end_step()
 
     def _balance_into(self, flats: Flats, accumulate: bool) -> None:
         self.buffer.balance(
-            flats, self.eps, self.scale, active=self._seen, loss_scale=self._loss_scale, fresh=self._fresh,
-            accumulate=accumulate,
+            flats, self.eps, self.scale, active=self._steps.seen, loss_scale=self._steps.loss_scale,
+            fresh=self._steps.fresh, accumulate=accumulate,
         )  # fmt: skip
-        self._fresh = False
+        self._steps.fresh = False
 
     def _fill(self, flats: Flats, accumulate: bool) -> None:
         """The balanced gradient once more, from the last weights, carrying the loss scale."""
         weights = self.buffer.weights
-        if self._loss_scale is not None:
-            weights = torch.where(self._overflow(), torch.nan, weights * self._loss_scale.to(weights.dtype))
+        scale = self._steps.loss_scale
+        if scale is not None:
+            weights = torch.where(self._overflow(), torch.nan, weights * scale.to(weights.device, weights.dtype))
         self.buffer.combine(weights, flats, accumulate)
 
     def _overflow(self) -> Tensor:
@@ -364,26 +394,19 @@ class DBMTL:
 
         Factors up to 1 are those of accumulation, where nobody looks for it.
         """
-        if self._loss_scale is None:
+        scale = self._steps.loss_scale
+        if scale is None:
             return torch.zeros_like(self.buffer.broken)
-        return self.buffer.broken & (self._loss_scale > 1)
-
-    def _begin_step(self, factor: Tensor | None) -> None:
-        self._open = True
-        self._step += 1
-        self._seen = [False] * self.num_tasks
-        self._loss_scale = factor
-        self._fresh = True
+        return self.buffer.broken & (scale.to(self.buffer.broken.device) > 1)
 
     def _end_step(self) -> None:
-        self._open = False
-        self._pending.clear()
+        self._steps.end()
         self._grads.let_go()
 
     def _before_optimizer(self) -> None:
-        if not self._pending:
+        if not self._steps.pending:
             return
-        if self._loss_scale is not None:
+        if self._steps.loss_scale is not None:
             raise RuntimeError(
                 "optimizer.step() would see gradients that carry the loss scale: with a GradScaler, call "
                 "balancer.balance() before scaler.unscale_() and scaler.step()"

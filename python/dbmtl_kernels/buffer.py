@@ -1,29 +1,21 @@
-"""TaskGradientBuffer: the K x P state, one padded row per task, and the four things done to it."""
+"""TaskGradientBuffer: the K x P state, one padded row per task, and what is done to it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backends, ops
+from . import backends, dtensors, ops
 from .backends import native
 from .layout import ParameterLayout
-from .rounding import update_seed
+from .updates import Coefficients, RowUpdate, Update
+from .world import World
 
-# On a CPU a gradient is gathered while it is still in cache: as soon as this much of a task's has arrived.
-FLUSH_BYTES = 2 << 20
-
-
-class Coefficients(NamedTuple):
-    """Of a row's update; see `ops.accumulate_`."""
-
-    decay: float
-    gain: float
-    loss_scale: Tensor | None = None
-    seed: int | None = None
+# Room for a balanced gradient: one flat tensor per parameter dtype.
+Flats = dict[Any, Tensor]
 
 
 def allocate(*shape: int, dtype: torch.dtype, device: torch.device, zero: bool = False) -> Tensor:
@@ -40,22 +32,31 @@ class TaskGradientBuffer:
         layout: where each parameter lies in a row.
         num_tasks: K.
         backend: "auto" or a backend by name.
+        spread: the ranks over which the elements of the parameters are spread, each with the part that ``layout``
+            lays out (FSDP2); by default this process has all of them.
 
     Attributes:
         rows: (K, row_numel) in ``layout.state_dtype``; padding is zero.
-        sumsq: (K,) sums of squares of the rows, float64 where the device has it.
+        sumsq: (K,) sums of squares of the rows held here, float64 where the device has it.
         norms, weights: (K,) of the last `balance`, in the dtype of ``sumsq``.
         broken: (K,) bool, tasks whose gradient was not finite in the step of the last `balance`.
         nonfinite_steps: (K,) int64, in how many steps that was so.
         early: whether gradients are gathered while a backward pass runs (on a CPU), or at its end in one call.
     """
 
-    def __init__(self, layout: ParameterLayout, num_tasks: int, backend: str = "auto") -> None:
+    def __init__(
+        self, layout: ParameterLayout, num_tasks: int, backend: str = "auto", spread: World | None = None
+    ) -> None:
         self.layout = layout
         self.backend = backend
-        device = layout.device
-        self.rows = allocate(num_tasks, layout.row_numel, dtype=layout.state_dtype, device=device, zero=True)
-        self.early = backends.resolve(backend, device).gathers_early(device)
+        self.device = layout.device
+        self.spread = spread or World()
+        self.early = backends.resolve(backend, self.device).gathers_early(self.device)
+        self._allocate(num_tasks)
+
+    def _allocate(self, num_tasks: int) -> None:
+        device = self.device
+        self.rows = allocate(num_tasks, self._row_numel(), dtype=self.layout.state_dtype, device=device, zero=True)
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.sumsq = torch.zeros(num_tasks, dtype=wide, device=device)
         self.norms = torch.zeros_like(self.sumsq)
@@ -63,6 +64,20 @@ class TaskGradientBuffer:
         self.broken = torch.zeros(num_tasks, dtype=torch.bool, device=device)
         self.nonfinite_steps = torch.zeros(num_tasks, dtype=torch.int64, device=device)
         self._masks: dict[tuple[bool, ...], Tensor] = {}
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The shared parameters, as given."""
+        return self.layout.parameters
+
+    def check_unchanged(self) -> None:
+        """See `ParameterLayout.check_unchanged`."""
+        self.layout.check_unchanged()
+
+    def update(self, task: int, begin: Callable[[], Coefficients]) -> Update:
+        """An update of ``rows[task]``; ``begin`` gives its coefficients when the first gradient has come."""
+        sumsq = self.sumsq[task : task + 1]
+        return RowUpdate(self.layout, self.rows[task], sumsq, begin, self.backend, self.early)
 
     def accumulate(
         self,
@@ -83,11 +98,19 @@ class TaskGradientBuffer:
             loss_scale: one number that the gradients carry and the state must not.
             seed: of the stochastic rounding of bfloat16 rows; None rounds to nearest.
         """
-        RowUpdate(self, task, lambda: Coefficients(decay, gain, loss_scale, seed)).finish(grads)
+        self.update(task, lambda: Coefficients(decay, gain, loss_scale, seed)).finish(grads)
+        self.settle()
+
+    def settle(self) -> None:
+        """Finish updates that are still under way."""
+
+    def sums(self) -> Tensor:
+        """(K,) sums of squares of the whole rows."""
+        return self.spread.sum(self.sumsq, "the sum of squares of the task gradients")
 
     def balance(
         self,
-        flats: dict[torch.dtype, Tensor],
+        flats: Flats,
         eps: float,
         scale: str | float,
         *,
@@ -95,6 +118,7 @@ class TaskGradientBuffer:
         loss_scale: Tensor | None = None,
         fresh: bool = True,
         accumulate: bool = False,
+        sums: Tensor | None = None,
     ) -> None:
         """Weights, books and the balanced gradient in one call; see `ops.balance_rows_`.
 
@@ -106,14 +130,57 @@ class TaskGradientBuffer:
             loss_scale: one number that the balanced gradient shall carry.
             fresh: whether this is the first call of a step.
             accumulate: add to ``flats``.
+            sums: (K,) what takes the place of `sums`, where rows go on in another buffer; overwritten.
         """
         name, constant = (scale, 0.0) if isinstance(scale, str) else ("constant", scale)
-        groups = self.layout.groups
+        total = self.sums() if sums is None else sums
         ops.balance_rows_(
-            self.rows, self.sumsq, self.broken, self.nonfinite_steps, self.norms, self.weights,
-            [flats[g.dtype] for g in groups], [g.start for g in groups], self._mask(active), loss_scale, eps, name,
-            constant, fresh, accumulate, self.backend,
+            self.rows, total, self.broken, self.nonfinite_steps, self.norms, self.weights, self._outs(flats),
+            self._starts(), self._mask(active), loss_scale, eps, name, constant, fresh, accumulate, self.backend,
         )  # fmt: skip
+        if total is not self.sumsq:
+            self.sumsq.masked_fill_(self.broken, 0.0)
+        self._complete(flats)
+
+    def combine(self, weights: Tensor, flats: Flats, accumulate: bool = False) -> None:
+        """``sum_t weights[t] * rows[t]`` into one flat tensor per parameter dtype (see `new_flats`), in place."""
+        for out, start in zip(self._outs(flats), self._starts(), strict=True):
+            rows = self.rows[:, start : start + out.numel()]
+            ops.combine_out(rows, weights, out, accumulate, self.backend)
+        self._complete(flats)
+
+    def new_flats(self) -> Flats:
+        """Room for a balanced gradient: one tensor of bytes, seen as one flat tensor per parameter dtype."""
+        groups = self.layout.groups
+        sizes = [(g.stop - g.start) * g.dtype.itemsize for g in groups]
+        if len(groups) == 1:
+            only = groups[0]
+            return {only.dtype: allocate(only.stop - only.start, dtype=only.dtype, device=self.layout.device)}
+        storage = allocate(sum(sizes), dtype=torch.uint8, device=self.layout.device)
+        parts = storage.split(sizes)
+        return {group.dtype: part.view(group.dtype) for group, part in zip(groups, parts, strict=True)}
+
+    def views(self, flats: Flats) -> list[Tensor]:
+        """Each parameter's part of ``flats``, of its shape, strides and placements."""
+        return self.layout.views(flats)
+
+    def gramian(self) -> Tensor:
+        """(K, K) inner products of the rows, float32 (float64 of float64 rows)."""
+        return self.spread.sum(ops.gramian(self.rows, self.backend), "the Gramian of the task gradients")
+
+    def _row_numel(self) -> int:
+        return self.layout.row_numel
+
+    def _outs(self, flats: Flats) -> list[Tensor]:
+        """The parts of ``flats`` that the columns held here make."""
+        return [flats[group.dtype] for group in self.layout.groups]
+
+    def _starts(self) -> list[int]:
+        """The first column of each of `_outs`."""
+        return [group.start for group in self.layout.groups]
+
+    def _complete(self, flats: Flats) -> None:
+        """Fill in what others hold."""
 
     def _mask(self, active: Sequence[bool] | None) -> Tensor | None:
         """On the device; remembered, as steps repeat them."""
@@ -128,111 +195,68 @@ class TaskGradientBuffer:
             self._masks[key] = pinned.to(self.rows.device, non_blocking=True)
         return self._masks[key]
 
-    def combine(self, weights: Tensor, flats: dict[torch.dtype, Tensor], accumulate: bool = False) -> None:
-        """``sum_t weights[t] * rows[t]`` into one flat tensor per parameter dtype (see `new_flats`), in place."""
-        for group in self.layout.groups:
-            rows = self.rows[:, group.start : group.stop]
-            ops.combine_out(rows, weights, flats[group.dtype], accumulate, self.backend)
+    def keep(self, tasks: Sequence[int | None]) -> None:
+        """Let the rows be those of ``tasks``, None being a new one of zeros; needs room for both while it copies."""
+        names = ("rows", "sumsq", "norms", "weights", "broken", "nonfinite_steps")
+        before = {name: getattr(self, name) for name in names}
+        self._allocate(len(tasks))
+        for name, old in before.items():
+            new = getattr(self, name)
+            for index, task in enumerate(tasks):
+                if task is not None:
+                    new[index].copy_(old[task])
 
-    def new_flats(self) -> dict[torch.dtype, Tensor]:
-        """Room for a balanced gradient: one tensor of bytes, seen as one flat tensor per parameter dtype."""
-        groups = self.layout.groups
-        sizes = [(g.stop - g.start) * g.dtype.itemsize for g in groups]
-        if len(groups) == 1:
-            only = groups[0]
-            return {only.dtype: allocate(only.stop - only.start, dtype=only.dtype, device=self.layout.device)}
-        storage = allocate(sum(sizes), dtype=torch.uint8, device=self.layout.device)
-        parts = storage.split(sizes)
-        return {group.dtype: part.view(group.dtype) for group, part in zip(groups, parts, strict=True)}
+    def signature(self) -> list[list[Any]]:
+        """See `ParameterLayout.signature`."""
+        return self.layout.signature()
 
-    def gramian(self) -> Tensor:
-        """(K, K) inner products of the rows, float32 (float64 of float64 rows)."""
-        return torch.as_tensor(ops.gramian(self.rows, self.backend))
+    def state(self) -> dict[str, Any]:
+        """The tensors of a checkpoint, sharing memory with this buffer where they are not scalars."""
+        return {
+            "rows": self._saved_rows(),
+            "sumsq": self.sumsq if self._whole() else self.norms.square(),
+            "norms": self.norms,
+            "weights": self.weights,
+            "broken": self.broken,
+            "nonfinite_steps": self.nonfinite_steps,
+            "whole": self._whole(),
+        }
 
-
-class RowUpdate:
-    """One update of one row, fed with gradients as a backward pass produces them.
-
-    On a CPU, gathering early finds gradients still in cache. Elsewhere all is gathered by `finish`, in one launch.
-
-    Args:
-        buffer: whose row.
-        task: which row.
-        begin: gives the coefficients; called once, before anything is written.
-    """
-
-    def __init__(self, buffer: TaskGradientBuffer, task: int, begin: Callable[[], Coefficients]) -> None:
-        self._buffer = buffer
-        self._task = task
-        self._sumsq = buffer.sumsq[task : task + 1]
-        self._begin = begin
-        self._coefficients: Coefficients | None = None
-        self._indices: list[int] = []
-        self._grads: list[Tensor | None] = []
-        self._bytes = 0
-        self._arrived: set[int] = set()
-        self._parts: list[Tensor] = []  # sums of squares of what was gathered early
-        self._again = False
-
-    def add(self, index: int, grad: Tensor) -> None:
-        """The gradient of parameter ``index``. A second one (a re-entrant checkpoint) is added to the first."""
-        if index in self._arrived:
-            self._flush()
-            self._again = True
-            self._gather([index], [grad], torch.empty_like(self._sumsq), decayed=True)
-            return
-        self._arrived.add(index)
-        self._indices.append(index)
-        self._grads.append(grad)
-        self._bytes += grad.nbytes
-        if self._bytes >= FLUSH_BYTES and self._buffer.early:
-            self._flush()
-
-    def finish(self, grads: list[Tensor | None]) -> None:
-        """The gradients that `add` did not get; a parameter that never had one counts as zeros."""
-        for index, grad in enumerate(grads):
-            if grad is not None:
-                self.add(index, grad)
-        if len(self._arrived) < len(grads):
-            for index in range(len(grads)):
-                if index not in self._arrived:
-                    self._indices.append(index)
-                    self._grads.append(None)
-        if not self._parts:  # the usual case on a GPU: all in one call, straight to where the sum belongs
-            self._gather(self._indices, self._grads, self._sumsq)
-        else:
-            self._flush()
-            self._sumsq.copy_(torch.cat(self._parts).sum())
-        if self._again:
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave, here or where the rows were cut otherwise. Not checked."""
+        for name, mine in self._saved_rows().items():
+            dtensors.copy_(mine, state["rows"][name])
+        for name in ("sumsq", "norms", "weights", "broken", "nonfinite_steps"):
+            getattr(self, name).copy_(state[name])
+        if not (self._whole() and state["whole"]):
             self._measure()
 
-    def abandon(self) -> None:
-        """The pass failed: make the sum of squares that of the row as it is."""
-        if self._coefficients is not None:
-            self._measure()
+    def _whole(self) -> bool:
+        """Whether all elements of a row are here."""
+        return self.spread.size == 1
+
+    def _saved_rows(self) -> dict[str, Tensor]:
+        """The rows without the padding that depends on the number of ranks."""
+        if not self._whole():
+            return {str(index): rows for index, rows in enumerate(self._rows_of_parameters())}
+        return {
+            str(index): self.rows[:, g.start : g.start + g.columns].unflatten(1, (-1, g.unit))
+            for index, g in enumerate(self.layout.groups)
+        }
+
+    def _rows_of_parameters(self) -> list[Tensor]:
+        """(K, *shape) of each parameter, as DTensors placed like it."""
+        out = []
+        for p, (offset, numel) in zip(self.layout.parameters, self.layout.segments.tolist(), strict=True):
+            rows = self.rows[:, offset : offset + numel].view(self.rows.shape[0], *dtensors.local(p).shape)
+            out.append(dtensors.stacked(p, rows))
+        return out
 
     def _measure(self) -> None:
-        count = len(self._buffer.layout.parameters)
-        self._gather(list(range(count)), [None] * count, self._sumsq, decayed=True)
+        """``sumsq`` from the rows."""
+        segments = self._measured_segments()
+        for row, sumsq in zip(self.rows, self.sumsq.split(1), strict=True):
+            ops.accumulate_(row, sumsq, [None] * len(segments), segments, 1.0, 0.0, None, None, self.backend)
 
-    def _flush(self) -> None:
-        if self._indices:
-            self._parts.append(torch.empty_like(self._sumsq))
-            self._gather(self._indices, self._grads, self._parts[-1])
-            self._indices, self._grads, self._bytes = [], [], 0
-
-    def _gather(self, indices: list[int], grads: list[Tensor | None], sumsq: Tensor, decayed: bool = False) -> None:
-        """Gather some gradients and leave the sum of squares of their part of the row in ``sumsq``.
-
-        If ``decayed``, the row had its decay in an earlier call: add to it.
-        """
-        if self._coefficients is None:
-            self._coefficients = self._begin()
-        decay, gain, loss_scale, seed = self._coefficients
-        if decayed:
-            decay, seed = 1.0, None if seed is None else update_seed(seed, 1)
-        buffer, layout = self._buffer, self._buffer.layout
-        if layout.permuted:
-            grads = [None if g is None else layout.in_row_order(i, g) for i, g in zip(indices, grads, strict=True)]
-        segments = layout.segments_of(tuple(indices))
-        ops.accumulate_(buffer.rows[self._task], sumsq, grads, segments, decay, gain, loss_scale, seed, buffer.backend)
+    def _measured_segments(self) -> Tensor:
+        return self.layout.segments

@@ -1,4 +1,4 @@
-"""Whether a state_dict fits a balancer, found out before anything is copied."""
+"""The state_dict of a balancer: what is in it, whether one fits, and taking it over."""
 
 from __future__ import annotations
 
@@ -6,23 +6,83 @@ from typing import Any
 
 from torch import Tensor
 
-from .layout import ParameterLayout
+from .gradients import SharedGradients
+from .placement import Buffer
+from .steps import Steps
+
+VERSION = 3
 
 
-def check(state: dict[str, Any], own: dict[str, Any], layout: ParameterLayout) -> None:
+def state_of(buffer: Buffer, steps: Steps, grads: SharedGradients) -> dict[str, Any]:
+    """Tensors are references to the live ones. Nothing in it depends on the number of ranks but how DTensors lie."""
+    return {
+        "version": VERSION,
+        "parameters": buffer.signature(),
+        "steps": steps.state(),
+        "touched": [int(x) for x in grads.touched],
+        "written": grads.written,
+        "buffer": buffer.state(),
+    }
+
+
+def load(state: dict[str, Any], buffer: Buffer, steps: Steps, grads: SharedGradients) -> None:
+    """Copy a checked state into the live objects."""
+    buffer.load(state["buffer"])
+    steps.load(state["steps"], buffer.device)
+    grads.resume([bool(x) for x in state["touched"]], bool(state["written"]))
+
+
+def check(state: dict[str, Any], own: dict[str, Any], buffer: Buffer) -> None:
     """Raise ValueError unless ``state`` is of the kind of ``own``, the balancer's own state_dict.
 
     Compared are the version, the entries, the shared parameters, and the dtypes and shapes of all tensors.
     """
     if state.get("version") != own["version"]:
         raise ValueError(f"state_dict has version {state.get('version')!r}, this is version {own['version']}")
-    missing = sorted(set(own) - set(state))
-    if missing:
+    _check_present(state, own, "")
+    check_signature(buffer.signature(), state["parameters"])
+    _check_tensors(state, own, "")
+    if len(state["touched"]) != len(own["touched"]):
+        raise ValueError(f"state_dict has {len(state['touched'])} entries of touched, not {len(own['touched'])}")
+    seen, expected = state["steps"]["seen"], own["steps"]["seen"]
+    if len(seen) != len(expected):
+        raise ValueError(f"state_dict has {len(seen)} entries of seen, not {len(expected)} (other num_tasks?)")
+
+
+def check_signature(mine: list[list[Any]], theirs: list[list[Any]]) -> None:
+    """Raise ValueError unless two `ParameterLayout.signature` are the same."""
+    if len(theirs) != len(mine):
+        raise ValueError(f"the state is of {len(theirs)} shared parameters, there are {len(mine)} here")
+    for index, (here, there) in enumerate(zip(mine, theirs, strict=True)):
+        if here[:2] != list(there)[:2]:
+            raise ValueError(
+                f"shared parameter {index} is {here[0]} {here[1]} here and {there[0]} {there[1]} in the state"
+            )
+        if here != list(there):
+            raise ValueError(
+                f"shared parameter {index} has its dimensions in memory order {here[2]} here and {there[2]} in "
+                "the state (another memory_format?)"
+            )
+
+
+def _check_present(state: dict[str, Any], own: dict[str, Any], prefix: str) -> None:
+    missing = sorted(prefix + str(key) for key in set(own) - set(state))
+    if missing and prefix != "buffer.rows.":  # their number follows from the parameters, which are checked next
         raise ValueError(f"state_dict lacks {', '.join(missing)}")
-    layout.check_signature(state["parameters"])
-    for name, mine in own.items():
-        theirs = state[name]
-        if isinstance(mine, Tensor) and name != "loss_scale":
+    for key, mine in own.items():
+        if isinstance(mine, dict) and key in state:
+            _check_present(state[key], mine, f"{prefix}{key}.")
+
+
+def _check_tensors(state: dict[str, Any], own: dict[str, Any], prefix: str) -> None:
+    for key, mine in own.items():
+        name = f"{prefix}{key}"
+        if key not in state:
+            raise ValueError(f"state_dict lacks {name} (saved of replicas, of a sharded model, or the other way?)")
+        theirs = state[key]
+        if isinstance(mine, dict):
+            _check_tensors(theirs, mine, f"{name}.")
+        elif isinstance(mine, Tensor):
             if theirs.dtype != mine.dtype:
                 raise ValueError(f"state_dict has {name} in {theirs.dtype}, this balancer in {mine.dtype}")
             if theirs.shape != mine.shape:
@@ -30,7 +90,3 @@ def check(state: dict[str, Any], own: dict[str, Any], layout: ParameterLayout) -
                     f"state_dict has {name} of shape {tuple(theirs.shape)}, this balancer of {tuple(mine.shape)} "
                     "(other num_tasks?)"
                 )
-        elif name in ("seen", "touched") and len(theirs) != len(mine):
-            raise ValueError(
-                f"state_dict has {len(theirs)} entries of {name}, this balancer {len(mine)} (other num_tasks?)"
-            )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import ops as ops  # registers what is called below
 from .checks import check_scale
+from .losses import shared_log
 
 
 def balance_(
@@ -58,6 +59,9 @@ def balance_(
 def log_transform(loss: Tensor, eps: float = 1e-8) -> Tensor:
     """``log(loss + eps)``, in float32 at least: the loss-scale balancing of DB-MTL, differentiable.
 
+    Inside ``balancer.task(...)`` of a balancer of several ranks it is the log of the mean of ``loss`` over the ranks,
+    which all of them must call.
+
     Args:
         loss: any shape, positive; half precision is widened first (1e-8 is 0 in float16).
         eps: added to the loss.
@@ -67,4 +71,6 @@ def log_transform(loss: Tensor, eps: float = 1e-8) -> Tensor:
 
     Source: arXiv 2308.12029, equation of the logarithm transformation.
     """
-    return torch.log(loss.to(torch.promote_types(loss.dtype, torch.float32)) + eps)
+    wide = loss.to(torch.promote_types(loss.dtype, torch.float32))
+    shared = shared_log.get()
+    return torch.log(wide + eps) if shared is None else shared(wide, eps)

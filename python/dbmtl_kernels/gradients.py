@@ -8,9 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .buffer import RowUpdate, TaskGradientBuffer
+from . import dtensors
+from .buffer import Flats
+from .placement import Buffer
+from .updates import Update
+from .world import World
 
-Flats = dict[torch.dtype, Tensor]
 Kept = list[Tensor | None]
 # Fills the flat tensors with the balanced gradient, adding to what is there if the second argument is true.
 Fill = Callable[[Flats, bool], None]
@@ -26,15 +29,17 @@ class SharedGradients:
 
     Args:
         buffer: knows the parameters and their layout.
+        world: the ranks that must come to the same conclusions about ``.grad``.
 
     Attributes:
         touched: whether any task ever had a gradient of the parameter.
         written: whether ``.grad`` holds a balanced gradient of the step now open.
     """
 
-    def __init__(self, buffer: TaskGradientBuffer) -> None:
+    def __init__(self, buffer: Buffer, world: World) -> None:
         self._buffer = buffer
-        self._parameters = buffer.layout.parameters
+        self._world = world
+        self._parameters = buffer.parameters
         self.touched = [False] * len(self._parameters)
         self.written = False
         self._flats: Flats = {}
@@ -79,21 +84,21 @@ class SharedGradients:
             self._remember([False] * len(self._parameters))
             self.written = True
 
-    def hand_over(self, update: RowUpdate) -> None:
+    def hand_over(self, update: Update) -> None:
         """Give ``update`` what is left in ``.grad`` after a backward pass, and finish it."""
         grads = [None if p.grad is None else self._release(index) for index, p in enumerate(self._parameters)]
         update.finish(grads)
 
     @contextmanager
-    def handing_over(self) -> Iterator[Callable[[RowUpdate], None]]:
+    def handing_over(self) -> Iterator[Callable[[Update], None]]:
         """While inside, each ``.grad`` goes to the current update as soon as a backward pass has made it.
 
         Yields:
             a function that makes an update the current one. `hand_over` is still due after each pass.
         """
-        current: list[RowUpdate] = []
+        current: list[Update] = []
 
-        def follow(update: RowUpdate) -> None:
+        def follow(update: Update) -> None:
             current[:] = [update]
 
         def hook_of(index: int) -> Callable[[Tensor], None]:
@@ -124,7 +129,7 @@ class SharedGradients:
             )
         self.touched[index] = True
         p.grad = None
-        return grad.detach()
+        return dtensors.local_gradient(p, grad.detach())
 
     def put_back(self, kept: Kept) -> None:
         """Undo `take`."""
@@ -138,7 +143,7 @@ class SharedGradients:
         """
         if not self._flats:
             self._flats = self._buffer.new_flats()
-            self._views = self._buffer.layout.views(self._flats)
+            self._views = self._buffer.views(self._flats)
         wanted = [touched and p.requires_grad for touched, p in zip(self.touched, self._parameters, strict=True)]
         ours = [grad is view for grad, view in zip(kept, self._views, strict=True)]
         for index, grad in enumerate(kept):
@@ -169,16 +174,23 @@ class SharedGradients:
 
     def _was_dropped(self, kept: Kept, spoiled: Callable[[], bool]) -> bool:
         """Whether nothing is left of what was written; values are looked at only where they changed."""
-
-        def gone(index: int, grad: Tensor | None) -> bool:
+        changed = []
+        left = [i for i, grad in enumerate(self._left) if grad is not None and self.touched[i]]
+        for index in left:
+            grad = kept[index]
             if grad is None or grad is not self._left[index]:
-                return True
+                continue
             if self._unchanged(index, grad):
                 return False
-            return not bool(grad.any()) or (spoiled() and bool(grad.isfinite().all()))
-
-        left = [i for i, grad in enumerate(self._left) if grad is not None and self.touched[i]]
-        return bool(left) and all(gone(i, kept[i]) for i in left)
+            changed.append(dtensors.local(grad))
+        if not changed:
+            return bool(left)
+        device = self._buffer.device
+        some = torch.stack([grad.any().to(device) for grad in changed])
+        bad = torch.stack([(~grad.isfinite()).any().to(device) for grad in changed])
+        # A DTensor's shards may differ in this from rank to rank; the verdict may not.
+        some, bad = self._world.sum(torch.stack([some, bad]).to(torch.float32), "what became of .grad") > 0
+        return not bool((some & (bad if spoiled() else torch.ones_like(bad))).any())
 
     def _without_balanced(self, kept: Kept, refill: Fill) -> Kept:
         """What is in ``.grad`` besides the balanced gradient last written."""
@@ -194,7 +206,7 @@ class SharedGradients:
         if any(mixed):
             flats = self._buffer.new_flats()
             refill(flats, False)
-            before = self._buffer.layout.views(flats)
+            before = self._buffer.views(flats)
         rest: Kept = []
         for index, grad in enumerate(kept):
             if grad is None or not holding[index]:

@@ -8,18 +8,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import dtensors
+
 SEGMENT_BYTES = 128
 
 
 class Group(NamedTuple):
-    """Parameters of one dtype: columns [start, stop) of the row."""
+    """Parameters of one dtype: columns [start, stop) of the row, a multiple of ``unit``.
+
+    The first ``columns`` of them are there however many shards the row has; the rest makes the shards equal.
+    """
 
     dtype: torch.dtype
     start: int
     stop: int
+    columns: int
+    unit: int
 
 
-def _check(parameters: list[Tensor]) -> None:
+def check_parameters(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters as a list; raises as `ParameterLayout` does, but for their devices."""
+    parameters = list(parameters)
     if not parameters:
         raise ValueError("shared_parameters is empty (a generator that was already used up?)")
     seen: dict[int, int] = {}
@@ -40,10 +49,7 @@ def _check(parameters: list[Tensor]) -> None:
                 f"shared_parameters[{index}] of shape {tuple(p.shape)} does not require grad; pass "
                 "[p for p in ... if p.requires_grad]"
             )
-        if p.device != parameters[0].device:
-            raise ValueError(
-                f"shared_parameters must be on one device: [0] is on {parameters[0].device}, [{index}] on {p.device}"
-            )
+    return parameters
 
 
 class ParameterLayout:
@@ -54,9 +60,12 @@ class ParameterLayout:
     group they keep the order in which they were given. Elements lie in the parameter's own memory order where it
     is dense (so channels-last weights need no copy), else in logical order.
 
+    Of a DTensor only the local shard is laid out.
+
     Args:
         parameters: leaf tensors on one device, each once, floating point, requiring grad.
         state_dtype: dtype of the rows.
+        shards: into how many equal parts every group of columns can be cut, at multiples of 128 bytes.
 
     Attributes:
         parameters: the tensors, as given.
@@ -70,21 +79,27 @@ class ParameterLayout:
         TypeError: not a tensor, not floating point, or a state dtype other than float32, bfloat16, float64.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], state_dtype: torch.dtype = torch.float32) -> None:
-        self.parameters = list(parameters)
-        _check(self.parameters)
+    def __init__(self, parameters: Iterable[Tensor], state_dtype: torch.dtype = torch.float32, shards: int = 1) -> None:
+        self.parameters = check_parameters(parameters)
+        for index, p in enumerate(self.parameters):
+            if p.device != self.parameters[0].device:
+                raise ValueError(
+                    f"the parameters of a layout must be on one device: [0] is on {self.parameters[0].device}, "
+                    f"[{index}] on {p.device}"
+                )
         if state_dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise TypeError(f"state_dtype must be float32, bfloat16 or float64, got {state_dtype}")
         self.state_dtype = state_dtype
         self.device = self.parameters[0].device
-        self.numel = sum(p.numel() for p in self.parameters)
-        self.permuted = any(not p.is_contiguous() for p in self.parameters)
-        self._strides = [p.stride() for p in self.parameters]
-        self._dtypes = [p.dtype for p in self.parameters]
-        self.dense = [p.is_contiguous() or _is_permuted(p) for p in self.parameters]
+        local = [dtensors.local(p) for p in self.parameters]
+        self.numel = sum(p.numel() for p in local)
+        self.permuted = any(not p.is_contiguous() for p in local)
+        self._strides = [p.stride() for p in local]
+        self._dtypes = [p.dtype for p in local]
+        self.dense = [p.is_contiguous() or _is_permuted(p) for p in local]
 
         by_dtype: dict[torch.dtype, list[int]] = {}
-        for index, p in enumerate(self.parameters):
+        for index, p in enumerate(local):
             by_dtype.setdefault(p.dtype, []).append(index)
         offsets = [0] * len(self.parameters)
         self.groups: list[Group] = []
@@ -94,12 +109,12 @@ class ParameterLayout:
             start = end = _round_up(end, pad)
             for index in members:
                 offsets[index] = end
-                end = _round_up(end + self.parameters[index].numel(), pad)
-            self.groups.append(Group(dtype, start, end))
+                end = _round_up(end + local[index].numel(), pad)
+            columns = end - start
+            end = start + _round_up(columns, pad * shards)
+            self.groups.append(Group(dtype, start, end, columns, pad))
         self.row_numel = end
-        self.segments = torch.tensor(
-            [[o, p.numel()] for o, p in zip(offsets, self.parameters, strict=True)], dtype=torch.int64
-        )
+        self.segments = torch.tensor([[o, p.numel()] for o, p in zip(offsets, local, strict=True)], dtype=torch.int64)
         self._subsets: dict[tuple[int, ...], Tensor] = {tuple(range(len(self.parameters))): self.segments}
 
     def segments_of(self, indices: tuple[int, ...]) -> Tensor:
@@ -113,7 +128,8 @@ class ParameterLayout:
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError if a parameter's dtype, device or memory order is another than when this was made."""
-        for index, (p, strides, dtype) in enumerate(zip(self.parameters, self._strides, self._dtypes, strict=True)):
+        for index, (whole, strides, dtype) in enumerate(zip(self.parameters, self._strides, self._dtypes, strict=True)):
+            p = dtensors.local(whole)
             if p.stride() != strides or p.dtype is not dtype or p.device != self.device:
                 raise RuntimeError(
                     f"shared parameter {index} was {dtype} with strides {strides} on {self.device} when the balancer "
@@ -124,28 +140,13 @@ class ParameterLayout:
     def signature(self) -> list[list[Any]]:
         """Dtype, shape and memory order of each parameter: what must agree for a state to fit."""
         return [
-            [str(p.dtype), list(p.shape), _memory_order(p) if dense else list(range(p.dim()))]
+            [str(p.dtype), list(p.shape), _memory_order(dtensors.local(p)) if dense else list(range(p.dim()))]
             for p, dense in zip(self.parameters, self.dense, strict=True)
         ]
 
-    def check_signature(self, other: list[list[Any]]) -> None:
-        """Raise ValueError unless ``other`` is the `signature` of a layout of the same parameters."""
-        if len(other) != len(self.parameters):
-            raise ValueError(f"the state is of {len(other)} shared parameters, there are {len(self.parameters)} here")
-        for index, (mine, theirs) in enumerate(zip(self.signature(), other, strict=True)):
-            if mine[:2] != list(theirs)[:2]:
-                raise ValueError(
-                    f"shared parameter {index} is {mine[0]} {mine[1]} here and {theirs[0]} {theirs[1]} in the state"
-                )
-            if mine != list(theirs):
-                raise ValueError(
-                    f"shared parameter {index} has its dimensions in memory order {mine[2]} here and {theirs[2]} in "
-                    "the state (another memory_format?)"
-                )
-
     def in_row_order(self, index: int, grad: Tensor) -> Tensor:
         """``grad`` of parameter ``index`` as a tensor whose logical order is the row's; a view where it can be."""
-        p = self.parameters[index]
+        p = dtensors.local(self.parameters[index])
         if p.is_contiguous() or not self.dense[index]:
             return grad
         if grad.stride() != p.stride():
@@ -156,10 +157,11 @@ class ParameterLayout:
         """Each parameter's part of the flat tensors (one per group), in the parameter's shape and strides."""
         starts = {group.dtype: group.start for group in self.groups}
         out = []
-        for p, dense, (offset, numel) in zip(self.parameters, self.dense, self.segments.tolist(), strict=True):
+        for whole, dense, (offset, numel) in zip(self.parameters, self.dense, self.segments.tolist(), strict=True):
+            p = dtensors.local(whole)
             begin = offset - starts[p.dtype]
             part = flats[p.dtype][begin : begin + numel]
-            out.append(part.as_strided(p.shape, p.stride()) if dense else part.view(p.shape))
+            out.append(dtensors.like(whole, part.as_strided(p.shape, p.stride()) if dense else part.view(p.shape)))
         return out
 
 

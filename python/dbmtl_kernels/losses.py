@@ -1,74 +1,147 @@
-"""The K losses of a step: what they must be, where each backward pass starts, the scalar a user calls."""
+"""The losses of a step: what they must be, where each backward pass starts, the scalar a user calls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import checks
+from .world import World
 
-def check(losses: Sequence[Tensor] | Tensor, num_tasks: int, log_eps: float | None) -> list[Tensor]:
-    """K floating-point scalars as a list; ``log_eps`` is the eps of the log transformation, None without it.
+Given = Sequence[Tensor | None] | Tensor
+
+
+class TaskLosses:
+    """The losses of the tasks present in a step.
+
+    Args:
+        losses: K scalars, as a sequence or a (K,) tensor; None where a task is absent. With ``tasks`` as many as those.
+        tasks: the tasks they are of; by default all.
+        num_tasks: K.
+        log_eps: the eps of the log transformation, None without it.
+
+    Attributes:
+        tasks: indices of those present.
+        losses: their losses.
+        values: their values, float32 at least, without a graph: those that the logarithm is taken of.
 
     Raises:
-        TypeError: not a sequence or a tensor; a loss is not a floating-point tensor.
-        ValueError: the number of losses is not K; one is not a scalar, or has no log (seen on a CPU only).
+        TypeError: not a sequence or a tensor; a loss is not a floating-point tensor; a task is not an int.
+        ValueError: the number of losses is wrong; one is not a scalar; none is present; a task is out of range or
+            there twice.
     """
-    if isinstance(losses, Tensor):
-        if losses.dim() != 1:
-            raise ValueError(f"losses given as a tensor must have shape ({num_tasks},), got {tuple(losses.shape)}")
-        scalars = list(losses.unbind())
-    elif isinstance(losses, Sequence):
-        scalars = list(losses)
-    else:
-        raise TypeError(f"losses must be a sequence of scalars or a 1-D tensor, got {type(losses).__name__}")
-    if len(scalars) != num_tasks:
-        raise ValueError(f"expected {num_tasks} losses (num_tasks), got {len(scalars)}")
-    for task, loss in enumerate(scalars):
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"the loss of task {task} must be a tensor, got {type(loss).__name__}")
-        if loss.numel() != 1:
-            raise ValueError(f"the loss of task {task} must be a scalar, got shape {tuple(loss.shape)}")
-        if not loss.is_floating_point():
-            raise TypeError(f"the loss of task {task} must be floating point, got {loss.dtype}")
-        if log_eps is not None and loss.device.type == "cpu" and float(loss.detach()) + log_eps <= 0.0:
+
+    def __init__(self, losses: Given, tasks: Sequence[int] | None, num_tasks: int, log_eps: float | None) -> None:
+        self._log_eps = log_eps
+        self._num_tasks = num_tasks
+        if isinstance(losses, Tensor):
+            if losses.dim() != 1:
+                raise ValueError(f"losses given as a tensor must have shape ({num_tasks},), got {tuple(losses.shape)}")
+            given: list[Tensor | None] = list(losses.unbind())
+        elif isinstance(losses, Sequence):
+            given = list(losses)
+        else:
+            raise TypeError(f"losses must be a sequence of scalars or a 1-D tensor, got {type(losses).__name__}")
+        indices = _check_tasks(tasks, len(given), num_tasks)
+        present = [(task, loss) for task, loss in zip(indices, given, strict=True) if loss is not None]
+        if not present:
+            raise ValueError("every loss is None: a step needs at least one task")
+        for task, loss in present:
+            _check_loss(task, loss)
+        self.tasks = [task for task, _ in present]
+        self.losses = [loss for _, loss in present]
+        self.values = [_wide(loss) for loss in self.losses]
+
+    def share(self, world: World) -> None:
+        """Make ``values`` the means over the ranks; one all-reduce, no sync."""
+        self.values = world.mean_losses(self.values, self.tasks, self._num_tasks)
+
+    def check_logarithms(self) -> None:
+        """Raise ValueError naming the first task whose loss has no logarithm (seen on a CPU only)."""
+        if self._log_eps is None:
+            return
+        for task, value in zip(self.tasks, self.values, strict=True):
+            if value.device.type == "cpu" and float(value) + self._log_eps <= 0.0:
+                raise ValueError(
+                    f"the loss of task {task} is {float(value)}: a loss must be positive to have a logarithm "
+                    "(log_transform=False takes losses as they are)"
+                )
+
+    def check_graphs(self) -> None:
+        """Raise RuntimeError naming the first loss that nothing can be backpropagated from."""
+        for task, loss in zip(self.tasks, self.losses, strict=True):
+            if not loss.requires_grad:
+                raise RuntimeError(f"the loss of task {task} has no graph: it does not require grad")
+
+    @torch.no_grad()
+    def total(self) -> Tensor:
+        """The sum of the losses, or of their logs, as a scalar without a graph; float32 at least."""
+        values = self.values
+        if self._log_eps is not None:
+            values = [torch.log(v + self._log_eps) for v in values]
+        return torch.stack([v.to(values[0].device) for v in values]).sum()
+
+    def root(self, place: int, factor: Tensor | None) -> Tensor:
+        """A scalar whose gradient is that of factor * log(loss + eps), to call backward on without arguments.
+
+        The factor multiplies the loss, for a ``grad_tensors`` would make torch import sympy: 40 MB and 0.4 s.
+        """
+        loss = self.losses[place]
+        with torch.no_grad():
+            if self._log_eps is None:
+                start = torch.ones_like(loss)
+            else:
+                start = (self.values[place] + self._log_eps).reciprocal().view_as(loss)
+            if factor is not None:
+                start = start * factor.to(start.device)
+            start = start.to(loss.dtype)
+        with torch.enable_grad():
+            return (loss * start).reshape(())
+
+    def backward(self, place: int, factor: Tensor | None, retain_graph: bool) -> None:
+        """Backpropagate `root`; explains what PyTorch says of a compiled graph that was run through once already."""
+        try:
+            self.root(place, factor).backward(retain_graph=retain_graph)
+        except RuntimeError as error:
+            if "donated buffer" not in str(error):
+                raise
+            raise RuntimeError(
+                "the model was compiled for a single backward pass over each graph, and several tasks need one each: "
+                "set torch._functorch.config.donated_buffer = False before the first call of the compiled model"
+            ) from error
+
+
+def _check_tasks(tasks: Sequence[int] | None, count: int, num_tasks: int) -> list[int]:
+    if tasks is None:
+        if count != num_tasks:
             raise ValueError(
-                f"the loss of task {task} is {float(loss.detach())}: a loss must be positive to have a logarithm "
-                "(log_transform=False takes losses as they are)"
+                f"expected {num_tasks} losses (num_tasks), got {count}; None stands for an absent task, or name those "
+                "present with tasks=[...]"
             )
-    return scalars
+        return list(range(num_tasks))
+    indices = [checks.check_task(int(t) if isinstance(t, Tensor) else t, num_tasks) for t in tasks]
+    if len(indices) != count:
+        raise ValueError(f"expected {len(indices)} losses (tasks={indices}), got {count}")
+    if len(set(indices)) != len(indices):
+        raise ValueError(f"tasks={indices} names a task twice")
+    return indices
 
 
-def check_graphs(losses: list[Tensor]) -> None:
-    """Raise RuntimeError naming the first loss that nothing can be backpropagated from."""
-    for task, loss in enumerate(losses):
-        if not loss.requires_grad:
-            raise RuntimeError(f"the loss of task {task} has no graph: it does not require grad")
+def _check_loss(task: int, loss: Tensor) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the loss of task {task} must be a tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"the loss of task {task} must be a scalar, got shape {tuple(loss.shape)}")
+    if not loss.is_floating_point():
+        raise TypeError(f"the loss of task {task} must be floating point, got {loss.dtype}")
 
 
-@torch.no_grad()
-def total(losses: list[Tensor], log_eps: float | None) -> Tensor:
-    """The sum of the losses, or of their logs, as a scalar without a graph; float32 at least."""
-    values = [_wide(loss) for loss in losses]
-    if log_eps is not None:
-        values = [torch.log(v + log_eps) for v in values]
-    return torch.stack([v.to(values[0].device) for v in values]).sum()
-
-
-def scaled(loss: Tensor, log_eps: float | None, factor: Tensor | None) -> Tensor:
-    """A scalar whose gradient is that of factor * log(loss + eps), to call backward on without arguments.
-
-    The factor multiplies the loss, for a ``grad_tensors`` would make torch import sympy: 40 MB and 0.4 s.
-    """
-    with torch.no_grad():
-        start = torch.ones_like(loss) if log_eps is None else (_wide(loss) + log_eps).reciprocal().view_as(loss)
-        if factor is not None:
-            start = start * factor.to(start.device)
-        start = start.to(loss.dtype)
-    with torch.enable_grad():
-        return (loss * start).reshape(())
+def _wide(loss: Tensor) -> Tensor:
+    return loss.detach().reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
 
 
 def factor_or_none(factor: Tensor) -> Tensor | None:
@@ -84,10 +157,6 @@ def factor_on(device: torch.device, factor: float | Tensor) -> Tensor:
 def is_zero(factor: Tensor) -> bool:
     """Whether the factor is 0 (off a CPU it would take a sync to know)."""
     return factor.device.type == "cpu" and float(factor) == 0.0
-
-
-def _wide(loss: Tensor) -> Tensor:
-    return loss.detach().reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
 
 
 class BalancedLoss(torch.autograd.Function):
@@ -113,3 +182,26 @@ class BalancedLoss(torch.autograd.Function):
             ctx.run = None
         run(grads[0])
         return None, None, None, None
+
+
+# Inside the context of a `task` of several ranks: what `functional.log_transform` does with a widened loss and eps.
+shared_log: ContextVar[Callable[[Tensor, float], Tensor] | None] = ContextVar("shared_log", default=None)
+
+
+class LogOfMean(torch.autograd.Function):
+    """log(mean + eps), where mean is that of ``loss`` over the ranks; its gradient is that of this rank's share.
+
+    The average of those gradients over the ranks is the gradient of the log of the mean.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, mean: Tensor, eps: float) -> Tensor:
+        """The same on every rank."""
+        ctx.save_for_backward(mean + eps)
+        return torch.log(mean + eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """1 / (mean + eps)."""
+        (denominator,) = ctx.saved_tensors
+        return grads[0] / denominator, None, None

@@ -1,0 +1,118 @@
+"""DTensors (what FSDP2's ``fully_shard`` makes of parameters) without importing them: who has none pays nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(x: object) -> TypeGuard[DTensor]:
+    """Whether ``x`` is a DTensor; if nobody imported them there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def local(x: Tensor) -> Tensor:
+    """The local shard of a DTensor; any other tensor itself. Not differentiable."""
+    return x._local_tensor if is_dtensor(x) else x
+
+
+def like(parameter: Tensor, shard: Tensor) -> Tensor:
+    """``shard`` as a DTensor placed as ``parameter`` is, sharing memory; itself if that is none."""
+    if not is_dtensor(parameter):
+        return shard
+    out: Tensor = type(parameter).from_local(
+        shard,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return out
+
+
+def local_gradient(parameter: Tensor, grad: Tensor) -> Tensor:
+    """The local shard of a gradient, placed as its parameter is."""
+    if not is_dtensor(grad) or not is_dtensor(parameter):
+        return grad
+    if grad.placements != parameter.placements:
+        grad = grad.redistribute(placements=parameter.placements)
+    return local(grad)
+
+
+def sharded_groups(parameter: Tensor) -> list[ProcessGroup]:
+    """The groups over which the elements of a DTensor are spread (not those over which they are replicated).
+
+    Raises:
+        ValueError: the parameter is a pending sum, which has no elements of its own.
+    """
+    if not is_dtensor(parameter):
+        return []
+    if any(placement.is_partial() for placement in parameter.placements):
+        raise ValueError(f"a shared parameter of shape {tuple(parameter.shape)} is placed {parameter.placements}")
+    mesh = parameter.device_mesh
+    return [
+        mesh.get_group(dim)
+        for dim, placement in enumerate(parameter.placements)
+        if not placement.is_replicate() and mesh.size(dim) > 1
+    ]
+
+
+def placement_key(parameter: Tensor) -> tuple[Any, ...]:
+    """Equal for parameters whose elements are spread over the same ranks, on the same kind of device."""
+    if not is_dtensor(parameter):
+        return (parameter.device,)
+    spread = tuple(not placement.is_replicate() for placement in parameter.placements)
+    return (parameter.device, parameter.device_mesh, spread)
+
+
+def stacked(parameter: Tensor, rows: Tensor) -> Tensor:
+    """``rows``, (K, *local shape), as K tensors placed as ``parameter`` is: a DTensor of shape (K, *shape)."""
+    if not is_dtensor(parameter):
+        return rows
+    from torch.distributed.tensor import Replicate, Shard
+
+    placements = [
+        Replicate() if placement.is_replicate() else Shard(placement.dim + 1)  # type: ignore[attr-defined]
+        for placement in parameter.placements
+    ]
+    return _from_local(rows, parameter.device_mesh, placements, (rows.shape[0], *parameter.shape))
+
+
+def sharded_columns(rows: Tensor, mesh: Any, num_columns: int) -> Tensor:
+    """``rows``, this rank's (K, n, ...) of (K, num_columns, ...), as a DTensor sharded over a mesh of one dimension."""
+    from torch.distributed.tensor import Shard
+
+    return _from_local(rows, mesh, [Shard(1)], (rows.shape[0], num_columns, *rows.shape[2:]))
+
+
+def _from_local(rows: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int]) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(rows, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def copy_(mine: Tensor, theirs: Tensor) -> None:
+    """``mine`` from ``theirs``: a tensor of the same global shape, cut among other ranks or not at all."""
+    if is_dtensor(theirs):
+        same = is_dtensor(mine) and (mine.device_mesh, mine.placements) == (theirs.device_mesh, theirs.placements)
+        theirs = local(theirs) if same else theirs.full_tensor()
+        if same:
+            local(mine).copy_(theirs)
+            return
+    if is_dtensor(mine):
+        from torch.distributed.tensor import distribute_tensor
+
+        theirs = theirs.to(mine.device, mine.dtype)
+        theirs = local(distribute_tensor(theirs, mine.device_mesh, mine.placements, src_data_rank=None))
+    local(mine).copy_(theirs)
