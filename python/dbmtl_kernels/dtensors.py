@@ -29,15 +29,7 @@ def like(parameter: Tensor, shard: Tensor) -> Tensor:
     """``shard`` as a DTensor placed as ``parameter`` is, sharing memory; itself if that is none."""
     if not is_dtensor(parameter):
         return shard
-    out: Tensor = type(parameter).from_local(
-        shard,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-    return out
+    return _from_local(shard, parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride())
 
 
 def local_gradient(parameter: Tensor, grad: Tensor) -> Tensor:
@@ -95,11 +87,19 @@ def sharded_columns(rows: Tensor, mesh: Any, num_columns: int) -> Tensor:
     return _from_local(rows, mesh, [Shard(1)], (rows.shape[0], num_columns, *rows.shape[2:]))
 
 
-def _from_local(rows: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int]) -> Tensor:
+def _from_local(
+    shard: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int], stride: Sequence[int] | None = None
+) -> Tensor:
     from torch.distributed.tensor import DTensor
 
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(rows, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    if stride is None:
+        stride = torch.empty(shape, device="meta").stride()
+    # Made from a view that begins where its memory does, for torch.save takes a DTensor with an offset for a tensor
+    # that holds data itself, and fails.
+    first = shard.as_strided(shard.shape, shard.stride(), 0)
+    out = DTensor.from_local(first, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
+    out._local_tensor = shard
+    return out
 
 
 def copy_(mine: Tensor, theirs: Tensor) -> None:

@@ -42,6 +42,8 @@ class SharedGradients:
         self._parameters = buffer.parameters
         self.touched = [False] * len(self._parameters)
         self.written = False
+        self._released = 0  # gradients of the pass under way
+        self._held_back = all(dtensors.is_dtensor(p) for p in self._parameters)  # FSDP may do so
         self._flats: Flats = {}
         self._views: list[Tensor] = []
         # What was left in .grad at the last write: the very tensors, their versions, and whether nothing but the
@@ -87,6 +89,12 @@ class SharedGradients:
     def hand_over(self, update: Update) -> None:
         """Give ``update`` what is left in ``.grad`` after a backward pass, and finish it."""
         grads = [None if p.grad is None else self._release(index) for index, p in enumerate(self._parameters)]
+        released, self._released = self._released, 0
+        if self._held_back and released == 0:
+            raise RuntimeError(
+                "no shared parameter of fully_shard has a gradient after the backward pass of a task: with "
+                "set_requires_gradient_sync(False) FSDP keeps the gradients of all tasks in one sum; leave it True"
+            )
         update.finish(grads)
 
     @contextmanager
@@ -129,6 +137,7 @@ class SharedGradients:
             )
         self.touched[index] = True
         p.grad = None
+        self._released += 1
         return dtensors.local_gradient(p, grad.detach())
 
     def put_back(self, kept: Kept) -> None:

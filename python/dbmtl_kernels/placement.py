@@ -53,10 +53,14 @@ def place(
 
     Raises:
         ValueError, TypeError: parameters that cannot be balanced (see `ParameterLayout`).
-        TypeError: ``process_group`` is neither a group of this rank nor None nor False.
-        RuntimeError: there are several ranks, plain parameters, and no word about them.
+        TypeError: ``process_group`` is neither a group of this rank nor None nor False; parameters of FSDP1.
+        RuntimeError: there are several ranks, plain parameters, and no word about them; the ranks do not have the same.
     """
     given = check_parameters(parameters)
+    if any(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False) for p in given):
+        raise TypeError(
+            "shared_parameters are of FullyShardedDataParallel (FSDP1), which flattens them: use FSDP2's fully_shard"
+        )
     world = _world(given, process_group)
     devices = {str(p.device) for p in given}
     if len(devices) > 1 and "meta" in devices:
@@ -100,4 +104,6 @@ def _part(
             "give them to fully_shard too, or name the group of their replicas with process_group"
         )
     layout = ParameterLayout(parameters, state_dtype, shards=world.size)
+    mine = f"{num_tasks} tasks, a state of {state_dtype}, parameters {layout.signature()}"
+    world.check_same(mine, layout.device, f"the ranks make different balancers (this one: {mine})")
     return ShardedTaskGradientBuffer(layout, num_tasks, backend, world.groups[0])
