@@ -1,6 +1,9 @@
-"""The snippets of README.md and docs/guide.md run as they stand, one after another."""
+"""The snippets of README.md and the guides run as they stand, one after another; scripts with torchrun."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,14 +11,40 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def snippets_of(page):
+    """The plain ones, and scripts by name: those that begin with a comment that names a file."""
+    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)
+    scripts = {found.group(1): text for text in snippets if (found := re.match(r"# (\w+\.py)\b", text))}
+    return [text for text in snippets if text not in scripts.values()], scripts
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/training.md"])
 def test_snippets(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)
+    monkeypatch.syspath_prepend(tmp_path)
+    snippets, scripts = snippets_of(page)
     assert snippets
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(text)
     names: dict[str, object] = {}
-    for snippet in snippets:
-        exec(compile(snippet, page, "exec"), names)
+    try:
+        for snippet in snippets:
+            exec(compile(snippet, page, "exec"), names)
+    finally:
+        sys.modules.pop("model", None)
+
+
+@pytest.mark.parametrize("name", ["train_ddp.py", "train_fsdp.py", "checkpoint.py"])
+def test_scripts(name, tmp_path):
+    _, scripts = snippets_of("docs/training.md")
+    for script, text in scripts.items():
+        (tmp_path / script).write_text(text)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", name]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def test_links_lead_somewhere():

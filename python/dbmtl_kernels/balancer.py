@@ -12,7 +12,7 @@ from torch import Tensor
 from . import checkpoint, checks, placement
 from . import losses as loss_values
 from .attachment import Attachment
-from .buffer import Flats
+from .balanced import BalancedGradient
 from .gradients import Kept, SharedGradients
 from .heads import HeadGradients
 from .losses import Given, TaskLosses
@@ -94,10 +94,11 @@ class DBMTL:
         self.seed = seed if state_dtype == torch.bfloat16 else None
         self.buffer, self._world = placement.place(shared_parameters, num_tasks, state_dtype, backend, process_group)
         self._alone = process_group is None and not placement.is_distributed(self.buffer.parameters)
-        self._grads = SharedGradients(self.buffer, self._world)
-        self._heads = HeadGradients(self.buffer.parameters, self._world)
         device = self.buffer.device if capturable else None
         self._steps = Steps(num_tasks, self.beta, self.beta_sigma, self.seed, device)
+        balanced = BalancedGradient(self.buffer, self._steps, self.eps, self.scale)
+        self._grads = SharedGradients(self.buffer, balanced, self._world)
+        self._heads = HeadGradients(self.buffer.parameters, self._world)
         self._attachment: Attachment | None = None
         self._inside: int | None = None  # the task whose context is open
         self._reported = torch.float64 if state_dtype == torch.float64 else torch.float32
@@ -336,7 +337,7 @@ class DBMTL:
         """
         self.buffer.check_unchanged()
         balanced = self._grads.written
-        kept, dropped = self._grads.take(self._fill, lambda: bool(self._overflow().any()))
+        kept, dropped = self._grads.take()
         if dropped:
             self._end_step()
         return kept, balanced and not dropped
@@ -369,35 +370,10 @@ class DBMTL:
     def _write(self, kept: Kept) -> None:
         """Norms, weights, the balanced gradient, ``.grad``."""
         self.buffer.settle()
-        self._grads.write(kept, self._balance_into)
+        self._grads.write(kept)
         self._steps.pending.clear()
         if self._attachment is None:
             self._end_step()
-
-    def _balance_into(self, flats: Flats, accumulate: bool) -> None:
-        self.buffer.balance(
-            flats, self.eps, self.scale, active=self._steps.seen, loss_scale=self._steps.loss_scale,
-            fresh=self._steps.fresh, accumulate=accumulate,
-        )  # fmt: skip
-        self._steps.fresh = False
-
-    def _fill(self, flats: Flats, accumulate: bool) -> None:
-        """The balanced gradient once more, from the last weights, carrying the loss scale."""
-        weights = self.buffer.weights
-        scale = self._steps.loss_scale
-        if scale is not None:
-            weights = torch.where(self._overflow(), torch.nan, weights * scale.to(weights.device, weights.dtype))
-        self.buffer.combine(weights, flats, accumulate)
-
-    def _overflow(self) -> Tensor:
-        """(K,) bool: tasks whose overflow a GradScaler must see.
-
-        Factors up to 1 are those of accumulation, where nobody looks for it.
-        """
-        scale = self._steps.loss_scale
-        if scale is None:
-            return torch.zeros_like(self.buffer.broken)
-        return self.buffer.broken & (scale.to(self.buffer.broken.device) > 1)
 
     def _end_step(self) -> None:
         self._steps.end()

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from . import dtensors
+from .balanced import BalancedGradient
 from .buffer import Flats
 from .placement import Buffer
 from .updates import Update
 from .world import World
 
 Kept = list[Tensor | None]
-# Fills the flat tensors with the balanced gradient, adding to what is there if the second argument is true.
-Fill = Callable[[Flats, bool], None]
 
 
 class SharedGradients:
@@ -29,6 +28,7 @@ class SharedGradients:
 
     Args:
         buffer: knows the parameters and their layout.
+        balanced: what is written.
         world: the ranks that must come to the same conclusions about ``.grad``.
 
     Attributes:
@@ -36,8 +36,9 @@ class SharedGradients:
         written: whether ``.grad`` holds a balanced gradient of the step now open.
     """
 
-    def __init__(self, buffer: Buffer, world: World) -> None:
+    def __init__(self, buffer: Buffer, balanced: BalancedGradient, world: World) -> None:
         self._buffer = buffer
+        self._balanced = balanced
         self._world = world
         self._parameters = buffer.parameters
         self.touched = [False] * len(self._parameters)
@@ -52,12 +53,8 @@ class SharedGradients:
         self._versions = [-1] * len(self._parameters)
         self._pure = [False] * len(self._parameters)
 
-    def take(self, refill: Fill, spoiled: Callable[[], bool]) -> tuple[Kept, bool]:
+    def take(self) -> tuple[Kept, bool]:
         """Take every ``.grad`` away before the backward passes.
-
-        Args:
-            refill: computes the balanced gradient last written once more.
-            spoiled: whether that gradient was made non-finite for a GradScaler to see.
 
         Returns:
             what must be added to, per parameter, and whether the balanced gradient last written was thrown away by
@@ -66,8 +63,8 @@ class SharedGradients:
         kept = [p.grad for p in self._parameters]
         dropped = False
         if self.written:
-            dropped = self._was_dropped(kept, spoiled)
-            kept = kept if dropped else self._without_balanced(kept, refill)
+            dropped = self._was_dropped(kept)
+            kept = kept if dropped else self._without_balanced(kept)
         self.let_go()
         for p in self._parameters:
             p.grad = None
@@ -145,7 +142,7 @@ class SharedGradients:
         for p, grad in zip(self._parameters, kept, strict=True):
             p.grad = grad
 
-    def write(self, kept: Kept, fill: Fill) -> None:
+    def write(self, kept: Kept) -> None:
         """Leave ``kept`` plus the balanced gradient in every ``.grad``.
 
         Parameters that no task ever touched, or that were frozen since, get ``kept`` back as it was.
@@ -162,7 +159,7 @@ class SharedGradients:
             for view, mine in zip(self._views, ours, strict=True):
                 if not mine:
                     view.zero_()
-        fill(self._flats, any(ours))
+        self._balanced.into(self._flats, any(ours))
         for index, (p, grad, view) in enumerate(zip(self._parameters, kept, self._views, strict=True)):
             if not wanted[index]:
                 p.grad = grad
@@ -181,7 +178,7 @@ class SharedGradients:
     def _unchanged(self, index: int, grad: Tensor) -> bool:
         return grad is self._left[index] and grad._version == self._versions[index]
 
-    def _was_dropped(self, kept: Kept, spoiled: Callable[[], bool]) -> bool:
+    def _was_dropped(self, kept: Kept) -> bool:
         """Whether nothing is left of what was written; values are looked at only where they changed."""
         changed = []
         left = [i for i, grad in enumerate(self._left) if grad is not None and self.touched[i]]
@@ -199,9 +196,9 @@ class SharedGradients:
         bad = torch.stack([(~grad.isfinite()).any().to(device) for grad in changed])
         # A DTensor's shards may differ in this from rank to rank; the verdict may not.
         some, bad = self._world.sum(torch.stack([some, bad]).to(torch.float32), "what became of .grad") > 0
-        return not bool((some & (bad if spoiled() else torch.ones_like(bad))).any())
+        return not bool((some & (bad if self._balanced.spoiled() else torch.ones_like(bad))).any())
 
-    def _without_balanced(self, kept: Kept, refill: Fill) -> Kept:
+    def _without_balanced(self, kept: Kept) -> Kept:
         """What is in ``.grad`` besides the balanced gradient last written."""
         holding = [
             touched and grad is not None and grad is left
@@ -214,7 +211,7 @@ class SharedGradients:
         before: list[Tensor] = []
         if any(mixed):
             flats = self._buffer.new_flats()
-            refill(flats, False)
+            self._balanced.again(flats)
             before = self._buffer.views(flats)
         rest: Kept = []
         for index, grad in enumerate(kept):
