@@ -292,7 +292,7 @@ class DBMTL:
         """Check losses that will be backpropagated; those of several ranks become the means."""
         present.check_graphs()
         self._check_ranks()
-        present.share(self._world)
+        present.share(self._world, self.buffer.device)
         present.check_logarithms()
 
     def _check_ranks(self) -> None:

@@ -56,9 +56,9 @@ class TaskLosses:
         self.losses = [loss for _, loss in present]
         self.values = [_wide(loss) for loss in self.losses]
 
-    def share(self, world: World) -> None:
-        """Make ``values`` the means over the ranks; one all-reduce, no sync."""
-        self.values = world.mean_losses(self.values, self.tasks, self._num_tasks)
+    def share(self, world: World, device: torch.device) -> None:
+        """Make ``values`` the means over the ranks; one all-reduce on ``device``, no sync."""
+        self.values = world.mean_losses(self.values, self.tasks, self._num_tasks, device)
 
     def check_logarithms(self) -> None:
         """Raise ValueError naming the first task whose loss has no logarithm (seen on a CPU only)."""

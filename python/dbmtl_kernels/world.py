@@ -57,13 +57,16 @@ class World:
                 dist.all_reduce(total, group=group)
         return total
 
-    def mean_losses(self, values: Sequence[Tensor], tasks: Sequence[int], num_tasks: int) -> list[Tensor]:
+    def mean_losses(
+        self, values: Sequence[Tensor], tasks: Sequence[int], num_tasks: int, device: torch.device
+    ) -> list[Tensor]:
         """The losses averaged over the ranks, without a sync (on a CPU none is needed).
 
         Args:
             values: scalars without a graph.
             tasks: which tasks' losses they are; must be the same on every rank.
             num_tasks: K.
+            device: where to reduce; the backend of the groups may know no other.
 
         Raises:
             RuntimeError: the ranks do not have the same tasks. On a CPU it is raised on every rank; on another device
@@ -71,7 +74,6 @@ class World:
         """
         if self.size == 1:
             return list(values)
-        device = values[0].device
         entries = [torch.zeros((), dtype=torch.float64, device=device)] * num_tasks
         for task, value in zip(tasks, values, strict=True):
             entries[task] = value.to(device, torch.float64)
