@@ -1,4 +1,4 @@
-"""DBMTL: what a user touches. Runs the K backward passes."""
+"""GradientBalancer: what a user touches. Runs the K backward passes."""
 
 from __future__ import annotations
 
@@ -18,48 +18,52 @@ from .heads import HeadGradients
 from .losses import Given, TaskLosses
 from .steps import Steps
 from .updates import Update
+from .weightings import MaxNorm, Weighting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class DBMTL:
-    """Dual-balancing multi-task learning (DB-MTL) for any PyTorch training loop.
+class GradientBalancer:
+    """Balances the gradients that K tasks have of shared parameters, by any weighting, in any PyTorch training loop.
 
-    In step k, with theta the P shared parameters and K losses::
+    With theta the P shared parameters and K losses, in step k::
 
-        g_t  = grad_theta log(loss_t + eps)
-        m_t  = beta_k * m_t + (1 - beta_k) * g_t          beta_k = beta / k ** beta_sigma, m_t = 0 at the start
-        grad = alpha * sum_t m_t / (||m_t|| + eps)        alpha = max_t ||m_t||
+        g_t  = grad_theta loss_t                          or of log(loss_t + eps), with log_transform
+        m_t  = beta_k * m_t + (1 - beta_k) * g_t          beta_k = beta / k ** beta_sigma; m_t = g_t with beta = 0
+        w    = weighting(M M^T)                           M: the K x P matrix of the m_t
+        grad = sum_t w_t * m_t
 
     ``grad`` goes to the shared parameters' ``.grad`` (added to what is there, as autograd would); every other
-    parameter gets the plain gradient of the sum of the log-losses. Source: arXiv 2308.12029, Algorithm 1.
+    parameter gets the plain gradient of the sum of the losses (or log-losses).
 
-    A *step* is one update of the EMA. By itself, each `backward` (each `balance`, with `task`) is a step. After
+    A *step* is one update of the m_t. By itself, each `backward` (each `balance`, with `task`) is a step. After
     ``attach(optimizer)`` everything up to ``optimizer.step()`` is one step, and each backward in it adds to the
     task gradients and leaves the balanced gradient so far in ``.grad``.
 
     Several ranks (see docs/training.md): the log is of the mean loss, the gradients are those of the mean loss, and
-    the state is sharded: N ranks do what one process would with the whole batch. Every rank must take the same path.
+    the rows are sharded: N ranks do what one process would with the whole batch. Every rank must take the same path.
 
     Args:
         shared_parameters: leaf tensors, dense, each once, requiring grad; P elements in all. Dtypes and devices may
             differ. Those of ``fully_shard`` (DTensors) must be collected before the forward pass.
         num_tasks: K >= 1.
-        beta: forgetting rate in [0, 1).
+        weighting: a callable from the (K, K) Gramian, on the device, to (K,) weights; see `weightings.Weighting`.
+            TorchJD's Gramian weightings are such, as they are. `MaxNorm` needs no Gramian; any other takes a sync to
+            leave out tasks whose gradient is not finite, and one that solves on the host a K x K copy besides.
+        beta: forgetting rate in [0, 1). With 0 no state outlives a step.
         beta_sigma: decay exponent >= 0; 0 keeps beta constant.
-        eps: > 0, in the logarithm and added to the norms.
-        scale: alpha: "max" (the method), "mean", "median", "min", or a number.
+        eps: > 0, in the logarithm.
         log_transform: balance the logs of the losses given. False takes the losses as they are. With `task` the
             caller runs backward, on a ``log_transform(loss)`` or not.
-        state_dtype: dtype of the EMA: float32, bfloat16 or float64. Memory held: (K + 1) P elements; of N replicas
+        state_dtype: dtype of the rows: float32, bfloat16 or float64. Memory held: (K + 1) P elements; of N replicas
             each holds K P / N + 2 P (3 P on a CPU), of a sharded model K + 1 times its shard.
         backend: "auto", or a backend by name.
         seed: of the stochastic rounding of a bfloat16 state (`rounding`); None rounds it to nearest.
         process_group: the ranks that hold replicas of these parameters, each with a part of the batch. None: there is
             only this process, or the parameters are DTensors, whose mesh tells. False: leave each rank alone.
         capturable: keep the step count and the coefficients on the device, so that a whole step can be captured in a
-            CUDA graph; a few small launches more.
+            CUDA graph; a few small launches more. With `MaxNorm` only.
 
     Raises:
         ValueError: a value out of range, or parameters that are empty, repeated, not leaf or not requiring grad.
@@ -73,11 +77,11 @@ class DBMTL:
         shared_parameters: Iterable[Tensor],
         num_tasks: int,
         *,
-        beta: float = 0.9,
-        beta_sigma: float = 0.5,
+        weighting: Weighting,
+        beta: float = 0.0,
+        beta_sigma: float = 0.0,
         eps: float = 1e-8,
-        scale: str | float = "max",
-        log_transform: bool = True,
+        log_transform: bool = False,
         state_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
         seed: int | None = 0,
@@ -88,7 +92,7 @@ class DBMTL:
         self.beta = checks.check_beta(beta)
         self.beta_sigma = checks.check_beta_sigma(beta_sigma)
         self.eps = checks.check_eps(eps)
-        self.scale = checks.check_scale(scale)
+        self.weighting = _check_weighting(weighting, capturable)
         self.log_transform = log_transform
         checks.check_seed(seed)
         self.seed = seed if state_dtype == torch.bfloat16 else None
@@ -96,7 +100,7 @@ class DBMTL:
         self._alone = process_group is None and not placement.is_distributed(self.buffer.parameters)
         device = self.buffer.device if capturable else None
         self._steps = Steps(num_tasks, self.beta, self.beta_sigma, self.seed, device)
-        balanced = BalancedGradient(self.buffer, self._steps, self.eps, self.scale)
+        balanced = BalancedGradient(self.buffer, self._steps, self.weighting, self._world)
         self._grads = SharedGradients(self.buffer, balanced, self._world)
         self._heads = HeadGradients(self.buffer.parameters, self._world)
         self._attachment: Attachment | None = None
@@ -276,7 +280,7 @@ class DBMTL:
         Of several ranks the rows are DTensors: ``torch.distributed.checkpoint`` saves and loads them with any number.
         """
         self.buffer.settle()
-        return checkpoint.state_of(self.buffer, self._steps, self._grads)
+        return checkpoint.state_of(self.buffer, self._steps, self._grads, self.weighting)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, copying into this balancer's tensors.
@@ -286,7 +290,7 @@ class DBMTL:
                 of tasks or state dtype, or an incomplete one. Nothing is changed then.
         """
         checkpoint.check(state, self.state_dict(), self.buffer)
-        checkpoint.load(state, self.buffer, self._steps, self._grads)
+        checkpoint.load(state, self.buffer, self._steps, self._grads, self.weighting)
 
     def _share(self, present: TaskLosses) -> None:
         """Check losses that will be backpropagated; those of several ranks become the means."""
@@ -321,6 +325,7 @@ class DBMTL:
                     follow(update)
                     present.backward(place, factor, retain_graph or place < last)
                     self._finish(task, update)
+                    self._steps.losses[task] = present.values[place]
         except BaseException:
             with torch.no_grad():
                 update.abandon()
@@ -396,3 +401,11 @@ class DBMTL:
     def _refuse_inside(self, what: str) -> None:
         if self._inside is not None:
             raise RuntimeError(f"{what} inside the context of task({self._inside}); leave it first")
+
+
+def _check_weighting(weighting: Weighting, capturable: bool) -> Weighting:
+    if not callable(weighting) or isinstance(weighting, type):
+        raise TypeError(f"weighting must be a callable from a Gramian to weights, got {weighting!r}")
+    if capturable and not isinstance(weighting, MaxNorm):
+        raise ValueError(f"capturable=True needs MaxNorm: {type(weighting).__name__} is called with a sync")
+    return weighting

@@ -9,11 +9,12 @@ from torch import Tensor
 from .gradients import SharedGradients
 from .placement import Buffer
 from .steps import Steps
+from .weightings import Weighting, load_weighting, state_of_weighting
 
 VERSION = 3
 
 
-def state_of(buffer: Buffer, steps: Steps, grads: SharedGradients) -> dict[str, Any]:
+def state_of(buffer: Buffer, steps: Steps, grads: SharedGradients, weighting: Weighting) -> dict[str, Any]:
     """Tensors are references to the live ones. Nothing in it depends on the number of ranks but how DTensors lie."""
     return {
         "version": VERSION,
@@ -22,11 +23,13 @@ def state_of(buffer: Buffer, steps: Steps, grads: SharedGradients) -> dict[str, 
         "touched": [int(x) for x in grads.touched],
         "written": grads.written,
         "buffer": buffer.state(),
+        "weighting": state_of_weighting(weighting),
     }
 
 
-def load(state: dict[str, Any], buffer: Buffer, steps: Steps, grads: SharedGradients) -> None:
+def load(state: dict[str, Any], buffer: Buffer, steps: Steps, grads: SharedGradients, weighting: Weighting) -> None:
     """Copy a checked state into the live objects."""
+    load_weighting(weighting, state["weighting"])
     buffer.load(state["buffer"])
     steps.load(state["steps"], buffer.device)
     grads.resume([bool(x) for x in state["touched"]], bool(state["written"]))

@@ -30,6 +30,7 @@ class Steps:
         seen: for each task, whether it has a gradient in this step.
         pending: the tasks entered with `DBMTL.task` since the last balance.
         loss_scale: the factor that this step's gradients carry.
+        losses: the last loss of each task in this step, where it is known.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Steps:
         self.seen = [False] * num_tasks
         self.pending: set[int] = set()
         self.loss_scale: Tensor | None = None
+        self.losses: dict[int, Tensor] = {}
 
     @property
     def count(self) -> int:
@@ -54,6 +56,7 @@ class Steps:
         """A new step, whose gradients carry ``factor``."""
         self.open = self.fresh = True
         self.seen = [False] * len(self.seen)
+        self.losses = {}
         self.loss_scale = factor
         if self._counts is None:
             self._host[0] += 1

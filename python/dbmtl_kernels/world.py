@@ -57,6 +57,16 @@ class World:
                 dist.all_reduce(total, group=group)
         return total
 
+    def of_first(self, x: Tensor, what: str) -> Tensor:
+        """``x`` of the first rank; ``x`` itself if there is only this one."""
+        if self.size == 1:
+            return x
+        out = x.clone(memory_format=torch.contiguous_format)
+        for group in self.groups:
+            with naming(f"broadcast of {what}"):
+                dist.broadcast(out, group=group, group_src=0)
+        return out
+
     def mean_losses(
         self, values: Sequence[Tensor], tasks: Sequence[int], num_tasks: int, device: torch.device
     ) -> list[Tensor]:

@@ -1,0 +1,134 @@
+"""Weightings: from the K x K Gramian of the task gradients to K weights. Ours, and what any other must be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .weighting import max_norm_weights
+
+
+class Weighting(Protocol):
+    """Any callable from a Gramian to weights; TorchJD's weightings are such.
+
+    It sees the tasks that have a finite gradient in the step, in the order of their indices. Of several ranks each
+    calls it, and the weights of the first count, so that random ones agree.
+    """
+
+    def __call__(self, gramian: Tensor, /) -> Tensor:
+        """(k, k) symmetric, float32 (float64 of a float64 state), on the device of the gradients, to (k,) weights.
+
+        The balanced gradient is ``sum_t weights[t] * gradient[t]``.
+        """
+
+
+@runtime_checkable
+class UsesLosses(Protocol):
+    """A weighting that wants to see the losses of a step before its Gramian; `DBMTL.task` cannot give them."""
+
+    def observe(self, losses: Tensor, tasks: Sequence[int]) -> None:
+        """Of the tasks that the Gramian will be of: (k,) losses without a graph, means over the ranks, no logarithm."""
+
+
+class MaxNorm:
+    """The weights of DB-MTL: ``alpha / (||g_t|| + eps)``. The engine computes them in its kernels, without a Gramian.
+
+    Args:
+        scale: alpha: "max" (the method), "mean", "median", "min" of the norms, or a number.
+        eps: > 0.
+
+    Source: arXiv 2308.12029, Algorithm 1 and the ablation of alpha.
+    """
+
+    def __init__(self, scale: str | float = "max", eps: float = 1e-8) -> None:
+        self.scale = checks.check_scale(scale)
+        self.eps = checks.check_eps(eps)
+
+    def __call__(self, gramian: Tensor, /) -> Tensor:
+        """See `Weighting`."""
+        return max_norm_weights(gramian.diagonal().clamp(min=0.0).sqrt(), self.eps, self.scale)
+
+
+class EqualWeights:
+    """Every task counts the same.
+
+    Args:
+        total: the sum of the weights; by default the number of tasks, so that gradients are summed.
+    """
+
+    def __init__(self, total: float | None = None) -> None:
+        self.total = total
+
+    def __call__(self, gramian: Tensor, /) -> Tensor:
+        """See `Weighting`."""
+        k = gramian.shape[0]
+        return gramian.new_full((k,), 1.0 if self.total is None else self.total / k)
+
+
+class GradNorm(nn.Module):
+    """GradNorm: task weights learnt so that all weighted gradients have norms that fit their training rates.
+
+    With ``G_t = w_t ||g_t||``, ``G`` their mean, and ``r_t`` the inverse training rate ``loss_t / loss_t at the start``
+    divided by its mean, one step of gradient descent on ``sum_t |G_t - G r_t ** alpha|`` (the targets held fixed), then
+    the weights are scaled to sum to K. Norms come from the Gramian's diagonal, so no second backward pass is needed.
+
+    Args:
+        num_tasks: K.
+        alpha: strength of the pull towards equal training rates.
+        lr: of the weights.
+
+    Attributes:
+        weights: (K,) float64, of all tasks.
+        start: (K,) the first losses; NaN for tasks not seen yet.
+
+    Source: Chen et al., arXiv 1711.02257, Algorithm 1.
+    """
+
+    weights: Tensor
+    start: Tensor
+
+    def __init__(self, num_tasks: int, alpha: float = 1.5, lr: float = 0.025) -> None:
+        super().__init__()
+        checks.check_num_tasks(num_tasks)
+        if not lr > 0.0:
+            raise ValueError(f"lr must be positive, got {lr}")
+        self.alpha, self.lr = alpha, lr
+        self.register_buffer("weights", torch.ones(num_tasks, dtype=torch.float64))
+        self.register_buffer("start", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+        self._seen: tuple[Tensor, Tensor] | None = None  # tasks and losses of the step under way
+
+    def observe(self, losses: Tensor, tasks: Sequence[int]) -> None:
+        """See `UsesLosses`."""
+        index = torch.as_tensor(list(tasks), device=self.start.device)
+        values = losses.to(self.start.device, torch.float64)
+        first = self.start[index]
+        self.start[index] = torch.where(first.isnan(), values, first)
+        self._seen = index, values
+
+    def forward(self, gramian: Tensor, /) -> Tensor:
+        """See `Weighting`."""
+        if self._seen is None:
+            raise RuntimeError("GradNorm must observe the losses before it weighs")
+        index, losses = self._seen
+        norms = gramian.diagonal().clamp(min=0.0).sqrt().to(self.weights.device, torch.float64)
+        weights = self.weights[index]
+        rates = losses / self.start[index]
+        targets = (weights * norms).mean() * (rates / rates.mean()) ** self.alpha
+        updated = (weights - self.lr * torch.sign(weights * norms - targets) * norms).clamp(min=1e-6)
+        self.weights[index] = updated * weights.sum() / updated.sum()
+        return self.weights[index].to(gramian.device, gramian.dtype)
+
+
+def state_of_weighting(weighting: Any) -> dict[str, Any]:
+    """What a checkpoint keeps of a weighting: the state_dict of one that has any."""
+    return dict(weighting.state_dict()) if hasattr(weighting, "state_dict") else {}
+
+
+def load_weighting(weighting: Any, state: dict[str, Any]) -> None:
+    """Take over what `state_of_weighting` gave."""
+    if hasattr(weighting, "load_state_dict"):
+        weighting.load_state_dict(state)
