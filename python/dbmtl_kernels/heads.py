@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from . import dtensors
+from .graphs import leaves
 from .losses import LogOfMean, shared_log
 from .world import World
 
@@ -159,28 +160,3 @@ class HeadGradients:
                 weakref.ref(module) for module in modules if any(id(p) in self._shared for p in module.parameters())
             ]
         return [module for ref in self._wrappers if (module := ref()) is not None]
-
-
-def leaves(losses: Sequence[Tensor]) -> list[Tensor] | None:
-    """The leaf tensors in the graphs of the losses, in an order that depends on the graphs alone.
-
-    None if some are hidden from view, inside a re-entrant checkpoint.
-    """
-    found: dict[int, Tensor] = {}
-    hidden = False
-    seen: set[Any] = set()
-    pending = [loss.grad_fn for loss in reversed(losses)]
-    for loss in losses:
-        if loss.grad_fn is None and loss.requires_grad:
-            found[id(loss)] = loss
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            found[id(variable)] = variable
-        hidden = hidden or "CheckpointFunction" in node.name()
-        pending.extend(previous for previous, _ in reversed(node.next_functions))
-    return None if hidden else list(found.values())
