@@ -77,37 +77,6 @@ def test_an_old_library(monkeypatch):
     assert "ABI version 3, this package needs 99" in native.missing(CPU)
 
 
-def test_the_c_abi_names_the_argument_and_writes_nothing():
-    library = native._library()
-    state, out = torch.ones(2, 4), torch.ones(4)
-    norms = torch.ones(2)
-
-    def balance(**changes):
-        a = {
-            "grads": torch.ones(2, 4).data_ptr(), "gd": 0, "gs": 4, "ema": state.data_ptr(), "sd": 0, "ss": 4,
-            "out": out.data_ptr(), "od": 0, "norms": norms.data_ptr(), "k": 2, "p": 4, "beta": 0.5, "eps": 1e-8,
-            "scale": 0, "constant": 0.0, "stochastic": 0, "seed": 0, "threads": 1, "workspace": None, "stream": None,
-        } | changes  # fmt: skip
-        return library.dbmtl_balance(*a.values()), library.dbmtl_last_error().decode()
-
-    cases = {
-        "grads is null": {"grads": None}, "ema is null": {"ema": None}, "out is null": {"out": None},
-        "norms is null": {"norms": None}, "num_tasks": {"k": 0}, "num_params": {"p": -1}, "grad_dtype": {"gd": 9},
-        "state_dtype": {"sd": 3}, "out_dtype": {"od": -1}, "row stride": {"gs": 3}, "beta": {"beta": 1.0},
-        "eps": {"eps": 0.0}, "scale": {"scale": 7}, "stochastic": {"stochastic": 1},
-    }  # fmt: skip
-    for message, changes in cases.items():
-        status, said = balance(**changes)
-        assert status in (1, 2), message
-        assert message in said
-    for tensor in (state, out, norms):
-        assert (tensor == 1).all()
-    with pytest.raises(TypeError, match="state_dtype"):
-        native._check(balance(sd=3)[0])
-    with pytest.raises(ValueError, match="no such instruction set"):
-        native.set_isa("sse9")
-
-
 def test_report():
     lines = subprocess.run([sys.executable, "-m", "dbmtl_kernels"], capture_output=True, text=True, check=True).stdout
     assert "native" in lines

@@ -196,39 +196,6 @@ def test_the_emulation_refuses_a_misaligned_access_as_a_device_does():
 
 
 @pytest.mark.usefixtures("emulated_cuda")
-def test_arguments_are_refused_by_name_and_nothing_is_written():
-    library = cuda._library()
-    ones = torch.ones(4)
-
-    def status(name, *arguments):
-        return getattr(library, name)(*arguments), library.dbmtl_last_error().decode()
-
-    pointer = ones.data_ptr()
-    rows = (pointer, 0, 2, 2)  # fp32, stride 2, 2 rows
-    cases = {
-        "workspace is null": status("dbmtl_combine", *rows, 2, pointer, 0, pointer, 0, 0, 0, None, None),
-        "rows is null": status("dbmtl_combine", None, *rows[1:], 2, pointer, 0, pointer, 0, 0, 0, pointer, None),
-        "num_params": status("dbmtl_combine", *rows, -1, pointer, 0, pointer, 0, 0, 0, pointer, None),
-        "weights_dtype": status("dbmtl_combine", *rows, 2, pointer, 7, pointer, 0, 0, 0, pointer, None),
-        "out_dtype": status("dbmtl_gramian", *rows, 2, pointer, 2, 0, pointer, None),
-        "at most 64": status("dbmtl_gramian", pointer, 0, 2, 65, 2, pointer, 0, 0, pointer, None),
-        "at most 256": status("dbmtl_combine", pointer, 0, 2, 257, 2, pointer, 0, pointer, 0, 0, 0, pointer, None),
-    }
-    for message, (code, said) in cases.items():
-        assert code in (1, 2), message
-        assert message in said
-    assert (ones == 1).all()
-    ema = torch.ones(257, 2)
-    with pytest.raises(ValueError, match=r"dbmtl \(cuda\): num_tasks.*at most 256"):
-        dbk.balance_(torch.ones(257, 2), ema, backend="cuda")
-    with pytest.raises(ValueError, match="at most 64"):
-        ops.gramian(torch.ones(65, 2), "cuda")
-    with pytest.raises(TypeError, match="out_dtype"):
-        cuda._check(status("dbmtl_gramian", *rows, 2, pointer, 2, 0, pointer, None)[0])
-    assert (ema == 1).all()
-
-
-@pytest.mark.usefixtures("emulated_cuda")
 def test_an_engine_step_on_the_cuda_backend():
     def run(name):
         torch.manual_seed(0)
