@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,6 +58,16 @@ class World:
                 dist.all_reduce(total, group=group)
         return total
 
+    def of_first(self, x: Tensor, what: str) -> Tensor:
+        """``x`` of the first rank; ``x`` itself if there is only this one."""
+        if self.size == 1:
+            return x
+        out = x.clone(memory_format=torch.contiguous_format)
+        for group in self.groups:
+            with naming(f"broadcast of {what}"):
+                dist.broadcast(out, group=group, group_src=0)
+        return out
+
     def mean_losses(
         self, values: Sequence[Tensor], tasks: Sequence[int], num_tasks: int, device: torch.device
     ) -> list[Tensor]:
@@ -85,8 +96,20 @@ class World:
 
     def check_same(self, what: str, device: torch.device, complaint: str) -> None:
         """Raise RuntimeError, on every rank, unless all say the same; off a CPU see `mean_losses`."""
-        if self.size > 1:
-            self._same(self.sum(_signed(what, device), "a check that all ranks do the same"), complaint)
+        self.union(what, [], device, complaint)
+
+    def union(self, what: str, flags: Sequence[bool], device: torch.device, complaint: str) -> list[bool]:
+        """Flags that are set on any rank; read, with a sync, only where one is not set here.
+
+        Raises:
+            RuntimeError: the ranks do not all say ``what``; see `check_same`.
+        """
+        if self.size == 1:
+            return list(flags)
+        message = torch.cat([_signed(what, device), _on(tuple(map(float, flags)), device)])
+        total = self.sum(message, "a check that all ranks do the same")
+        self._same(total[:2], complaint)
+        return list(flags) if all(flags) else [x > 0 for x in total[2:].tolist()]
 
     def _same(self, sums: Tensor, complaint: str) -> None:
         """``sums``: of a number and of its square; all numbers are equal just if size * sum(x**2) = sum(x)**2."""
@@ -101,5 +124,11 @@ class World:
 def _signed(text: str, device: torch.device) -> Tensor:
     """16 bits that stand for a text, and their square; sums of up to 1,000 of them are exact."""
     number = zlib.crc32(text.encode()) & 0xFFFF
-    host = torch.tensor([number, number**2], dtype=torch.float64)
+    return _on((float(number), float(number**2)), device)
+
+
+@lru_cache(maxsize=4096)
+def _on(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers on a device, without a sync; kept, so that a captured graph that copied them finds them again."""
+    host = torch.tensor(numbers, dtype=torch.float64)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
