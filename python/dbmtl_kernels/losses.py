@@ -17,8 +17,8 @@ ADVICE = {
     "each: set torch._functorch.config.donated_buffer = False before the first call of the compiled model",
     "mark a variable ready only once": "DistributedDataParallel was about to reduce the gradients of a single pass: "
     "run its forward pass (and the backward) inside `with model.no_sync():`, DBMTL averages the gradients itself",
-    "gloo": "a collective failed (FSDP's, if this is none of ours); has another rank stopped?",
-    "NCCL": "a collective failed (FSDP's, if this is none of ours); has another rank stopped?",
+    "gloo": "one of FSDP's collectives failed; has another rank stopped?",
+    "NCCL": "one of FSDP's collectives failed; has another rank stopped?",
 }
 
 Given = Sequence[Tensor | None] | Tensor
@@ -117,7 +117,7 @@ class TaskLosses:
             self.root(place, factor).backward(retain_graph=retain_graph)
         except RuntimeError as error:
             advice = next((advice for words, advice in ADVICE.items() if words in str(error)), None)
-            if advice is None:
+            if advice is None or "DBMTL" in str(error):  # gathering early, one of our own collectives may have failed
                 raise
             raise RuntimeError(f"backward pass of task {self.tasks[place]}: {advice}") from error
 
