@@ -270,8 +270,7 @@ class DBMTL:
 
     def _keep(self, tasks: list[int | None]) -> None:
         self._refuse_inside("a change of tasks")
-        if self._steps.open and self._grads.dropped():
-            self._end_step()
+        self._end_if_thrown_away()
         if self._steps.open:
             raise RuntimeError("a change of tasks within a step; end it first (balance(), or optimizer.step())")
         self.buffer.keep(tasks)
@@ -284,6 +283,8 @@ class DBMTL:
         Of several ranks the rows are DTensors: ``torch.distributed.checkpoint`` saves and loads them with any number.
         """
         self.buffer.settle()
+        if self.buffer.local:  # of several ranks one alone may ask for its state
+            self._end_if_thrown_away()  # told by what is in .grad, which is not part of the state
         return checkpoint.state_of(self.buffer, self._steps, self._grads)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -387,6 +388,10 @@ class DBMTL:
         self._grads.write(kept)
         self._steps.pending.clear()
         if self._attachment is None:
+            self._end_step()
+
+    def _end_if_thrown_away(self) -> None:
+        if self._steps.open and self._grads.dropped():
             self._end_step()
 
     def _end_step(self) -> None:
