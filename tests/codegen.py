@@ -78,6 +78,7 @@ CASES = {
     "dense small": lambda: balance(3, 1 << 16, F32, F32),
     "dense K=1": lambda: balance(1, 1 << 16, F32, F32),
     "dense K=16 median": lambda: balance(16, 1 << 21, F32, F32, "median"),
+    "dense K=64 median": lambda: balance(64, 1 << 21, F32, F32, "median"),
     "dense bf16, bf16 state": lambda: balance(11, 1 << 21, BF16, BF16, seed=1),
     "dense bf16": lambda: balance(3, 1 << 21, BF16, F32),
     "dense fp16, bf16 state": lambda: balance(3, 1 << 21, F16, BF16),
@@ -93,11 +94,13 @@ CASES = {
     "accumulate fp64": lambda: accumulate([F64], F64),
     "accumulate, unaligned row": lambda: accumulate([F32], F32, step=7),
     "combine fp32": lambda: combine(3, 1 << 16, F32, F32),
+    "combine K=64": lambda: combine(64, 1 << 16, F32, F32),
     "combine bf16": lambda: combine(11, 1 << 16, BF16, BF16),
     "rows fp32": lambda: balance_rows(3, [F32]),
     "rows mixed, scaled, partial": lambda: balance_rows(
         11, [F32, BF16, F16], active=torch.ones(11, dtype=torch.bool), loss_scale=torch.ones(())
     ),
+    "rows K=64": lambda: balance_rows(64, [F32]),
     "rows bf16": lambda: balance_rows(3, [BF16], BF16),
     "gramian fp32": lambda: gramian(3, 1 << 16, F32),
     "gramian K=64": lambda: gramian(64, 1 << 16, F32),

@@ -4,20 +4,12 @@
 
 #include "dispatch.h"
 #include "parallel.h"
+#include "common/ema.h"
 #include "common/weights.h"
 
 using namespace dbmtl;
 
 namespace {
-
-double number(const void* p, int32_t dtype) {
-  switch (dtype) {
-    case DBMTL_F32: return widen_lane(*static_cast<const float*>(p));
-    case DBMTL_F64: return widen_lane(*static_cast<const double*>(p));
-    case DBMTL_BF16: return widen_lane(*static_cast<const bf16*>(p));
-    default: return widen_lane(*static_cast<const f16*>(p));
-  }
-}
 
 // Rows that count, and their weights.
 struct Used {
@@ -69,10 +61,7 @@ int32_t dbmtl_accumulate(void* row, int32_t state_dtype, int64_t num_segments, c
   const Fault fault = check_accumulate(row, state_dtype, num_segments, segments, grads, grad_dtypes, loss_scale,
                                        loss_scale_dtype, sumsq, stochastic);
   if (fault.status) return fail(fault);
-  if (loss_scale != nullptr) {
-    const double factor = number(loss_scale, loss_scale_dtype);
-    gain = factor == 0.0 ? 0.0 : gain / factor;
-  }
+  if (loss_scale != nullptr) gain = unscaled(gain, number(loss_scale, loss_scale_dtype));
   int64_t elements = 0, num_tiles = 0;
   for (int64_t i = 0; i < num_segments; ++i) {
     elements += segments[2 * i + 1];

@@ -57,7 +57,7 @@ __device__ double gather(S* row, const G* grad, int64_t offset, int64_t begin, i
       stored[e] = rounded<kStochastic, S>(updated(m[e], g[e], decay, gain, grad != nullptr), key,
                                           offset + place.first + int64_t(e) * place.step);
       const double x = double(widen_lane(stored[e]));
-      if (inside(place, end, e)) sum += x * x;
+      if (inside(place, end, e)) sum = multiply_add(sum, x, x);
     }
     store<Hint::kKeep>(row + offset, stored, place, end);
   }
@@ -84,10 +84,7 @@ __global__ void __launch_bounds__(kThreads, 2) accumulate_kernel(const __grid_co
   const GatherHead& h = a.head;
   S* row = static_cast<S*>(h.row);
   double scaled = h.gain;
-  if (h.loss_scale != nullptr) {
-    const double factor = number(h.loss_scale, h.loss_scale_dtype);
-    scaled = factor == 0.0 ? 0.0 : h.gain / factor;
-  }
+  if (h.loss_scale != nullptr) scaled = unscaled(scaled, number(h.loss_scale, h.loss_scale_dtype));
   const V decay = V(h.decay), gain = V(scaled);
   double sum = 0.0;
   for (int chunk = blockIdx.x; chunk < h.num_chunks; chunk += gridDim.x) {

@@ -102,7 +102,7 @@ class GradientBalancer:
         self._steps = Steps(num_tasks, self.beta, self.beta_sigma, self.seed, device)
         balanced = BalancedGradient(self.buffer, self._steps, self.weighting, self._world)
         self._grads = SharedGradients(self.buffer, balanced, self._world)
-        self._heads = HeadGradients(self.buffer.parameters, self._world)
+        self._heads = HeadGradients(self.buffer.parameters, self._world, self.buffer.device)
         self._attachment: Attachment | None = None
         self._inside: int | None = None  # the task whose context is open
         self._reported = torch.float64 if state_dtype == torch.float64 else torch.float32
@@ -193,17 +193,23 @@ class GradientBalancer:
         self._refuse_inside("task()")
         if index in self._steps.pending:
             raise RuntimeError(f"task {index} was entered already in this step; call balance() (or optimizer.step())")
-        self._check_ranks()
+        if self._alone:
+            placement.refuse_unnamed_group()
         self._world.check_same(f"task {index}", self.buffer.device, f"the ranks are not all in task({index})")
+        scale = None if loss_scale is None else loss_values.factor_on(self.buffer.device, loss_scale)
+        update = self._update(index, None if scale is None else loss_values.factor_or_none(scale))
         kept, balanced = self._take()
         self._inside = index
         try:
-            with self._heads.averaging(self._candidates()), self._heads.sharing_logs(index, self.log_transform):
-                yield
-                scale = None if loss_scale is None else loss_values.factor_on(self.buffer.device, loss_scale)
-                self._finish(index, self._update(index, None if scale is None else loss_values.factor_or_none(scale)))
+            touched = self._grads.touched
+            with self._heads.averaging(touched, self._candidates()):
+                with self._heads.sharing_logs(index, self.log_transform):
+                    yield
+                self._finish(index, update)
             self._steps.pending.add(index)
         except BaseException:
+            with torch.no_grad():
+                update.abandon()
             self._give_back(kept, balanced)
             raise
         else:
@@ -268,6 +274,7 @@ class GradientBalancer:
 
     def _keep(self, tasks: list[int | None]) -> None:
         self._refuse_inside("a change of tasks")
+        self._end_if_thrown_away()
         if self._steps.open:
             raise RuntimeError("a change of tasks within a step; end it first (balance(), or optimizer.step())")
         self.buffer.keep(tasks)
@@ -280,6 +287,8 @@ class GradientBalancer:
         Of several ranks the rows are DTensors: ``torch.distributed.checkpoint`` saves and loads them with any number.
         """
         self.buffer.settle()
+        if self.buffer.local:  # of several ranks one alone may ask for its state
+            self._end_if_thrown_away()  # told by what is in .grad, which is not part of the state
         return checkpoint.state_of(self.buffer, self._steps, self._grads, self.weighting)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -319,13 +328,18 @@ class GradientBalancer:
         last = len(present.tasks) - 1
         update = self._update(present.tasks[0], factor)
         try:
-            with self._grads.handing_over() as follow, self._heads.averaging(self._candidates(), present.losses):
+            touched = self._grads.touched
+            with (
+                self._grads.handing_over() as follow,
+                self._heads.averaging(touched, self._candidates(), present.losses),
+            ):
                 for place, task in enumerate(present.tasks):
                     update = self._update(task, factor)
                     follow(update)
                     present.backward(place, factor, retain_graph or place < last)
                     self._finish(task, update)
                     self._steps.losses[task] = present.values[place]
+                self._grads.check_released(len(present.tasks) == self.num_tasks)
         except BaseException:
             with torch.no_grad():
                 update.abandon()
@@ -352,14 +366,15 @@ class GradientBalancer:
         """After a failure: ``.grad`` as it was, as far as the rows still allow.
 
         Rows that were fed before the failure stay fed. A step with nothing else in it ends, so that nothing counts
-        twice; in a longer one ``.grad`` is balanced anew.
+        twice; in a longer one ``.grad`` is balanced anew. Not with several ranks, as the others may not have failed and
+        would not answer: there the step ends, and ``.grad`` has what others put there.
         """
-        if balanced:
+        if balanced and self.buffer.local:
             self._grads.put_back([None] * len(kept))
             self._write(kept)
         else:
             self._grads.put_back(kept)
-            if not self._steps.pending:
+            if not (self._steps.pending and self.buffer.local):
                 self._end_step()
 
     def _update(self, task: int, factor: Tensor | None) -> Update:
@@ -378,6 +393,10 @@ class GradientBalancer:
         self._grads.write(kept)
         self._steps.pending.clear()
         if self._attachment is None:
+            self._end_step()
+
+    def _end_if_thrown_away(self) -> None:
+        if self._steps.open and self._grads.dropped():
             self._end_step()
 
     def _end_step(self) -> None:

@@ -71,7 +71,7 @@ def balance_(
 ) -> tuple[Tensor, Tensor]:
     """See `functional.balance_`; scale "constant" takes alpha from ``constant``."""
     validation.check_balance(grads, ema, beta, eps, scale, constant, seed)
-    serve = backends.resolve(backend, ema.device)
+    serve = backends.resolve(backend, ema.device, ema.shape[0])
     result = serve.balance_(_readable(grads), ema, beta, eps, scale, constant, seed)
     _written(ema)
     return result
@@ -220,7 +220,7 @@ def balance_rows_(
         rows, sumsq, broken, nonfinite_steps, norms, weights, outs, starts, active, loss_scale, eps, scale, constant,
         fresh, accumulate,
     )  # fmt: skip
-    backends.resolve(backend, rows.device).balance_rows_(step)
+    backends.resolve(backend, rows.device, rows.shape[0]).balance_rows_(step)
     _written(rows, sumsq, broken, nonfinite_steps, norms, weights, *outs)
 
 
@@ -246,7 +246,7 @@ def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool, ba
         backend: "auto" or a name.
     """
     validation.check_out(rows, weights, out)
-    backends.resolve(backend, rows.device).combine_out(_readable(rows), weights, out, accumulate)
+    backends.resolve(backend, rows.device, rows.shape[0]).combine_out(_readable(rows), weights, out, accumulate)
     _written(out)
 
 
@@ -259,7 +259,7 @@ def _combine_fake(rows: Tensor, weights: Tensor, dtype: torch.dtype | None, back
 def combine(rows: Tensor, weights: Tensor, dtype: torch.dtype | None, backend: str) -> Tensor:
     """K rows and K weights to one balanced row: (P,) in ``dtype`` (by default that of rows); see `combine_out`."""
     validation.check_combine(rows, weights, dtype or rows.dtype)
-    serve = backends.resolve(backend, rows.device)
+    serve = backends.resolve(backend, rows.device, rows.shape[0])
     out = torch.empty(rows.shape[1], dtype=dtype or rows.dtype, device=rows.device)
     serve.combine_out(_readable(rows), weights, out, False)
     return out
@@ -280,4 +280,4 @@ def gramian(rows: Tensor, backend: str) -> Tensor:
     """``rows @ rows.T``: (K, K) in float32 (float64 of float64) from (K, P), each row contiguous."""
     validation.check_rows("rows", rows)
     validation.check_dtype("the dtype of rows", rows.dtype, validation.STATE_DTYPES)
-    return backends.resolve(backend, rows.device).gramian(_readable(rows))
+    return backends.resolve(backend, rows.device, rows.shape[0], gramian=True).gramian(_readable(rows))

@@ -149,16 +149,19 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
             with naming("all-gather of the balanced gradient"):
                 dist.all_gather_into_tensor(flats[g.dtype], mine, group=self.group)
 
-    def _saved_rows(self) -> dict[str, Tensor]:
+    def _mesh_of_rows(self) -> Any:
         if self._mesh is None:
             from torch.distributed.device_mesh import DeviceMesh
 
             self._mesh = DeviceMesh.from_group(self.group, self.device.type)
+        return self._mesh
+
+    def _saved_rows(self) -> dict[str, Tensor]:
         out = {}
         for index, (g, shard) in enumerate(zip(self.layout.groups, self.shards, strict=True)):
             real = min(max(g.columns - self.rank * shard.columns, 0), shard.columns)
             rows = self.rows[:, shard.local : shard.local + real].unflatten(1, (-1, g.unit))
-            out[str(index)] = dtensors.sharded_columns(rows, self._mesh, g.columns // g.unit)
+            out[str(index)] = dtensors.sharded_columns(rows, self._mesh_of_rows(), g.columns // g.unit)
         return out
 
     def _measured_segments(self) -> Tensor:

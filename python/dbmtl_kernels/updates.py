@@ -10,10 +10,11 @@ from torch import Tensor
 
 from . import ops
 from .layout import ParameterLayout
-from .rounding import update_seed
 
 # On a CPU a gradient is gathered while it is still in cache: as soon as this much of a task's has arrived.
 FLUSH_BYTES = 2 << 20
+# Turns the seed of an update into another, far from those of all updates, which are consecutive numbers.
+AGAIN = 1 << 62
 
 
 class Coefficients(NamedTuple):
@@ -31,12 +32,11 @@ class Coefficients(NamedTuple):
 
     def again(self) -> Coefficients:
         """For more of the same update: the row had its decay."""
-        seed = None if self.seed is None else update_seed(self.seed, 1)
         if self.device is None:
-            return self._replace(decay=1.0, seed=seed)
+            return self._replace(decay=1.0, seed=None if self.seed is None else self.seed ^ AGAIN)
         _, gain, bits = self.device.split(1)
         return self._replace(
-            device=torch.cat([torch.ones_like(gain), gain, (bits.view(torch.int64) + 1).view(gain.dtype)])
+            device=torch.cat([torch.ones_like(gain), gain, (bits.view(torch.int64) ^ AGAIN).view(gain.dtype)])
         )
 
 

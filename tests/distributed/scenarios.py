@@ -1,5 +1,6 @@
 """What 4 ranks do together, run by torchrun; rank 0 writes what came of it for tests/test_distributed.py to judge."""
 
+import functools
 import io
 import json
 import sys
@@ -75,9 +76,10 @@ def trainings():
         compare(f"{kind}, task by task", kind, by_task)
         compare(f"{kind}, partial tasks", kind, partial)
         compare(f"{kind}, accumulation", kind, accumulated)
+        compare(f"{kind}, scaled accumulation", kind, scaled)
     compare("ddp, float64 state", "ddp", lambda job: job.train(0, 10), state_dtype=torch.float64)
     compare("ddp, eager backend", "ddp", lambda job: job.train(0, 10), backend="eager")
-    # compare("ddp, capturable", "ddp", lambda job: job.train(0, 10), capturable=True)
+    compare("ddp, capturable", "ddp", lambda job: job.train(0, 10), capturable=True)
 
 
 def by_task(job):
@@ -101,6 +103,24 @@ def accumulated(job):
         for n, x in enumerate(batches(3 * step, 3 * step + 3)):
             job.step(x, factor=1 / 3, by_task=n == 1 and step % 2 == 0)
         job.optimizer.step()
+
+
+def scaled(job):
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
+    job.balancer.attach(job.optimizer)
+    for step in range(6):
+        job.optimizer.zero_grad()
+        for x in batches(2 * step, 2 * step + 2):
+            with job.no_sync():
+                losses = job.forward(job.part(x))
+                if step == 3:  # on the last rank only: every scaler must skip this step
+                    part = job.kind == "single" or dist.get_rank() == dist.get_world_size() - 1
+                    losses[0] = losses[0] * (float("inf") if part else 1.0)
+                scaler.scale(job.balancer(losses) / 2).backward()
+        scaler.unscale_(job.optimizer)
+        scaler.step(job.optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 1024.0, scaler.get_scale()  # up, up, half, up
 
 
 @scenario
@@ -158,6 +178,28 @@ def regulariser_before():
         "difference": difference(job.gradients(), alone.gradients()),
         "identical": identical(job.gradients()),
     }
+
+
+@scenario
+def shared_parameter_of_one_rank():
+    """A branch taken on one rank only: the parameter there gets its gradient on all."""
+    net = Net()
+    balancer = dbk.DBMTL(net.shared(), NUM_TASKS, process_group=dist.group.WORLD)
+    z = net.trunk(next(batches(0, 1)))
+    z = z * net.gain if dist.get_rank() == 0 else z
+    balancer([head(z).square().mean() + 0.1 for head in net.heads]).backward()
+    grads = torch.cat([p.grad.reshape(-1) for p in net.shared()])
+    RESULTS["shared on one rank"] = {"identical": identical(grads), "gain": float(net.gain.grad.abs())}
+
+
+@scenario
+def inputs_that_require_grad():
+    """Their gradients are each rank's own."""
+    job = Job("ddp")
+    x = torch.randn(6, 7, generator=torch.Generator().manual_seed(dist.get_rank())).requires_grad_()
+    with job.no_sync():
+        job.balancer(job.forward(x)).backward()
+    RESULTS["inputs"] = {"identical": identical(x.grad)}
 
 
 @scenario
@@ -226,13 +268,23 @@ def resumed():
                 second.optimizer.load_state_dict(loaded["optimizer"])
                 second.balancer.load_state_dict(loaded["balancer"])
             second.train(4, 8)
+            if how == "torch.save":  # as who saves on rank 0 alone would load it
+                others = [None] * dist.get_world_size()
+                dist.all_gather_object(others, stream.getvalue())
+                RESULTS[f"of rank 0, {kind}"] = refusal(functools.partial(load_of, others[0], kind))
             RESULTS[f"resumed, {kind}, {how}"] = {
                 "equal": torch.equal(second.parameters(), straight.parameters()),
                 "identical": identical(second.parameters()),
             }
         parameters = straight.parameters()
+        straight.train(8, 12)
+        longer = straight.parameters()
         if dist.get_rank() == 0:
-            torch.save((parameters, straight.balancer.norms), folder / f"straight {kind}.pt")
+            torch.save((parameters, longer), folder / f"straight {kind}.pt")
+
+
+def load_of(stream, kind):
+    Job(kind).balancer.load_state_dict(torch.load(io.BytesIO(stream), weights_only=True)["balancer"])
 
 
 def state(job):
@@ -296,6 +348,49 @@ def refusals():
             losses = job.forward(job.part(x))
             job.balancer([losses[0], -losses[1] if rank < 3 else losses[1], losses[2]])
 
+    def heads_of_equal_shape():
+        job = Job("ddp")
+        with job.no_sync():
+            losses = job.forward(job.part(x))
+        missing = 1 + rank % 2
+        losses[missing] = losses[0] * 1.0
+        job.balancer(losses).backward()
+
+    def no_head_on_one_rank():
+        net = Net()
+        balancer = dbk.DBMTL(net.shared(), 1, process_group=dist.group.WORLD)
+        z = net.trunk(x) * net.gain
+        balancer([(z if rank == 1 else net.heads[0](z)).square().mean()]).backward()
+
+    def unknown_heads():
+        net = Net()
+        balancer = dbk.DBMTL(net.shared(), 3, process_group=dist.group.WORLD, log_transform=False)
+        with balancer.task(0):
+            net(x)[0].backward()
+
+    def task_outside_no_sync():
+        job = Job("ddp")
+        with job.no_sync():
+            job.step(x)
+        with job.balancer.task(0):
+            dbk.log_transform(job.forward(job.part(x))[0]).backward()
+
+    def evaluated_in_between():
+        job = Job("ddp")
+        losses = job.forward(job.part(x))
+        with torch.no_grad():
+            job.forward(x)
+        job.balancer(losses).backward()
+
+    def before_fully_shard():
+        net = Net()
+        balancer = dbk.DBMTL(net.shared(), 3, process_group=dist.group.WORLD)
+        shard(net, mesh_of(dist.get_world_size()))
+        balancer(net(x)).backward()
+
+    def false_and_sharded():
+        Job("fsdp", process_group=False)
+
     def held_back():
         job = Job("fsdp")
         job.net.set_requires_gradient_sync(False)
@@ -316,7 +411,8 @@ def refusals():
     for function in (
         outside_no_sync, by_task_outside_no_sync, unnamed, not_a_group, other_tasks, other_task_contexts, other_heads,
         re_entrant, no_log, negative, plain_among_two_dimensions,
-        held_back, other_balancers, fsdp1,
+        heads_of_equal_shape, no_head_on_one_rank, unknown_heads, task_outside_no_sync, evaluated_in_between,
+        before_fully_shard, false_and_sharded, held_back, other_balancers, fsdp1,
     ):  # fmt: skip
         RESULTS[function.__name__.replace("_", " ")] = refusal(function)
 

@@ -48,6 +48,11 @@ def missing(device: torch.device) -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
+def most_tasks(gramian: bool) -> int | None:
+    """As csrc/cuda has it: kMaxTasks, and kMaxRows of the Gramian."""
+    return 64 if gramian else 256
+
+
 def gathers_early(device: torch.device) -> bool:
     """A row is gathered at the end of a backward pass, in one launch."""
     return False

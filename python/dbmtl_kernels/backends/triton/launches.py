@@ -24,7 +24,6 @@ INTERPRETED = not isinstance(balance_kernel, triton.runtime.JITFunction)
 INTERPRETED_PROGRAMS = 3
 # Blocks of a gradient that a program gathers after one look at the tables.
 CHUNK_BLOCKS = 8
-MAX_GRAMIAN_TASKS = 64
 GRAMIAN_TILES = 16
 
 
@@ -289,8 +288,6 @@ def balance_rows_(step: EngineStep) -> None:
 def gramian(rows: Tensor) -> Tensor:
     """See `ops.gramian`: one launch over the rows, a small one to add the slots."""
     num_tasks, num_params = rows.shape
-    if num_tasks > MAX_GRAMIAN_TASKS:
-        raise ValueError(f"gramian: {num_tasks} tasks, the triton backend takes at most {MAX_GRAMIAN_TASKS}")
     if rows.dtype == torch.float64:  # Triton 3.3 has no fp64 product; a rare case, and cuBLAS does it well
         product = rows @ rows.T
         return 0.5 * (product + product.T)
