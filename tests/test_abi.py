@@ -42,7 +42,7 @@ def accumulate():
         "row": torch.full((16,), 3.0), "state_dtype": F32, "num_segments": 2, "segments": array(I64, 0, 8, 8, 4),
         "grads": addresses(grads), "grad_dtypes": bytes([F32, F32]), "decay": 0.5, "gain": 0.5,
         "loss_scale": torch.full((1,), 2.0), "loss_scale_dtype": F32, "sumsq": torch.full((1,), 7.0).double(),
-        "stochastic": 0, "seed": 0,
+        "stochastic": 0, "seed": 0, "coefficients": None,
     }, grads  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def test_without_the_library(monkeypatch, tmp_path, content, reason):
 
 def test_an_old_library(monkeypatch):
     monkeypatch.setattr(native.abi, "ABI_VERSION", 99)
-    assert "ABI version 3, this package needs 99" in native.missing(CPU)
+    assert "ABI version 4, this package needs 99" in native.missing(CPU)
 
 
 # --- more tasks than a backend takes ----------------------------------------------------------------------------------

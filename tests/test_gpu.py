@@ -21,6 +21,7 @@ from device import (
     assert_nobody_waits,
     both_forms,
     dense,
+    in_memory,
     row_problem,
     there,
     workspace,
@@ -132,6 +133,15 @@ def test_accumulate_as_native(grad_dtypes, state, step, unaligned):
         row, segments, bases, shift = row_problem(state, grad_dtypes, step, unaligned)
         seed = (*SEEDS, None)[index] if state == torch.bfloat16 else None
         assert_accumulates_as_native(row, segments, bases, shift, decay, gain, scale, seed)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_accumulate_with_coefficients_in_memory(state):
+    for index, (decay, gain, scale) in enumerate(((0.9, 0.1, None), (0.0, 1.0, 8.0), (1.0, 0.3, 1024.0))):
+        row, segments, bases, shift = row_problem(state, GRADS, 32)
+        seed = SEEDS[index] if state == torch.bfloat16 else None
+        given = in_memory(decay, gain, seed)
+        assert_accumulates_as_native(row, segments, bases, shift, decay, gain, scale, seed, given)
 
 
 def test_accumulate_many_parameters_and_tables_used_again():

@@ -2,6 +2,9 @@
 // kernels work, and for 16 lanes of them, whose `add` and `mul` are those of csrc/cpu/simd_*.h. Compiled without
 // contraction. Functions are static, for the reason given in types.h.
 #pragma once
+#include <cstdint>
+#include <cstring>
+
 #include "common/host_device.h"
 
 namespace dbmtl {
@@ -26,6 +29,20 @@ DBMTL_HD static inline V updated(const V& m, const V& g, const V& decay, const V
 template <class V>
 DBMTL_HD static inline V multiply_add(const V& acc, const V& a, const V& b) {
   return add(acc, mul(a, b));
+}
+
+// What a row is updated with.
+struct Coefficients {
+  double decay, gain;
+  uint64_t seed;
+};
+
+// From memory, as dbmtl_accumulate takes them.
+DBMTL_HD static inline Coefficients coefficients_at(const void* p) {
+  const double* numbers = static_cast<const double*>(p);
+  Coefficients c = {numbers[0], numbers[1], 0};
+  std::memcpy(&c.seed, numbers + 2, sizeof(c.seed));
+  return c;
 }
 
 // The gain of gradients beside a decay of beta.

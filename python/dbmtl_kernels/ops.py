@@ -90,13 +90,14 @@ def _accumulate_fake(
     loss_scale: Tensor | None,
     seed: int | None,
     backend: str,
+    coefficients: Tensor | None = None,
 ) -> None:
-    validation.check_accumulate(row, sumsq, grads, segments, loss_scale, seed)
+    validation.check_accumulate(row, sumsq, grads, segments, loss_scale, seed, coefficients)
 
 
 @_define(
     "accumulate_(Tensor(a!) row, Tensor(b!) sumsq, Tensor?[] grads, Tensor segments, float decay, float gain, "
-    "Tensor? loss_scale, int? seed, str backend) -> ()",
+    "Tensor? loss_scale, int? seed, str backend, Tensor? coefficients=None) -> ()",
     _accumulate_fake,
 )
 def accumulate_(
@@ -109,6 +110,7 @@ def accumulate_(
     loss_scale: Tensor | None,
     seed: int | None,
     backend: str,
+    coefficients: Tensor | None = None,
 ) -> None:
     """Gather one task's gradients into its row: EMA update and sum of squares in one pass, no flatten copy.
 
@@ -126,15 +128,18 @@ def accumulate_(
         loss_scale: one number that the gradients carry and the state must not; 0 counts the gradients as zeros.
         seed: of the stochastic rounding of a bfloat16 row (`rounding`); None rounds to nearest.
         backend: "auto" or a name.
+        coefficients: (3,) float64 on the row's device, or None: decay, gain, and the seed's 64 bits
+            (``torch.tensor([seed]).view(torch.float64)``). They replace those given, and are read by the kernel when it
+            runs, so that a replayed CUDA graph sees new ones; ``seed`` then only says whether to round stochastically.
 
     Raises:
         ValueError, TypeError, RuntimeError: shapes, dtypes and devices, before anything is written.
     """
-    validation.check_accumulate(row, sumsq, grads, segments, loss_scale, seed)
+    validation.check_accumulate(row, sumsq, grads, segments, loss_scale, seed, coefficients)
     validation.check_segments(row, grads, segments)
     serve = backends.resolve(backend, row.device)
     dense = [None if g is None else g.contiguous().resolve_neg() for g in grads]
-    serve.accumulate_(row, sumsq, dense, segments.contiguous(), decay, gain, loss_scale, seed)
+    serve.accumulate_(row, sumsq, dense, segments.contiguous(), decay, gain, loss_scale, seed, coefficients)
     _written(row, sumsq)
 
 

@@ -123,7 +123,7 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
         sumsq = self.sumsq[row.task : row.task + 1]
         ops.accumulate_(
             self.rows[row.task], sumsq, [row.transit.mine], self._measured_segments(), c.decay, c.gain, c.loss_scale,
-            seed, self.backend, *c.on_device(),
+            seed, self.backend, c.device,
         )  # fmt: skip
         self._free.append(row.transit)
 

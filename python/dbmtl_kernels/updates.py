@@ -26,10 +26,6 @@ class Coefficients(NamedTuple):
     seed: int | None = None
     device: Tensor | None = None
 
-    def on_device(self) -> tuple[Tensor, ...]:
-        """The last argument of `ops.accumulate_`, if any."""
-        return () if self.device is None else (self.device,)
-
     def again(self) -> Coefficients:
         """For more of the same update: the row had its decay."""
         if self.device is None:
@@ -150,5 +146,5 @@ class RowUpdate:
             grads = [None if g is None else layout.in_row_order(i, g) for i, g in zip(indices, grads, strict=True)]
         segments = layout.segments_of(tuple(indices))
         ops.accumulate_(
-            self._row, sumsq, grads, segments, c.decay, c.gain, c.loss_scale, c.seed, self._backend, *c.on_device()
+            self._row, sumsq, grads, segments, c.decay, c.gain, c.loss_scale, c.seed, self._backend, c.device
         )

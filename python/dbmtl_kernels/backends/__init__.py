@@ -39,6 +39,7 @@ class Backend(Protocol):
         gain: float,
         loss_scale: Tensor | None,
         seed: int | None,
+        coefficients: Tensor | None,
     ) -> None:
         """See `ops.accumulate_`."""
 

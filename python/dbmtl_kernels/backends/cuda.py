@@ -116,6 +116,7 @@ def accumulate_(
     gain: float,
     loss_scale: Tensor | None,
     seed: int | None,
+    coefficients: Tensor | None,
 ) -> None:
     """See `ops.accumulate_`: one launch for each thousand parameters (with an older driver, each hundred)."""
     device = row.device
@@ -126,7 +127,7 @@ def accumulate_(
             _library().dbmtl_accumulate(
                 row.data_ptr(), abi.DTYPES[row.dtype], len(grads), segments.data_ptr(),
                 *abi.gradient_arguments(grads), decay, gain, *abi.scale_arguments(factor), total.data_ptr(),
-                *abi.seed_arguments(seed), *_where(device, 1),
+                *abi.seed_arguments(seed), abi.pointer(coefficients), *_where(device, 1),
             )
         )  # fmt: skip
     if total is not sumsq:

@@ -228,6 +228,7 @@ def accumulate_(
     gain: float,
     loss_scale: Tensor | None,
     seed: int | None,
+    coefficients: Tensor | None,
 ) -> None:
     """See `ops.accumulate_`: one launch."""
     device = row.device
@@ -239,8 +240,8 @@ def accumulate_(
         space = workspace(device)
         _launch(
             row_kernels.accumulate_kernel, grid, row, table, chunks, sumsq, space.slots(grid), space.ticket,
-            None if loss_scale is None else loss_scale.to(device), len(chunks), _bits(decay), _bits(gain), seed or 0,
-            F32=0 in codes, BF16=1 in codes, F16=2 in codes, F64=3 in codes,
+            None if loss_scale is None else loss_scale.to(device), coefficients, len(chunks), _bits(decay), _bits(gain),
+            seed or 0, F32=0 in codes, BF16=1 in codes, F16=2 in codes, F64=3 in codes,
             ROW_ALIGNED=aligned and row.data_ptr() % 16 == 0, BLOCK=tuning.block, STOCHASTIC=seed is not None,
             tuning=tuning,
         )  # fmt: skip
