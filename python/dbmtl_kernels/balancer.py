@@ -16,15 +16,16 @@ from .balanced import BalancedGradient
 from .gradients import Kept, SharedGradients
 from .heads import HeadGradients
 from .losses import Given, TaskLosses
+from .readings import Readings
 from .steps import Steps
 from .updates import Update
-from .weightings import MaxNorm, Weighting
+from .weightings import Weighting, check_weighting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class GradientBalancer:
+class GradientBalancer(Readings):
     """Balances the gradients that K tasks have of shared parameters, by any weighting, in any PyTorch training loop.
 
     With theta the P shared parameters and K losses, in step k::
@@ -92,7 +93,7 @@ class GradientBalancer:
         self.beta = checks.check_beta(beta)
         self.beta_sigma = checks.check_beta_sigma(beta_sigma)
         self.eps = checks.check_eps(eps)
-        self.weighting = _check_weighting(weighting, capturable)
+        self.weighting = check_weighting(weighting, capturable)
         self.log_transform = log_transform
         checks.check_seed(seed)
         self.seed = seed if state_dtype == torch.bfloat16 else None
@@ -106,29 +107,6 @@ class GradientBalancer:
         self._attachment: Attachment | None = None
         self._inside: int | None = None  # the task whose context is open
         self._reported = torch.float64 if state_dtype == torch.float64 else torch.float32
-
-    @property
-    def step(self) -> int:
-        """Number of EMA updates begun; reading it is a sync if ``capturable``."""
-        return self._steps.count
-
-    @property
-    def norms(self) -> Tensor:
-        """(K,) norms of the task gradients (their EMA) at the last balance, on the device, without a sync.
-
-        float32, or float64 with a float64 state. Not finite where the gradient was not.
-        """
-        return self.buffer.norms.to(self._reported, copy=True)
-
-    @property
-    def weights(self) -> Tensor:
-        """(K,) weights of the task gradients at the last balance, on the device, without a sync."""
-        return self.buffer.weights.to(self._reported, copy=True)
-
-    @property
-    def nonfinite_steps(self) -> Tensor:
-        """(K,) int64: in how many steps each task's gradient was not finite."""
-        return self.buffer.nonfinite_steps
 
     def __call__(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> Tensor:
         """A scalar whose ``backward()`` is the balanced backward.
@@ -420,11 +398,3 @@ class GradientBalancer:
     def _refuse_inside(self, what: str) -> None:
         if self._inside is not None:
             raise RuntimeError(f"{what} inside the context of task({self._inside}); leave it first")
-
-
-def _check_weighting(weighting: Weighting, capturable: bool) -> Weighting:
-    if not callable(weighting) or isinstance(weighting, type):
-        raise TypeError(f"weighting must be a callable from a Gramian to weights, got {weighting!r}")
-    if capturable and not isinstance(weighting, MaxNorm):
-        raise ValueError(f"capturable=True needs MaxNorm: {type(weighting).__name__} is called with a sync")
-    return weighting
