@@ -259,6 +259,15 @@ class GradientBalancer(Readings):
         self._steps.keep(tasks)
         self.num_tasks = len(tasks)
 
+    def set_beta(self, beta: float, beta_sigma: float) -> None:
+        """Change the forgetting rate and its decay from the next step on; the count of steps goes on.
+
+        Raises:
+            ValueError: as for the class.
+        """
+        self.beta, self.beta_sigma = checks.check_beta(beta), checks.check_beta_sigma(beta_sigma)
+        self._steps.set_beta(self.beta, self.beta_sigma)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on bit for bit. Tensors are references, as in PyTorch.
 
@@ -366,9 +375,15 @@ class GradientBalancer(Readings):
 
     @torch.no_grad()
     def _write(self, kept: Kept) -> None:
-        """Norms, weights, the balanced gradient, ``.grad``."""
+        """Norms, weights, the balanced gradient, ``.grad``; should the weighting raise, what was kept is put back."""
         self.buffer.settle()
-        self._grads.write(kept)
+        try:
+            self._grads.write(kept)
+        except BaseException:
+            self._grads.put_back(kept)
+            if self._attachment is None:
+                self._end_step()  # else the next backward would count on top of this one
+            raise
         self._steps.pending.clear()
         if self._attachment is None:
             self._end_step()
