@@ -54,7 +54,7 @@ def test_twenty_steps_as_in_the_paper(alpha):
         rows = flat_gradients(losses, [p], log=False)
         given = [losses[t] * float("nan") if (step, t) == (7, 1) else losses[t] for t in tasks]
         finite = [0, 2] if step == 7 else tasks
-        values = np.array([float(losses[t]) for t in finite])
+        values = np.array([losses[t].item() for t in finite])
         weights = paper.step(values, np.linalg.norm(rows[finite], axis=1), finite)
         balancer.backward(given, tasks=tasks)
         close(p.grad.numpy(), weights @ rows[finite])
@@ -106,7 +106,7 @@ def test_accumulated_gradients_are_learnt_from_as_one():
         optimizer.zero_grad()
         losses = losses_at(p, step)
         rows = 3 * flat_gradients(losses, [p], log=False)
-        weights = paper.step(np.array([float(x) for x in losses]), np.linalg.norm(rows, axis=1), [0, 1, 2])
+        weights = paper.step(np.array([x.item() for x in losses]), np.linalg.norm(rows, axis=1), [0, 1, 2])
         for _ in range(3):
             balancer.backward(losses, retain_graph=True)
         close(p.grad.numpy(), weights @ rows)
@@ -126,6 +126,26 @@ def test_rates_that_mean_nothing_teach_nothing(factors):
     assert torch.equal(balancer.weighting.weights, learnt)
     train(p, balancer, 1)
     assert torch.isfinite(p.grad).all()
+
+
+def test_tasks_that_come_and_go_keep_what_was_learnt():
+    p = leaf(6)
+    balancer = make(p)
+    train(p, balancer, 3)
+    before, start = balancer.weighting.weights.clone(), balancer.weighting.start.clone()
+    balancer.remove_task(0)
+    close(balancer.weighting.weights.numpy(), (2.0 * before[1:] / before[1:].sum()).numpy())
+    assert torch.equal(balancer.weighting.start, start[1:])
+    assert balancer.add_task() == 2
+    weights = balancer.weighting.weights.clone()
+    assert weights.sum().item() == pytest.approx(3.0)
+    losses = quadratics(p, num_tasks=4)[1:]
+    rows = flat_gradients(losses, [p], log=False)
+    p.grad = None
+    balancer.backward(losses)
+    close(p.grad.numpy(), weights.numpy() @ rows)
+    assert torch.equal(balancer.weighting.start[:2], start[1:])
+    assert balancer.weighting.start[2].item() == pytest.approx(losses[2].item())
 
 
 def test_losses_are_needed():

@@ -13,6 +13,7 @@ from . import checkpoint, checks, placement
 from . import losses as loss_values
 from .attachment import Attachment
 from .balanced import BalancedGradient
+from .changes import Changes
 from .gradients import Kept, SharedGradients
 from .heads import HeadGradients
 from .losses import Given, TaskLosses
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class GradientBalancer(Readings):
+class GradientBalancer(Changes, Readings):
     """Balances the gradients that K tasks have of shared parameters, by any weighting, in any PyTorch training loop.
 
     With theta the P shared parameters and K losses, in step k::
@@ -230,44 +231,6 @@ class GradientBalancer(Readings):
         self._attachment = Attachment(optimizer, self._before_optimizer, self._end_step, self._detached)
         return self._attachment
 
-    def add_task(self) -> int:
-        """Make room for one task more, with a row of zeros; the others keep theirs. Returns its index, the last.
-
-        Raises:
-            RuntimeError: within a step.
-        """
-        self._keep([*range(self.num_tasks), None])
-        return self.num_tasks - 1
-
-    def remove_task(self, index: int) -> None:
-        """Forget a task; those after it move up by one, all keep their rows.
-
-        Raises:
-            RuntimeError: within a step.
-            ValueError: the index is out of range, or it is the last task.
-        """
-        checks.check_task(index, self.num_tasks)
-        checks.check_num_tasks(self.num_tasks - 1)
-        self._keep([task for task in range(self.num_tasks) if task != index])
-
-    def _keep(self, tasks: list[int | None]) -> None:
-        self._refuse_inside("a change of tasks")
-        self._end_if_thrown_away()
-        if self._steps.open:
-            raise RuntimeError("a change of tasks within a step; end it first (balance(), or optimizer.step())")
-        self.buffer.keep(tasks)
-        self._steps.keep(tasks)
-        self.num_tasks = len(tasks)
-
-    def set_beta(self, beta: float, beta_sigma: float) -> None:
-        """Change the forgetting rate and its decay from the next step on; the count of steps goes on.
-
-        Raises:
-            ValueError: as for the class.
-        """
-        self.beta, self.beta_sigma = checks.check_beta(beta), checks.check_beta_sigma(beta_sigma)
-        self._steps.set_beta(self.beta, self.beta_sigma)
-
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on bit for bit. Tensors are references, as in PyTorch.
 
@@ -381,7 +344,7 @@ class GradientBalancer(Readings):
             self._grads.write(kept)
         except BaseException:
             self._grads.put_back(kept)
-            if self._attachment is None:
+            if self._attachment is None or not self.buffer.local:
                 self._end_step()  # else the next backward would count on top of this one
             raise
         self._steps.pending.clear()

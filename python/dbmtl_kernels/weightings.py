@@ -41,6 +41,14 @@ class UsesLosses(Protocol):
         """
 
 
+@runtime_checkable
+class KeepsTasks(Protocol):
+    """A weighting with something to remember of each task, that must know when tasks come and go."""
+
+    def keep(self, tasks: Sequence[int | None]) -> None:
+        """Let the tasks be these of the former ones, in this order, None being a new one."""
+
+
 class MaxNorm:
     """The weights of DB-MTL: ``alpha / (||g_t|| + eps)``. The engine computes them in its kernels, without a Gramian.
 
@@ -127,6 +135,13 @@ class GradNorm(nn.Module):
         first = self.start[index]
         self.start[index] = torch.where(first.isnan() & values.isfinite(), values, first)
         self._seen = index, values
+
+    def keep(self, tasks: Sequence[int | None]) -> None:
+        """See `KeepsTasks`. A new task begins with weight 1; then all are scaled to the sum K."""
+        for name, new in (("weights", 1.0), ("used", 1.0), ("start", torch.nan)):
+            old = getattr(self, name)
+            setattr(self, name, torch.stack([old.new_tensor(new) if t is None else old[t] for t in tasks]))
+        self.weights *= len(tasks) / self.weights.sum()
 
     def forward(self, gramian: Tensor, /) -> Tensor:
         """See `Weighting`."""

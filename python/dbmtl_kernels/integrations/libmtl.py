@@ -27,7 +27,8 @@ class DB_MTL(nn.Module):  # noqa: N801 - LibMTL looks it up by this name
 
     Other than the authors' code:
 
-    - a task whose gradient is not finite sits out the step and starts afresh; theirs stays NaN for ever;
+    - a task whose gradient is not finite sits out the step and starts afresh; theirs stays NaN for ever. (The trainer
+      gives its losses as one tensor, in whose one graph a NaN reaches all tasks: then the step's gradient is zero.)
     - on a CPU a loss <= 0 raises; theirs gives NaN;
     - a shared ``.grad`` that is not zero beforehand is added to; theirs counts it as the first task's.
 
