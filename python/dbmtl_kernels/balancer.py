@@ -13,18 +13,20 @@ from . import checkpoint, checks, placement
 from . import losses as loss_values
 from .attachment import Attachment
 from .balanced import BalancedGradient
+from .changes import Changes
 from .gradients import Kept, SharedGradients
 from .heads import HeadGradients
 from .losses import Given, TaskLosses
+from .readings import Readings
 from .steps import Steps
 from .updates import Update
-from .weightings import MaxNorm, Weighting
+from .weightings import Weighting, check_weighting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class GradientBalancer:
+class GradientBalancer(Changes, Readings):
     """Balances the gradients that K tasks have of shared parameters, by any weighting, in any PyTorch training loop.
 
     With theta the P shared parameters and K losses, in step k::
@@ -92,7 +94,7 @@ class GradientBalancer:
         self.beta = checks.check_beta(beta)
         self.beta_sigma = checks.check_beta_sigma(beta_sigma)
         self.eps = checks.check_eps(eps)
-        self.weighting = _check_weighting(weighting, capturable)
+        self.weighting = check_weighting(weighting, capturable)
         self.log_transform = log_transform
         checks.check_seed(seed)
         self.seed = seed if state_dtype == torch.bfloat16 else None
@@ -106,29 +108,6 @@ class GradientBalancer:
         self._attachment: Attachment | None = None
         self._inside: int | None = None  # the task whose context is open
         self._reported = torch.float64 if state_dtype == torch.float64 else torch.float32
-
-    @property
-    def step(self) -> int:
-        """Number of EMA updates begun; reading it is a sync if ``capturable``."""
-        return self._steps.count
-
-    @property
-    def norms(self) -> Tensor:
-        """(K,) norms of the task gradients (their EMA) at the last balance, on the device, without a sync.
-
-        float32, or float64 with a float64 state. Not finite where the gradient was not.
-        """
-        return self.buffer.norms.to(self._reported, copy=True)
-
-    @property
-    def weights(self) -> Tensor:
-        """(K,) weights of the task gradients at the last balance, on the device, without a sync."""
-        return self.buffer.weights.to(self._reported, copy=True)
-
-    @property
-    def nonfinite_steps(self) -> Tensor:
-        """(K,) int64: in how many steps each task's gradient was not finite."""
-        return self.buffer.nonfinite_steps
 
     def __call__(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> Tensor:
         """A scalar whose ``backward()`` is the balanced backward.
@@ -252,35 +231,6 @@ class GradientBalancer:
         self._attachment = Attachment(optimizer, self._before_optimizer, self._end_step, self._detached)
         return self._attachment
 
-    def add_task(self) -> int:
-        """Make room for one task more, with a row of zeros; the others keep theirs. Returns its index, the last.
-
-        Raises:
-            RuntimeError: within a step.
-        """
-        self._keep([*range(self.num_tasks), None])
-        return self.num_tasks - 1
-
-    def remove_task(self, index: int) -> None:
-        """Forget a task; those after it move up by one, all keep their rows.
-
-        Raises:
-            RuntimeError: within a step.
-            ValueError: the index is out of range, or it is the last task.
-        """
-        checks.check_task(index, self.num_tasks)
-        checks.check_num_tasks(self.num_tasks - 1)
-        self._keep([task for task in range(self.num_tasks) if task != index])
-
-    def _keep(self, tasks: list[int | None]) -> None:
-        self._refuse_inside("a change of tasks")
-        self._end_if_thrown_away()
-        if self._steps.open:
-            raise RuntimeError("a change of tasks within a step; end it first (balance(), or optimizer.step())")
-        self.buffer.keep(tasks)
-        self._steps.keep(tasks)
-        self.num_tasks = len(tasks)
-
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on bit for bit. Tensors are references, as in PyTorch.
 
@@ -388,9 +338,15 @@ class GradientBalancer:
 
     @torch.no_grad()
     def _write(self, kept: Kept) -> None:
-        """Norms, weights, the balanced gradient, ``.grad``."""
+        """Norms, weights, the balanced gradient, ``.grad``; should the weighting raise, what was kept is put back."""
         self.buffer.settle()
-        self._grads.write(kept)
+        try:
+            self._grads.write(kept)
+        except BaseException:
+            self._grads.put_back(kept)
+            if self._attachment is None or not self.buffer.local:
+                self._end_step()  # else the next backward would count on top of this one
+            raise
         self._steps.pending.clear()
         if self._attachment is None:
             self._end_step()
@@ -420,11 +376,3 @@ class GradientBalancer:
     def _refuse_inside(self, what: str) -> None:
         if self._inside is not None:
             raise RuntimeError(f"{what} inside the context of task({self._inside}); leave it first")
-
-
-def _check_weighting(weighting: Weighting, capturable: bool) -> Weighting:
-    if not callable(weighting) or isinstance(weighting, type):
-        raise TypeError(f"weighting must be a callable from a Gramian to weights, got {weighting!r}")
-    if capturable and not isinstance(weighting, MaxNorm):
-        raise ValueError(f"capturable=True needs MaxNorm: {type(weighting).__name__} is called with a sync")
-    return weighting
