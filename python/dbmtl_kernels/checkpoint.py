@@ -32,7 +32,9 @@ def load(state: dict[str, Any], buffer: Buffer, steps: Steps, grads: SharedGradi
     load_weighting(weighting, state["weighting"])
     buffer.load(state["buffer"])
     steps.load(state["steps"], buffer.device)
-    grads.resume([bool(x) for x in state["touched"]], bool(state["written"]))
+    gone = grads.resume([bool(x) for x in state["touched"]], bool(state["written"]))
+    if gone and not steps.pending:  # saved after a step that a GradScaler skipped, say
+        steps.end()
 
 
 def check(state: dict[str, Any], own: dict[str, Any], buffer: Buffer) -> None:
