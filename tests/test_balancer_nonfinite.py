@@ -121,7 +121,7 @@ def test_state_dict_in_the_middle_of_an_accumulated_step():
 
 
 def test_a_state_saved_after_a_skipped_step_resumes_bit_for_bit():
-    """A fresh process has no .grad: nothing of the skipped step will be stepped, so the next backward begins another."""
+    """A fresh process has no .grad: of the skipped step nothing will be stepped; the next backward begins another."""
 
     def run(interrupt):
         torch.manual_seed(5)

@@ -16,9 +16,10 @@ from .balanced import BalancedGradient
 from .gradients import Kept, SharedGradients
 from .heads import HeadGradients
 from .losses import Given, TaskLosses
+from .monitor import Monitor
 from .steps import Steps
 from .updates import Update
-from .weightings import MaxNorm, Weighting
+from .weightings import Weighting, check_weighting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -92,7 +93,7 @@ class GradientBalancer:
         self.beta = checks.check_beta(beta)
         self.beta_sigma = checks.check_beta_sigma(beta_sigma)
         self.eps = checks.check_eps(eps)
-        self.weighting = _check_weighting(weighting, capturable)
+        self.weighting = check_weighting(weighting, capturable)
         self.log_transform = log_transform
         checks.check_seed(seed)
         self.seed = seed if state_dtype == torch.bfloat16 else None
@@ -104,7 +105,6 @@ class GradientBalancer:
         self._grads = SharedGradients(self.buffer, balanced, self._world)
         self._heads = HeadGradients(self.buffer.parameters, self._world)
         self._attachment: Attachment | None = None
-        self._inside: int | None = None  # the task whose context is open
         self._reported = torch.float64 if state_dtype == torch.float64 else torch.float32
 
     @property
@@ -129,6 +129,10 @@ class GradientBalancer:
     def nonfinite_steps(self) -> Tensor:
         """(K,) int64: in how many steps each task's gradient was not finite."""
         return self.buffer.nonfinite_steps
+
+    def monitor(self) -> Monitor:
+        """Norms, weights, cosines and conflicts of the tasks, for a logger; see `Monitor`."""
+        return Monitor(self)
 
     def __call__(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> Tensor:
         """A scalar whose ``backward()`` is the balanced backward.
@@ -190,13 +194,12 @@ class GradientBalancer:
             RuntimeError: the task was entered already since the last `balance`, or another context is open.
         """
         checks.check_task(index, self.num_tasks)
-        self._refuse_inside("task()")
-        if index in self._steps.pending:
-            raise RuntimeError(f"task {index} was entered already in this step; call balance() (or optimizer.step())")
+        self._steps.refuse_inside("task()")
+        self._steps.refuse_entered(index)
         self._check_ranks()
         self._world.check_same(f"task {index}", self.buffer.device, f"the ranks are not all in task({index})")
         kept, balanced = self._take()
-        self._inside = index
+        self._steps.inside = index
         try:
             with self._heads.averaging(self._candidates()), self._heads.sharing_logs(index, self.log_transform):
                 yield
@@ -209,7 +212,7 @@ class GradientBalancer:
         else:
             self._grads.put_back(kept)
         finally:
-            self._inside = None
+            self._steps.inside = None
 
     def balance(self) -> None:
         """Write the balanced gradient of the tasks entered with `task` to ``.grad``.
@@ -219,7 +222,7 @@ class GradientBalancer:
         Raises:
             RuntimeError: no task was entered since the last `balance`, or a `task` context is open.
         """
-        self._refuse_inside("balance()")
+        self._steps.refuse_inside("balance()")
         if not self._steps.pending:
             raise RuntimeError("balance() has nothing to balance: no task() was entered since the last step")
         kept, _ = self._take()
@@ -231,6 +234,9 @@ class GradientBalancer:
         A step that never comes (a GradScaler skipped it) is noticed when the gradients have been thrown away
         (``zero_grad``) by the next backward.
 
+        Args:
+            optimizer: any, also one that Lightning or Accelerate has wrapped.
+
         Returns:
             a handle; its ``remove()`` detaches.
 
@@ -240,10 +246,8 @@ class GradientBalancer:
         """
         if self._attachment is not None:
             raise RuntimeError("already attached to an optimizer; call remove() on the handle that attach() returned")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in held for p in self.buffer.parameters):
-            raise ValueError(f"{type(optimizer).__name__} holds none of the shared parameters")
-        self._attachment = Attachment(optimizer, self._before_optimizer, self._end_step, self._detached)
+        hooks = (self._before_optimizer, self._end_step, self._detached)
+        self._attachment = Attachment(optimizer, self.buffer.parameters, *hooks)
         return self._attachment
 
     def add_task(self) -> int:
@@ -267,7 +271,7 @@ class GradientBalancer:
         self._keep([task for task in range(self.num_tasks) if task != index])
 
     def _keep(self, tasks: list[int | None]) -> None:
-        self._refuse_inside("a change of tasks")
+        self._steps.refuse_inside("a change of tasks")
         if self._steps.open:
             raise RuntimeError("a change of tasks within a step; end it first (balance(), or optimizer.step())")
         self.buffer.keep(tasks)
@@ -311,10 +315,8 @@ class GradientBalancer:
 
     def _run(self, present: TaskLosses, factor: Tensor | None, retain_graph: bool) -> None:
         """A backward pass for each task, gathered into its row before the next, then the balanced gradient."""
-        self._refuse_inside("backward()")
-        waiting = sorted(self._steps.pending)
-        if waiting:
-            raise RuntimeError(f"backward() while task(s) {waiting} wait for balance(); call it first")
+        self._steps.refuse_inside("backward()")
+        self._steps.refuse_pending()
         kept, balanced = self._take()
         last = len(present.tasks) - 1
         update = self._update(present.tasks[0], factor)
@@ -376,7 +378,7 @@ class GradientBalancer:
         """Norms, weights, the balanced gradient, ``.grad``."""
         self.buffer.settle()
         self._grads.write(kept)
-        self._steps.pending.clear()
+        self._steps.balanced()
         if self._attachment is None:
             self._end_step()
 
@@ -385,27 +387,10 @@ class GradientBalancer:
         self._grads.let_go()
 
     def _before_optimizer(self) -> None:
-        if not self._steps.pending:
-            return
-        if self._steps.loss_scale is not None:
-            raise RuntimeError(
-                "optimizer.step() would see gradients that carry the loss scale: with a GradScaler, call "
-                "balancer.balance() before scaler.unscale_() and scaler.step()"
-            )
-        self.balance()
+        if self._steps.pending:
+            self._steps.refuse_scaled()
+            self.balance()
 
     def _detached(self) -> None:
         self._attachment = None
         self._end_step()
-
-    def _refuse_inside(self, what: str) -> None:
-        if self._inside is not None:
-            raise RuntimeError(f"{what} inside the context of task({self._inside}); leave it first")
-
-
-def _check_weighting(weighting: Weighting, capturable: bool) -> Weighting:
-    if not callable(weighting) or isinstance(weighting, type):
-        raise TypeError(f"weighting must be a callable from a Gramian to weights, got {weighting!r}")
-    if capturable and not isinstance(weighting, MaxNorm):
-        raise ValueError(f"capturable=True needs MaxNorm: {type(weighting).__name__} is called with a sync")
-    return weighting

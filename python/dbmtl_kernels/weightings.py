@@ -123,6 +123,15 @@ class GradNorm(nn.Module):
         return self.weights[index].to(gramian.device, gramian.dtype)
 
 
+def check_weighting(weighting: Weighting, capturable: bool) -> Weighting:
+    """Raise TypeError unless it can be called, ValueError if it could not be captured in a CUDA graph but must be."""
+    if not callable(weighting) or isinstance(weighting, type):
+        raise TypeError(f"weighting must be a callable from a Gramian to weights, got {weighting!r}")
+    if capturable and not isinstance(weighting, MaxNorm):
+        raise ValueError(f"capturable=True needs MaxNorm: {type(weighting).__name__} is called with a sync")
+    return weighting
+
+
 def state_of_weighting(weighting: Any) -> dict[str, Any]:
     """What a checkpoint keeps of a weighting: the state_dict of one that has any."""
     return dict(weighting.state_dict()) if hasattr(weighting, "state_dict") else {}
