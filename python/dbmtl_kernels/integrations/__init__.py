@@ -1,0 +1,1 @@
+"""Thin adapters for other libraries; each is importable only where its library is."""
