@@ -106,7 +106,6 @@ class GradientBalancer(Changes, Readings):
         self._grads = SharedGradients(self.buffer, balanced, self._world)
         self._heads = HeadGradients(self.buffer.parameters, self._world, self.buffer.device)
         self._attachment: Attachment | None = None
-        self._inside: int | None = None  # the task whose context is open
         self._reported = torch.float64 if state_dtype == torch.float64 else torch.float32
 
     def __call__(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> Tensor:
@@ -169,16 +168,15 @@ class GradientBalancer(Changes, Readings):
             RuntimeError: the task was entered already since the last `balance`, or another context is open.
         """
         checks.check_task(index, self.num_tasks)
-        self._refuse_inside("task()")
-        if index in self._steps.pending:
-            raise RuntimeError(f"task {index} was entered already in this step; call balance() (or optimizer.step())")
+        self._steps.refuse_inside("task()")
+        self._steps.refuse_entered(index)
         if self._alone:
             placement.refuse_unnamed_group()
         self._world.check_same(f"task {index}", self.buffer.device, f"the ranks are not all in task({index})")
         scale = None if loss_scale is None else loss_values.factor_on(self.buffer.device, loss_scale)
         update = self._update(index, None if scale is None else loss_values.factor_or_none(scale))
         kept, balanced = self._take()
-        self._inside = index
+        self._steps.inside = index
         try:
             touched = self._grads.touched
             with self._heads.averaging(touched, self._candidates()):
@@ -194,7 +192,7 @@ class GradientBalancer(Changes, Readings):
         else:
             self._grads.put_back(kept)
         finally:
-            self._inside = None
+            self._steps.inside = None
 
     def balance(self) -> None:
         """Write the balanced gradient of the tasks entered with `task` to ``.grad``.
@@ -204,7 +202,7 @@ class GradientBalancer(Changes, Readings):
         Raises:
             RuntimeError: no task was entered since the last `balance`, or a `task` context is open.
         """
-        self._refuse_inside("balance()")
+        self._steps.refuse_inside("balance()")
         if not self._steps.pending:
             raise RuntimeError("balance() has nothing to balance: no task() was entered since the last step")
         kept, _ = self._take()
@@ -216,6 +214,9 @@ class GradientBalancer(Changes, Readings):
         A step that never comes (a GradScaler skipped it) is noticed when the gradients have been thrown away
         (``zero_grad``) by the next backward.
 
+        Args:
+            optimizer: any, also one that Lightning or Accelerate has wrapped.
+
         Returns:
             a handle; its ``remove()`` detaches.
 
@@ -225,10 +226,8 @@ class GradientBalancer(Changes, Readings):
         """
         if self._attachment is not None:
             raise RuntimeError("already attached to an optimizer; call remove() on the handle that attach() returned")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in held for p in self.buffer.parameters):
-            raise ValueError(f"{type(optimizer).__name__} holds none of the shared parameters")
-        self._attachment = Attachment(optimizer, self._before_optimizer, self._end_step, self._detached)
+        hooks = (self._before_optimizer, self._end_step, self._detached)
+        self._attachment = Attachment(optimizer, self.buffer.parameters, *hooks)
         return self._attachment
 
     def state_dict(self) -> dict[str, Any]:
@@ -270,10 +269,8 @@ class GradientBalancer(Changes, Readings):
 
     def _run(self, present: TaskLosses, factor: Tensor | None, retain_graph: bool) -> None:
         """A backward pass for each task, gathered into its row before the next, then the balanced gradient."""
-        self._refuse_inside("backward()")
-        waiting = sorted(self._steps.pending)
-        if waiting:
-            raise RuntimeError(f"backward() while task(s) {waiting} wait for balance(); call it first")
+        self._steps.refuse_inside("backward()")
+        self._steps.refuse_pending()
         kept, balanced = self._take()
         last = len(present.tasks) - 1
         update = self._update(present.tasks[0], factor)
@@ -347,7 +344,7 @@ class GradientBalancer(Changes, Readings):
             if self._attachment is None or not self.buffer.local:
                 self._end_step()  # else the next backward would count on top of this one
             raise
-        self._steps.pending.clear()
+        self._steps.balanced()
         if self._attachment is None:
             self._end_step()
 
@@ -360,19 +357,10 @@ class GradientBalancer(Changes, Readings):
         self._grads.let_go()
 
     def _before_optimizer(self) -> None:
-        if not self._steps.pending:
-            return
-        if self._steps.loss_scale is not None:
-            raise RuntimeError(
-                "optimizer.step() would see gradients that carry the loss scale: with a GradScaler, call "
-                "balancer.balance() before scaler.unscale_() and scaler.step()"
-            )
-        self.balance()
+        if self._steps.pending:
+            self._steps.refuse_scaled()
+            self.balance()
 
     def _detached(self) -> None:
         self._attachment = None
         self._end_step()
-
-    def _refuse_inside(self, what: str) -> None:
-        if self._inside is not None:
-            raise RuntimeError(f"{what} inside the context of task({self._inside}); leave it first")

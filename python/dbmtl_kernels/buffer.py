@@ -193,6 +193,7 @@ class TaskGradientBuffer:
 
     def gramian(self) -> Tensor:
         """(K, K) inner products of the rows, float32 (float64 of float64 rows)."""
+        self.settle()
         return self.spread.sum(ops.gramian(self.rows, self.backend), "the Gramian of the task gradients")
 
     def _row_numel(self) -> int:

@@ -20,7 +20,6 @@ class Changes:
     buffer: Buffer
     _steps: Steps
     _end_if_thrown_away: Callable[[], None]
-    _refuse_inside: Callable[[str], None]
 
     def add_task(self) -> int:
         """Make room for one task more, with a row of zeros; the others keep theirs. Returns its index, the last.
@@ -43,7 +42,7 @@ class Changes:
         self._keep([task for task in range(self.num_tasks) if task != index])
 
     def _keep(self, tasks: list[int | None]) -> None:
-        self._refuse_inside("a change of tasks")
+        self._steps.refuse_inside("a change of tasks")
         self._end_if_thrown_away()
         if self._steps.open:
             raise RuntimeError("a change of tasks within a step; end it first (balance(), or optimizer.step())")

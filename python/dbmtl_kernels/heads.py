@@ -47,15 +47,18 @@ class HeadGradients:
         self._known = False  # some of them from a wrapper or an optimizer
 
     def refuse_synchronising_wrapper(self) -> None:
-        """Raise RuntimeError if the last forward pass of a DistributedDataParallel was not inside its ``no_sync()``.
+        """Raise RuntimeError if the forward pass of a DistributedDataParallel is or was not inside its ``no_sync()``.
 
         It would reduce the gradients of the first backward pass only, in the background.
         """
         for wrapper in self._live_wrappers():
-            if wrapper.require_forward_param_sync:
+            # Within its forward pass (Lightning runs the training step there) what the last one said does not count.
+            within = wrapper is DistributedDataParallel._get_active_ddp_module()
+            if wrapper.require_backward_grad_sync if within else wrapper.require_forward_param_sync:
                 raise RuntimeError(
                     "DistributedDataParallel would reduce the first task's gradients and no other's: run its forward "
-                    "pass (and the backward) inside `with model.no_sync():`, DBMTL averages the gradients itself"
+                    "pass (and the backward) inside `with model.no_sync():`, DBMTL averages the gradients itself "
+                    "(dbmtl_kernels.integrations does so for Lightning, Accelerate and the Hugging Face Trainer)"
                 )
 
     @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .monitor import Monitor
 from .placement import Buffer
 from .steps import Steps
 
@@ -38,3 +39,7 @@ class Readings:
     def nonfinite_steps(self) -> Tensor:
         """(K,) int64: in how many steps each task's gradient was not finite."""
         return self.buffer.nonfinite_steps
+
+    def monitor(self) -> Monitor:
+        """Norms, weights, cosines and conflicts of the tasks, for a logger; see `Monitor`."""
+        return Monitor(self)

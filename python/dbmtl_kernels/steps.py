@@ -29,8 +29,10 @@ class Steps:
         fresh: nothing was balanced yet in this step.
         seen: for each task, whether it has a gradient in this step.
         pending: the tasks entered with `DBMTL.task` since the last balance.
+        inside: the task whose context is open.
         loss_scale: the factor that this step's gradients carry.
         losses: the last loss of each task in this step, where it is known.
+        changes: how often any row was changed, as far as this host knows: a replayed CUDA graph does not count.
     """
 
     def __init__(
@@ -45,8 +47,19 @@ class Steps:
         self.fresh = True
         self.seen = [False] * num_tasks
         self.pending: set[int] = set()
+        self.inside: int | None = None
         self.loss_scale: Tensor | None = None
         self.losses: dict[int, Tensor] = {}
+        self.changes = 0
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the count is kept on a device."""
+        return self._counts is not None
+
+    def count_on(self, device: torch.device) -> Tensor:
+        """`count` as one number on the device, without a sync."""
+        return torch.full((), self._host[0], device=device) if self._counts is None else self._counts[0]
 
     @property
     def count(self) -> int:
@@ -65,6 +78,11 @@ class Steps:
             self._counts[0] += 1
         self._set_betas()
 
+    def balanced(self) -> None:
+        """The balanced gradient has been written."""
+        self.changes += 1
+        self.pending.clear()
+
     def end(self) -> None:
         """The step is over, whether anything came of it or not."""
         self.open = False
@@ -72,6 +90,7 @@ class Steps:
 
     def coefficients(self, task: int, factor: Tensor | None) -> Coefficients:
         """How a gradient of ``task`` counts that carries ``factor``; begins a step if none is open."""
+        self.changes += 1
         if not self.open:
             self.begin(factor)
         elif self.loss_scale is not None and loss_values.is_zero(self.loss_scale):
@@ -112,7 +131,31 @@ class Steps:
 
     def keep(self, tasks: Sequence[int | None]) -> None:
         """Let the tasks be these, None being a new one."""
+        self.changes += 1
         self.seen = [task is not None and self.seen[task] for task in tasks]
+
+    def refuse_inside(self, what: str) -> None:
+        """Raise RuntimeError if the context of a task is open."""
+        if self.inside is not None:
+            raise RuntimeError(f"{what} inside the context of task({self.inside}); leave it first")
+
+    def refuse_entered(self, task: int) -> None:
+        """Raise RuntimeError if the task waits for a balance already."""
+        if task in self.pending:
+            raise RuntimeError(f"task {task} was entered already in this step; call balance() (or optimizer.step())")
+
+    def refuse_pending(self) -> None:
+        """Raise RuntimeError if any task waits for a balance."""
+        if self.pending:
+            raise RuntimeError(f"backward() while task(s) {sorted(self.pending)} wait for balance(); call it first")
+
+    def refuse_scaled(self) -> None:
+        """Raise RuntimeError if the optimizer would see the loss scale."""
+        if self.loss_scale is not None:
+            raise RuntimeError(
+                "optimizer.step() would see gradients that carry the loss scale: with a GradScaler, call "
+                "balancer.balance() before scaler.unscale_() and scaler.step()"
+            )
 
     def state(self) -> dict[str, Any]:
         """Numbers of a checkpoint; no tensors."""
@@ -128,6 +171,7 @@ class Steps:
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         """Take over what `state` gave."""
+        self.changes += 1
         self._host = [int(state["step"]), int(state["updates"])]
         if self._counts is not None:
             self._counts.copy_(torch.tensor(self._host))
