@@ -34,9 +34,11 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "two_headed_transformer.py
 
 
 @pytest.fixture(autouse=True)
-def _own_state():
-    """Accelerate remembers the precision of the first Accelerator of a process."""
+def _own_state(monkeypatch):
+    """Accelerate remembers the precision of the first Accelerator of a process, and a Trainer sets the environment."""
     torch.set_num_threads(1)  # conftest puts it back
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 
@@ -294,7 +296,8 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).parent / "hf_job.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -21,6 +21,9 @@ else:
 
 # The two names under which Lightning is installed. Each has a Callback of its own and refuses the other's.
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+INSTALLED = [name for name in PACKAGES if importlib.util.find_spec(name.partition(".")[0]) is not None]
+if not INSTALLED:
+    raise ModuleNotFoundError("this needs Lightning: pip install 'dbmtl-kernels[lightning]'", name="lightning")
 
 
 class GradientBalancing(Callback):
@@ -45,9 +48,6 @@ class GradientBalancing(Callback):
 
     Attributes:
         balancer: that of the last fit, or None.
-
-    Raises:
-        ModuleNotFoundError: neither package is installed.
     """
 
     def __new__(cls, *_: Any, **__: Any) -> GradientBalancing:
@@ -163,15 +163,7 @@ class GradientBalancing(Callback):
 
 def _imported() -> tuple[str, ...]:
     """The packages of Lightning that were imported; if none was, the first that is installed."""
-    found = tuple(name for name in PACKAGES if sys.modules.get(name) is not None)
-    if found:
-        return found
-    for name in PACKAGES:
-        if importlib.util.find_spec(name.partition(".")[0]) is not None:
-            return (name,)
-    raise ModuleNotFoundError(
-        "GradientBalancing needs Lightning: pip install 'dbmtl-kernels[lightning]'", name="lightning"
-    )
+    return tuple(name for name in INSTALLED if name in sys.modules) or (INSTALLED[0],)
 
 
 @functools.cache
