@@ -54,7 +54,9 @@ class TaskGradientBuffer:
         self._distributed = any(dtensors.is_dtensor(p) for p in layout.parameters)
         self._replicas = World(dtensors.replicated_groups(layout.parameters[0]))
         # FSDP runs hooks while a gradient may still be on its way to a CPU.
-        self.early = not self._distributed and backends.resolve(backend, self.device).gathers_early(self.device)
+        self.early = not self._distributed and backends.resolve(backend, self.device, num_tasks).gathers_early(
+            self.device
+        )
         self._allocate(num_tasks)
 
     def _allocate(self, num_tasks: int) -> None:
