@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .balancer import GradientBalancer
+    from .readings import Readings
 
 
 class ScalarWriter(Protocol):
@@ -31,18 +31,18 @@ class Monitor:
         balancer: whose.
     """
 
-    def __init__(self, balancer: GradientBalancer) -> None:
+    def __init__(self, balancer: Readings) -> None:
         self._balancer = balancer
         self._gramian: tuple[int, Tensor] | None = None  # of which change of the rows, and what it was
 
     @property
     def norms(self) -> Tensor:
-        """(K,) norms; see `GradientBalancer.norms`."""
+        """(K,) norms; see `Readings.norms`."""
         return self._balancer.norms
 
     @property
     def weights(self) -> Tensor:
-        """(K,) weights; see `GradientBalancer.weights`."""
+        """(K,) weights; see `Readings.weights`."""
         return self._balancer.weights
 
     @property
