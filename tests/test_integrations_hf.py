@@ -299,7 +299,7 @@ def ranks(tmp_path_factory):
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]

@@ -150,6 +150,17 @@ def module_without_balancer():
     return Validated()
 
 
+def test_a_checkpoint_without_a_state(tmp_path):
+    trainer = trainer_of(pl, tmp_path, 1)
+    module = Module()
+    module.balancer = sum
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    with pytest.warns(UserWarning, match=r"no GradientBalancing in .*end.ckpt: the balancer begins anew"):
+        _, balancing, _ = fit(tmp_path, 2, resume=tmp_path / "end.ckpt")
+    assert balancing.balancer.step == BATCHES
+
+
 def test_a_state_of_something_else_is_refused(tmp_path):
     _, _, trainer = fit(tmp_path, 1)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
@@ -346,7 +357,7 @@ def ranks(tmp_path_factory):
     script = Path(__file__).parent / "lightning_job.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=600
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]

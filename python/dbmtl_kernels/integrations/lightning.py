@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,7 @@ class GradientBalancing(Callback):
         self._fitting = False
         self._saves = True  # whether this rank writes the checkpoints
         self._waiting: dict[str, Any] | None = None  # a state that came before its balancer
+        self._resumed = False
         self._batch = ExitStack()
         self._logged = 0
 
@@ -98,11 +100,16 @@ class GradientBalancing(Callback):
         held = {id(p) for p in balancer.buffer.parameters}
         optimizers = [o for o in trainer.optimizers if any(id(p) in held for g in o.param_groups for p in g["params"])]
         self._handle = balancer.attach((optimizers or trainer.optimizers)[0])
-        self._fitting, self._saves, self._logged = True, trainer.is_global_zero, 0
+        self._fitting, self._resumed, self._saves, self._logged = True, False, trainer.is_global_zero, 0
         if self._waiting is not None:
-            balancer.load_state_dict(self._waiting)
+            self.load_state_dict({"balancer": self._waiting})
             self._waiting = None
         pl_module.balancer = balancer  # type: ignore[assignment]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of a checkpoint that had no state for the balancer."""
+        if trainer.ckpt_path is not None and not self._resumed:
+            warnings.warn(f"no {self.state_key} in {trainer.ckpt_path}: the balancer begins anew", stacklevel=2)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep DistributedDataParallel from reducing gradients."""
@@ -145,6 +152,7 @@ class GradientBalancing(Callback):
         """
         if self._fitting and self.balancer is not None:
             self.balancer.load_state_dict(state_dict["balancer"])
+            self._resumed = True
         else:
             self._waiting = state_dict["balancer"]
 
