@@ -42,7 +42,9 @@ def balance(num_tasks, size, grad, state, scale="max", seed=None, form=1):
     launches.balance_(grads, ema, 0.9, 1e-8, scale, 0.0, seed)
 
 
-def accumulate(dtypes, state, sizes=(8192, 77), seed=None, loss_scale=None, step=32, decay=0.9, task=0):
+def accumulate(
+    dtypes, state, sizes=(8192, 77), seed=None, loss_scale=None, step=32, decay=0.9, task=0, coefficients=None
+):
     """Parameters of ``sizes``, each on a multiple of ``step`` elements of the row."""
     starts = [0]
     for size in sizes:
@@ -51,7 +53,7 @@ def accumulate(dtypes, state, sizes=(8192, 77), seed=None, loss_scale=None, step
     segments = torch.tensor([[start, size] for start, size in zip(starts, sizes, strict=False)])
     # The sums of all tasks lie in one tensor, as the engine has them: every second one on 16 bytes.
     row, sumsq = torch.zeros(starts[-1], dtype=state), torch.zeros(4, dtype=F64)[task : task + 1]
-    launches.accumulate_(row, sumsq, grads, segments, decay, 0.1, loss_scale, seed)
+    launches.accumulate_(row, sumsq, grads, segments, decay, 0.1, loss_scale, seed, coefficients)
 
 
 def combine(num_tasks, size, state, out):
@@ -78,6 +80,7 @@ CASES = {
     "dense small": lambda: balance(3, 1 << 16, F32, F32),
     "dense K=1": lambda: balance(1, 1 << 16, F32, F32),
     "dense K=16 median": lambda: balance(16, 1 << 21, F32, F32, "median"),
+    "dense K=64 median": lambda: balance(64, 1 << 21, F32, F32, "median"),
     "dense bf16, bf16 state": lambda: balance(11, 1 << 21, BF16, BF16, seed=1),
     "dense bf16": lambda: balance(3, 1 << 21, BF16, F32),
     "dense fp16, bf16 state": lambda: balance(3, 1 << 21, F16, BF16),
@@ -92,12 +95,20 @@ CASES = {
     "accumulate bf16, bf16 state": lambda: accumulate([BF16], BF16, seed=1),
     "accumulate fp64": lambda: accumulate([F64], F64),
     "accumulate, unaligned row": lambda: accumulate([F32], F32, step=7),
+    "accumulate fp32, coefficients": lambda: accumulate([F32], F32, coefficients=torch.zeros(3).double()),
+    "accumulate mixed, coefficients": lambda: accumulate([F32, BF16, F16], F32, coefficients=torch.zeros(3).double()),
+    "accumulate bf16, bf16 state, coefficients": lambda: accumulate(
+        [BF16], BF16, seed=1, coefficients=torch.zeros(3).double()
+    ),
+    "accumulate fp64, coefficients": lambda: accumulate([F64], F64, coefficients=torch.zeros(3).double()),
     "combine fp32": lambda: combine(3, 1 << 16, F32, F32),
+    "combine K=64": lambda: combine(64, 1 << 16, F32, F32),
     "combine bf16": lambda: combine(11, 1 << 16, BF16, BF16),
     "rows fp32": lambda: balance_rows(3, [F32]),
     "rows mixed, scaled, partial": lambda: balance_rows(
         11, [F32, BF16, F16], active=torch.ones(11, dtype=torch.bool), loss_scale=torch.ones(())
     ),
+    "rows K=64": lambda: balance_rows(64, [F32]),
     "rows bf16": lambda: balance_rows(3, [BF16], BF16),
     "gramian fp32": lambda: gramian(3, 1 << 16, F32),
     "gramian K=64": lambda: gramian(64, 1 << 16, F32),
@@ -138,8 +149,12 @@ def report(case, arch, kernel, compiled):
     }  # fmt: skip
 
 
-def specialisations():
-    """How many times each kernel is compiled in 12 steps of one layout in which every number changes."""
+def specialisations(in_memory):
+    """How many times each kernel is compiled in 12 steps of one layout in which every number changes.
+
+    If ``in_memory``, coefficients lie in a tensor, each step's elsewhere in it.
+    """
+    store = torch.zeros(99, dtype=F64)
     launches._launch = lambda kernel, grid, *args, tuning, cooperative=False, **meta: kernel.warmup(
         *args, grid=(grid,), **meta, **launches._options(tuning, cooperative)
     )
@@ -149,8 +164,9 @@ def specialisations():
         for dtypes in ([F32], [BF16]):  # and gradients that come in two dtypes
             for size in (1000, 1008, 16, 1, 4096):  # of one parameter
                 accumulate(
-                    dtypes, BF16, (size, 512), seed=step, loss_scale=scale, decay=0.9 / (step + 1), task=step % 4
-                )
+                    dtypes, BF16, (size, 512), seed=step, loss_scale=scale, decay=0.9 / (step + 1), task=step % 4,
+                    coefficients=store[step : step + 3] if in_memory else None,
+                )  # fmt: skip
         balance_rows(3, [F32], BF16, loss_scale=scale)
         balance(3, 4096 + 16 * step, F32, F32, form=1)
     return {name: len(kernel.device_caches[90][0]) - before[name] for name, kernel in KERNELS.items()}
@@ -181,7 +197,8 @@ def main(archs):
             launches._launch = compile_only
             run()
     triton.runtime.driver.set_active(Machine(90))
-    print(json.dumps({"kernels": sorted(KERNELS), "reports": reports, "specialisations": specialisations()}))
+    made = [specialisations(in_memory) for in_memory in (False, True)]
+    print(json.dumps({"kernels": sorted(KERNELS), "reports": reports, "specialisations": made}))
 
 
 if __name__ == "__main__":

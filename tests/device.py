@@ -136,7 +136,14 @@ def row_problem(state, grad_dtypes, step, unaligned=False, sizes=None):
     return row, torch.tensor(segments), bases, shift
 
 
-def assert_accumulates_as_native(row, segments, bases, shift=0, decay=0.9, gain=0.1, scale=None, seed=None):
+def in_memory(decay, gain, seed):
+    """As `ops.accumulate_` takes its coefficients."""
+    return torch.cat([torch.tensor([decay, gain], dtype=torch.float64), torch.tensor([seed or 0]).view(torch.float64)])
+
+
+def assert_accumulates_as_native(
+    row, segments, bases, shift=0, decay=0.9, gain=0.1, scale=None, seed=None, coefficients=None
+):
     """State bit for bit, gaps untouched; the sum of squares, in float64 on both, but for the order it is summed in."""
     loss_scale = None if scale is None else torch.tensor(scale)
     expected, total = row.clone(), torch.zeros(1, dtype=torch.float64)
@@ -144,7 +151,9 @@ def assert_accumulates_as_native(row, segments, bases, shift=0, decay=0.9, gain=
     ops.accumulate_(expected, total, grads, segments, decay, gain, loss_scale, seed, "native")
     actual, sumsq = there(row), there(torch.full((1,), torch.nan, dtype=torch.float64))
     on_device = [None if b is None else there(b)[shift:] for b in bases]
-    ops.accumulate_(actual, sumsq, on_device, segments, decay, gain, there(loss_scale), seed, BACKEND)
+    ops.accumulate_(
+        actual, sumsq, on_device, segments, decay, gain, there(loss_scale), seed, BACKEND, there(coefficients)
+    )
     assert_same_bits([actual.cpu()], [expected])
     torch.testing.assert_close(sumsq.cpu(), total, rtol=1e-12, atol=0)
     assert_nobody_waits()

@@ -1,5 +1,6 @@
 """The CUDA kernels of csrc/cuda compiled for this CPU (tests/cuda/emulation.h), loaded as the `cuda` backend."""
 
+import ctypes
 import os
 import shlex
 import subprocess
@@ -11,12 +12,19 @@ FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 EXTRA = ["-Wno-unknown-pragmas", "-Wno-unused-function", "-DDBMTL_EMULATED"]
 
 
+def traffic(library):
+    """Bytes of rows, gradients and results read and written since the last call, and accesses of 128 bits."""
+    numbers = (ctypes.c_int64 * 3)()
+    library.emulated_traffic(numbers)
+    return tuple(numbers)
+
+
 def build(folder):
     """The library, made in ``folder``."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     includes = [f"-I{ROOT / path}" for path in ("csrc", "csrc/include", "csrc/cuda", "tests/cuda")]
     running, objects = [], []
-    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+    for source in [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "tests/cuda/emulation.cpp"]:
         objects.append(str(folder / f"{source.stem}.o"))
         command = [*compiler, "-x", "c++", *FLAGS, *EXTRA, *includes, "-c", str(source), "-o", objects[-1]]
         running.append(subprocess.Popen(command))

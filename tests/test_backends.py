@@ -9,10 +9,10 @@ from pathlib import Path
 import dbmtl_kernels as dbk
 import pytest
 import torch
-from dbmtl_kernels import backends
-from dbmtl_kernels.backends import eager, native
+from dbmtl_kernels import backends, ops
+from dbmtl_kernels.backends import cuda, eager, native, triton
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -74,38 +74,88 @@ def test_without_the_library(monkeypatch, tmp_path, content, reason):
 
 def test_an_old_library(monkeypatch):
     monkeypatch.setattr(native.abi, "ABI_VERSION", 99)
-    assert "ABI version 3, this package needs 99" in native.missing(CPU)
+    assert "ABI version 4, this package needs 99" in native.missing(CPU)
 
 
-def test_the_c_abi_names_the_argument_and_writes_nothing():
-    library = native._library()
-    state, out = torch.ones(2, 4), torch.ones(4)
-    norms = torch.ones(2)
+# --- more tasks than a backend takes ----------------------------------------------------------------------------------
 
-    def balance(**changes):
-        a = {
-            "grads": torch.ones(2, 4).data_ptr(), "gd": 0, "gs": 4, "ema": state.data_ptr(), "sd": 0, "ss": 4,
-            "out": out.data_ptr(), "od": 0, "norms": norms.data_ptr(), "k": 2, "p": 4, "beta": 0.5, "eps": 1e-8,
-            "scale": 0, "constant": 0.0, "stochastic": 0, "seed": 0, "threads": 1, "workspace": None, "stream": None,
-        } | changes  # fmt: skip
-        return library.dbmtl_balance(*a.values()), library.dbmtl_last_error().decode()
 
-    cases = {
-        "grads is null": {"grads": None}, "ema is null": {"ema": None}, "out is null": {"out": None},
-        "norms is null": {"norms": None}, "num_tasks": {"k": 0}, "num_params": {"p": -1}, "grad_dtype": {"gd": 9},
-        "state_dtype": {"sd": 3}, "out_dtype": {"od": -1}, "row stride": {"gs": 3}, "beta": {"beta": 1.0},
-        "eps": {"eps": 0.0}, "scale": {"scale": 7}, "stochastic": {"stochastic": 1},
-    }  # fmt: skip
-    for message, changes in cases.items():
-        status, said = balance(**changes)
-        assert status in (1, 2), message
-        assert message in said
-    for tensor in (state, out, norms):
-        assert (tensor == 1).all()
-    with pytest.raises(TypeError, match="state_dtype"):
-        native._check(balance(sd=3)[0])
-    with pytest.raises(ValueError, match="no such instruction set"):
-        native.set_isa("sse9")
+@pytest.fixture
+def all_there(monkeypatch):
+    """Every backend can serve CUDA tensors, as far as it is asked."""
+    for name in backends.NAMES:
+        monkeypatch.setattr(backends.get(name), "missing", lambda device: None)
+
+
+@pytest.mark.usefixtures("all_there")
+def test_auto_takes_the_first_backend_that_takes_so_many_tasks():
+    assert backends.resolve("auto", CUDA) is triton
+    assert [backends.resolve("auto", CUDA, n) for n in (1, 64, 65, 256)] == [triton, triton, cuda, cuda]
+    assert backends.resolve("auto", CUDA, 64, gramian=True) is triton
+    for many, gramian, reasons in (
+        (257, False, "triton.*it takes at most 64 tasks, got 257.*cuda.*it takes at most 256 tasks, got 257"),
+        (65, True, "triton.*its Gramian takes at most 64 tasks, got 65.*cuda.*its Gramian takes at most 64"),
+    ):
+        with pytest.warns(RuntimeWarning, match=f"{reasons}.*using the slower eager backend"):
+            assert backends.resolve("auto", CUDA, many, gramian) is eager
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # said once
+            assert backends.resolve("auto", CUDA, many, gramian) is eager
+    assert backends.resolve("auto", CPU, 10**6) is native
+    assert backends.resolve("auto", torch.device("meta"), 10**6) is eager
+
+
+@pytest.mark.usefixtures("all_there")
+def test_a_backend_asked_for_by_name_names_its_limit(monkeypatch):
+    for name, most, gramian in (("triton", 64, False), ("triton", 64, True), ("cuda", 256, False), ("cuda", 64, True)):
+        assert backends.resolve(name, CUDA, most, gramian) is backends.get(name)
+        message = f"asked for but it{'s Gramian' if gramian else ''} takes at most {most} tasks, got {most + 1}"
+        with pytest.raises(ValueError, match=f"backend='{name}' was {message}"):
+            backends.resolve(name, CUDA, most + 1, gramian)
+        monkeypatch.setenv("DBMTL_BACKEND", name)
+        with pytest.raises(ValueError, match=f"DBMTL_BACKEND={name} was {message}"):
+            backends.resolve("auto", CUDA, most + 1, gramian)
+        monkeypatch.delenv("DBMTL_BACKEND")
+    for name in ("native", "eager"):
+        assert backends.resolve(name, CUDA, 10**6, gramian=True) is backends.get(name)
+
+
+def test_a_missing_backend_is_not_asked_how_many_it_takes(monkeypatch, all_there):
+    monkeypatch.setattr(cuda, "missing", lambda device: "not built")
+    with pytest.warns(RuntimeWarning, match=r"triton.*at most 64 tasks, got 65.*cuda.*\(not built\); using.*eager"):
+        assert backends.resolve("auto", CUDA, 65) is eager
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("emulated_cuda")
+def test_every_op_says_how_many_tasks_it_has(monkeypatch):
+    """On this CPU, with the choice of a GPU: 65 rows go past Triton, one of 65 does not."""
+    monkeypatch.setitem(backends.CHOICE, "cpu", ("triton", "cuda", "eager"))
+    served = []
+    for name in ("triton", "cuda", "eager"):
+        for op in ("balance_", "accumulate_", "combine_out", "balance_rows_", "gramian"):
+            module = backends.get(name)
+            run = getattr(module, op)
+            monkeypatch.setattr(
+                module, op, lambda *a, n=name, op=op, run=run: (served.append((n, op)), run(*a))[1], raising=False
+            )
+    for many, expected in ((64, "triton"), (65, "cuda")):
+        served.clear()
+        rows, ema = torch.randn(many, 40), torch.zeros(many, 40)
+        out, _ = dbk.balance_(rows, ema, 0.0)
+        torch.testing.assert_close(out, dbk.reference.balance(rows, torch.zeros(many, 40), 0.0)[0])
+        sumsq, segments = torch.zeros(many, dtype=torch.float64), torch.tensor([[0, 40]])
+        ops.accumulate_(ema[0], sumsq[:1], [rows[0]], segments, 0.0, 1.0, None, None, "auto")
+        books = [torch.zeros(many, dtype=d) for d in (torch.bool, torch.int64, torch.float64, torch.float64)]
+        ops.balance_rows_(ema, sumsq, *books, [out], [0], None, None, 1e-8, "max", 0.0, True, False, "auto")
+        torch.testing.assert_close(ops.combine(rows, torch.ones(many), None, "auto"), rows.sum(0))
+        ops.combine_out(rows, torch.ones(many), out, True, "auto")
+        ops_of_all = [("balance_", expected), ("accumulate_", "triton"), ("balance_rows_", expected)]
+        assert [(op, n) for n, op in served] == [*ops_of_all, *[("combine_out", expected)] * 2]
+    with pytest.warns(RuntimeWarning, match="Gramian takes at most 64 tasks, got 65"):
+        gram = ops.gramian(rows, "auto")
+    torch.testing.assert_close(gram, dbk.reference.gramian(rows))
+    assert served[-1] == ("eager", "gramian")
 
 
 def test_report():

@@ -200,3 +200,25 @@ def test_half_precision_losses():
     zero = torch.zeros(4, dtype=torch.float16, requires_grad=True)
     dbk.DBMTL([zero], 2)([zero.square().sum() + 1, zero.square().sum() + 1]).backward()
     assert (zero.grad == 0).all()
+
+
+def test_tasks_change_after_a_step_that_a_scaler_skipped():
+    p = leaf(4)
+    balancer = make(p)
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    balancer.attach(optimizer)
+    (balancer([x * float("inf") for x in quadratics(p)]) * 2.0).backward()
+    with pytest.raises(RuntimeError, match="within a step"):
+        balancer.add_task()
+    optimizer.zero_grad()  # as a training loop does after the scaler skipped the step
+    assert balancer.add_task() == 2
+    balancer(quadratics(p, num_tasks=3)).backward()
+    optimizer.step()
+    assert balancer.step == 2
+
+
+def test_the_logarithm_can_be_compiled_in_one_graph():
+    compiled = torch.compile(lambda x: dbk.log_transform(x * 2), fullgraph=True, backend="aot_eager")
+    x = torch.tensor(3.0, requires_grad=True)
+    compiled(x).backward()
+    close(x.grad.numpy(), 1 / 3.0, rtol=1e-6)

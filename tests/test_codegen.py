@@ -132,7 +132,8 @@ def test_the_dense_op_alone_is_launched_cooperatively(reports):
 
 def test_a_layout_compiles_a_handful_of_kernels(compiled):
     """Twelve steps in which every number changes, gradients of two dtypes, parameters of five sizes."""
-    made = compiled["specialisations"]
+    made, in_memory = compiled["specialisations"]
+    assert in_memory == {**dict.fromkeys(made, 0), "accumulate_kernel": 2}  # whose numbers lie in memory
     assert made["accumulate_kernel"] == 2
     assert made["balance_rows_kernel"] == 1
     assert made["balance_kernel"] <= 1

@@ -4,7 +4,7 @@ import dbmtl_kernels as dbk
 import numpy as np
 import pytest
 import torch
-from dbmtl_kernels import ops
+from dbmtl_kernels import backends, ops
 from device import (
     BACKEND,
     DEVICE,
@@ -21,6 +21,7 @@ from device import (
     assert_nobody_waits,
     both_forms,
     dense,
+    in_memory,
     row_problem,
     there,
     workspace,
@@ -134,6 +135,15 @@ def test_accumulate_as_native(grad_dtypes, state, step, unaligned):
         assert_accumulates_as_native(row, segments, bases, shift, decay, gain, scale, seed)
 
 
+@pytest.mark.parametrize("state", STATES)
+def test_accumulate_with_coefficients_in_memory(state):
+    for index, (decay, gain, scale) in enumerate(((0.9, 0.1, None), (0.0, 1.0, 8.0), (1.0, 0.3, 1024.0))):
+        row, segments, bases, shift = row_problem(state, GRADS, 32)
+        seed = SEEDS[index] if state == torch.bfloat16 else None
+        given = in_memory(decay, gain, seed)
+        assert_accumulates_as_native(row, segments, bases, shift, decay, gain, scale, seed, given)
+
+
 def test_accumulate_many_parameters_and_tables_used_again():
     sizes = np.random.default_rng(5).integers(1, 300, 1500 if ON_GPU else 40).tolist()
     row, segments, bases, _ = row_problem(torch.float32, (torch.float32,), 32, sizes=sizes)
@@ -228,12 +238,12 @@ def test_gramian(num_tasks, state):
         assert torch.equal(gram, gram.T)
 
 
-@pytest.mark.skipif(BACKEND != "cuda", reason="Triton has no such limit")
 def test_the_most_tasks_and_one_more():
-    grads, ema = problem(256, 40, torch.float32, torch.float32)
+    most = backends.get(BACKEND).most_tasks(gramian=False)
+    grads, ema = problem(most, 40, torch.float32, torch.float32)
     assert_like_the_oracle(grads, ema, dense(grads, ema, 0.5, "max"), 0.5, "max")
-    with pytest.raises(ValueError, match="at most 256"):
-        dense(*problem(257, 40, torch.float32, torch.float32))
+    with pytest.raises(ValueError, match=f"at most {most} tasks, got {most + 1}"):
+        dense(*problem(most + 1, 40, torch.float32, torch.float32))
 
 
 def test_gramian_of_too_many_tasks():

@@ -19,11 +19,13 @@ from device import (
     LARGE,
     ON_GPU,
     ROW_LAUNCHES,
+    STATES,
     assert_accumulates_as_native,
     assert_like_the_oracle,
     assert_nobody_waits,
     both_forms,
     dense,
+    in_memory,
     needs_cuda,
     numpy,
     row_problem,
@@ -271,6 +273,30 @@ def test_graph_replay_of_the_dense_op(form, monkeypatch):
         expected = dbk.balance_(grads, state, backend=BACKEND)
         assert_same_bits([grad.cpu(), norms.cpu(), captured.cpu()], [x.cpu() for x in (*expected, state)])
     assert_nobody_waits()
+
+
+@needs_cuda
+@pytest.mark.parametrize("state", STATES)
+def test_graph_replay_with_other_coefficients(state):
+    row, segments, bases, _ = row_problem(state, GRADS, 32)
+    seed = 0 if state == torch.bfloat16 else None
+    grads, numbers = [None if b is None else there(b) for b in bases], there(in_memory(0.0, 1.0, seed))
+    rows, sums = there(torch.stack([row, row])), there(torch.zeros(2, 1, dtype=torch.float64))
+
+    def update():
+        ops.accumulate_(rows[0], sums[0], grads, segments, 0.5, 0.5, None, seed, BACKEND, numbers)
+
+    update()  # compiled before it is captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update()
+    rows[0].copy_(rows[1])
+    for step in range(5):
+        decay, gain, other = 0.9 / (step + 1), 0.3 * step, None if seed is None else step - 3
+        numbers.copy_(in_memory(decay, gain, other))
+        graph.replay()
+        ops.accumulate_(rows[1], sums[1], grads, segments, decay, gain, None, other, BACKEND)
+        assert_same_bits([rows[0].cpu(), sums[0].cpu()], [rows[1].cpu(), sums[1].cpu()])
 
 
 @needs_cuda

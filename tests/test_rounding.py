@@ -135,7 +135,7 @@ def test_columns_beyond_32_bits(column, isa):
     try:
         native.set_isa(isa)
         status = native._library().dbmtl_accumulate(
-            row, 2, 1, segments, grads, bytes(1), 0.0, 1.0, None, 0, ctypes.byref(sumsq), 1, 9, 1, None, None
+            row, 2, 1, segments, grads, bytes(1), 0.0, 1.0, None, 0, ctypes.byref(sumsq), 1, 9, None, 1, None, None
         )
     finally:
         native.set_isa(None)
@@ -241,7 +241,7 @@ def test_the_c_abi_rounds_nothing_but_bfloat16_stochastically(dtype):
     addresses = (ctypes.c_void_p * 1)(grads.data_ptr())
     status = library.dbmtl_accumulate(
         state.data_ptr(), code, 1, segments.data_ptr(), addresses, bytes([code]), 0.5, 0.5, None, 0,
-        sumsq.data_ptr(), 1, 17, 1, None, None,
+        sumsq.data_ptr(), 1, 17, None, 1, None, None,
     )  # fmt: skip
     assert (status, library.dbmtl_last_error()[:11]) == (1, b"stochastic:")
     for tensor in (state, out, norms, sumsq):

@@ -58,7 +58,9 @@ def buffer():
         last = sumsq[task : task + 1]
         ops.accumulate_(rows[task], last, grads, segments, 0.9, 0.1, scale if task else None, None, BACKEND)
     half = torch.zeros(16640, dtype=BF16, device=DEVICE)
-    ops.accumulate_(half, sumsq[:1].clone(), [there(n) for n in sizes], segments, 0.9, 0.1, None, 5, BACKEND)
+    for given in (None, torch.tensor([0.9, 0.1, 0.0], dtype=F64, device=DEVICE)):
+        grads = [there(n) for n in sizes]
+        ops.accumulate_(half, sumsq[:1].clone(), grads, segments, 0.9, 0.1, None, 5, BACKEND, given)
     sumsq[2] = torch.inf
     books = [torch.zeros(3, dtype=dtype, device=DEVICE) for dtype in (torch.bool, torch.int64, F64, F64)]
     outs = [torch.zeros(8256, device=DEVICE), torch.zeros(16640 - 8256, dtype=BF16, device=DEVICE)]

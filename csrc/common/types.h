@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "common/host_device.h"
+#include "dbmtl.h"
 
 namespace dbmtl {
 
@@ -81,5 +82,15 @@ DBMTL_HD static inline void narrow_lane(float* p, double x) { *p = float(x); }
 DBMTL_HD static inline void narrow_lane(bf16* p, double x) { *p = to_bf16(float(x)); }
 DBMTL_HD static inline void narrow_lane(f16* p, double x) { *p = to_f16(float(x)); }
 DBMTL_HD static inline void narrow_lane(double* p, double x) { *p = x; }
+
+// One number of a dtype that is known at run time.
+DBMTL_HD static inline double number(const void* p, int32_t dtype) {
+  switch (dtype) {
+    case DBMTL_F32: return widen_lane(*static_cast<const float*>(p));
+    case DBMTL_F64: return widen_lane(*static_cast<const double*>(p));
+    case DBMTL_BF16: return widen_lane(*static_cast<const bf16*>(p));
+    default: return widen_lane(*static_cast<const f16*>(p));
+  }
+}
 
 }  // namespace dbmtl

@@ -3,6 +3,7 @@
 
 #include "dispatch.h"
 #include "parallel.h"
+#include "common/ema.h"
 #include "common/weights.h"
 
 using namespace dbmtl;
@@ -43,7 +44,7 @@ extern "C" int32_t dbmtl_balance(const void* grads, int32_t grad_dtype, int64_t 
         const Rounding rounding{row_key(seed, t), begin};
         slots[t * num_tiles + tile] =
             ema_sumsq(at(ema, t * state_row_stride + begin, state_dtype),
-                      at(grads, t * grad_row_stride + begin, grad_dtype), n, beta, 1.0 - beta,
+                      at(grads, t * grad_row_stride + begin, grad_dtype), n, beta, gain_of(beta),
                       stochastic ? &rounding : nullptr);
       }
     }

@@ -4,20 +4,12 @@
 
 #include "dispatch.h"
 #include "parallel.h"
+#include "common/ema.h"
 #include "common/weights.h"
 
 using namespace dbmtl;
 
 namespace {
-
-double number(const void* p, int32_t dtype) {
-  switch (dtype) {
-    case DBMTL_F32: return widen_lane(*static_cast<const float*>(p));
-    case DBMTL_F64: return widen_lane(*static_cast<const double*>(p));
-    case DBMTL_BF16: return widen_lane(*static_cast<const bf16*>(p));
-    default: return widen_lane(*static_cast<const f16*>(p));
-  }
-}
 
 // Rows that count, and their weights.
 struct Used {
@@ -65,14 +57,14 @@ extern "C" {
 int32_t dbmtl_accumulate(void* row, int32_t state_dtype, int64_t num_segments, const int64_t* segments,
                          const void* const* grads, const uint8_t* grad_dtypes, double decay, double gain,
                          const void* loss_scale, int32_t loss_scale_dtype, double* sumsq, int32_t stochastic,
-                         uint64_t seed, int32_t num_threads, void* /*workspace*/, void* /*stream*/) {
+                         uint64_t seed, const void* coefficients, int32_t num_threads, void* /*workspace*/,
+                         void* /*stream*/) {
   const Fault fault = check_accumulate(row, state_dtype, num_segments, segments, grads, grad_dtypes, loss_scale,
                                        loss_scale_dtype, sumsq, stochastic);
   if (fault.status) return fail(fault);
-  if (loss_scale != nullptr) {
-    const double factor = number(loss_scale, loss_scale_dtype);
-    gain = factor == 0.0 ? 0.0 : gain / factor;
-  }
+  Coefficients c = {decay, gain, seed};
+  if (coefficients != nullptr) c = coefficients_at(coefficients);
+  if (loss_scale != nullptr) c.gain = unscaled(c.gain, number(loss_scale, loss_scale_dtype));
   int64_t elements = 0, num_tiles = 0;
   for (int64_t i = 0; i < num_segments; ++i) {
     elements += segments[2 * i + 1];
@@ -85,7 +77,7 @@ int32_t dbmtl_accumulate(void* row, int32_t state_dtype, int64_t num_segments, c
   for (int64_t i = 0; i < num_segments; ++i) first_tile[i + 1] = first_tile[i] + tiles(segments[2 * i + 1]);
 
   const auto& by_grad = kernels().ema_sumsq[state_dtype];
-  const uint64_t key = row_key(seed, 0);
+  const uint64_t key = row_key(c.seed, 0);
 #pragma omp parallel num_threads(clamp_threads(num_threads, elements))
   {
     const Share share(num_tiles);
@@ -99,7 +91,7 @@ int32_t dbmtl_accumulate(void* row, int32_t state_dtype, int64_t num_segments, c
       const void* grad = grads[segment] ? at(grads[segment], begin, dtype) : nullptr;
       const Rounding rounding{key, offset + begin};
       slots[tile] = by_grad[dtype](at(row, offset + begin, state_dtype), grad,
-                                   tile_size(tile - first_tile[segment], numel), decay, gain,
+                                   tile_size(tile - first_tile[segment], numel), c.decay, c.gain,
                                    stochastic ? &rounding : nullptr);
     }
   }

@@ -4,6 +4,7 @@
 #pragma once
 #include <type_traits>
 
+#include "common/ema.h"
 #include "kernels.h"
 
 namespace dbmtl {
@@ -103,7 +104,7 @@ double update(void* state_, const void* grad_, int64_t n, double decay, double g
   const auto finish = [&](S* m, V x) {
     rounded_store(m, x);
     const F64 wide = widen(x);
-    sum = add(sum, mul(wide, wide));
+    sum = multiply_add(sum, wide, wide);
   };
   if (grad == nullptr && decay == 0.0) {
     std::memset(state, 0, size_t(n) * sizeof(S));
@@ -111,20 +112,20 @@ double update(void* state_, const void* grad_, int64_t n, double decay, double g
     each_group(state, grad, n, [&](S* m, const G*) {
       V x;
       load(x, m);
-      finish(m, mul(d, x));
+      finish(m, updated<true, false>(x, x, d, w));
     });
   } else if (decay == 0.0) {  // nothing is left of the state: do not read it
     each_group(state, grad, n, [&](S* m, const G* g) {
       V y;
       load(y, g);
-      finish(m, mul(w, y));
+      finish(m, updated<false, true>(y, y, d, w));
     });
   } else {
     each_group(state, grad, n, [&](S* m, const G* g) {
       V x, y;
       load(x, m);
       load(y, g);
-      finish(m, add(mul(d, x), mul(w, y)));
+      finish(m, updated<true, true>(x, y, d, w));
     });
   }
   return tree_sum(sum);
@@ -160,7 +161,7 @@ void combine(const void* const* rows_, const double* weights, int64_t num_rows, 
       for (int u = 0; u < kUnroll; ++u) {
         V x;
         load(x, rows[t] + i + u * kLanes);
-        acc[u] = add(acc[u], mul(w, x));
+        acc[u] = multiply_add(acc[u], w, x);
       }
     }
     for (int u = 0; u < kUnroll; ++u) {
@@ -184,7 +185,7 @@ void combine(const void* const* rows_, const double* weights, int64_t num_rows, 
       std::memcpy(tail, rows[t] + i, sizeof(S) * rest);
       load(x, tail);
       broadcast(w, weights[t]);
-      acc = add(acc, mul(w, x));
+      acc = multiply_add(acc, w, x);
     }
     store(tail_out, acc);
     std::memcpy(out + i, tail_out, sizeof(O) * rest);
@@ -204,7 +205,7 @@ void gram_block(const S* const* a, const S* const* b, int64_t n, double* out, in
     for (int r = 0; r < kRows; ++r) {
       F64 x;
       load(x, at(a[r]));
-      for (int c = 0; c < kCols; ++c) acc[r][c] = add(acc[r][c], mul(x, y[c]));
+      for (int c = 0; c < kCols; ++c) acc[r][c] = multiply_add(acc[r][c], x, y[c]);
     }
   };
   int64_t i = 0;

@@ -24,6 +24,7 @@ struct GatherHead {
   double* slots;
   Counters* counters;
   const void* loss_scale;
+  const void* coefficients;  // null, or what replaces the three below, read when the kernel runs
   double decay, gain;
   uint64_t key;
   int32_t loss_scale_dtype;
@@ -57,7 +58,7 @@ __device__ double gather(S* row, const G* grad, int64_t offset, int64_t begin, i
       stored[e] = rounded<kStochastic, S>(updated(m[e], g[e], decay, gain, grad != nullptr), key,
                                           offset + place.first + int64_t(e) * place.step);
       const double x = double(widen_lane(stored[e]));
-      if (inside(place, end, e)) sum += x * x;
+      if (inside(place, end, e)) sum = multiply_add(sum, x, x);
     }
     store<Hint::kKeep>(row + offset, stored, place, end);
   }
@@ -83,12 +84,14 @@ __global__ void __launch_bounds__(kThreads, 2) accumulate_kernel(const __grid_co
   __shared__ double scratch[kThreads / kWarp];
   const GatherHead& h = a.head;
   S* row = static_cast<S*>(h.row);
-  double scaled = h.gain;
-  if (h.loss_scale != nullptr) {
-    const double factor = number(h.loss_scale, h.loss_scale_dtype);
-    scaled = factor == 0.0 ? 0.0 : h.gain / factor;
+  Coefficients c = {h.decay, h.gain, 0};
+  uint64_t key = h.key;
+  if (h.coefficients != nullptr) {
+    c = coefficients_at(h.coefficients);
+    if (kStochastic) key = row_key(c.seed, 0);
   }
-  const V decay = V(h.decay), gain = V(scaled);
+  if (h.loss_scale != nullptr) c.gain = unscaled(c.gain, number(h.loss_scale, h.loss_scale_dtype));
+  const V decay = V(c.decay), gain = V(c.gain);
   double sum = 0.0;
   for (int chunk = blockIdx.x; chunk < h.num_chunks; chunk += gridDim.x) {
     int low = 0, high = h.num_pieces - 1;  // the last piece that does not begin after this chunk
@@ -104,17 +107,17 @@ __global__ void __launch_bounds__(kThreads, 2) accumulate_kernel(const __grid_co
     const int64_t end = begin + kChunk < piece.numel ? begin + kChunk : piece.numel;
     if (std::is_same<S, double>::value || piece.dtype == DBMTL_F64) {
       switch (piece.dtype) {
-        case DBMTL_F64: sum += gather_piece<S, double, kStochastic>(row, piece, begin, end, decay, gain, h.key); break;
-        case DBMTL_F32: sum += gather_piece<S, float, kStochastic>(row, piece, begin, end, decay, gain, h.key); break;
-        case DBMTL_BF16: sum += gather_piece<S, bf16, kStochastic>(row, piece, begin, end, decay, gain, h.key); break;
-        default: sum += gather_piece<S, f16, kStochastic>(row, piece, begin, end, decay, gain, h.key);
+        case DBMTL_F64: sum += gather_piece<S, double, kStochastic>(row, piece, begin, end, decay, gain, key); break;
+        case DBMTL_F32: sum += gather_piece<S, float, kStochastic>(row, piece, begin, end, decay, gain, key); break;
+        case DBMTL_BF16: sum += gather_piece<S, bf16, kStochastic>(row, piece, begin, end, decay, gain, key); break;
+        default: sum += gather_piece<S, f16, kStochastic>(row, piece, begin, end, decay, gain, key);
       }
     } else if (piece.dtype == DBMTL_F32) {
-      sum += gather_piece<S, float, kStochastic>(row, piece, begin, end, decay, gain, h.key);
+      sum += gather_piece<S, float, kStochastic>(row, piece, begin, end, decay, gain, key);
     } else if (piece.dtype == DBMTL_BF16) {
-      sum += gather_piece<S, bf16, kStochastic>(row, piece, begin, end, decay, gain, h.key);
+      sum += gather_piece<S, bf16, kStochastic>(row, piece, begin, end, decay, gain, key);
     } else {
-      sum += gather_piece<S, f16, kStochastic>(row, piece, begin, end, decay, gain, h.key);
+      sum += gather_piece<S, f16, kStochastic>(row, piece, begin, end, decay, gain, key);
     }
   }
   sum = block_sum(sum, scratch);
@@ -148,8 +151,8 @@ using namespace dbmtl;
 extern "C" int32_t dbmtl_accumulate(void* row, int32_t state_dtype, int64_t num_segments, const int64_t* segments,
                                     const void* const* grads, const uint8_t* grad_dtypes, double decay, double gain,
                                     const void* loss_scale, int32_t loss_scale_dtype, double* sumsq,
-                                    int32_t stochastic, uint64_t seed, int32_t /*num_threads*/, void* workspace,
-                                    void* stream) {
+                                    int32_t stochastic, uint64_t seed, const void* coefficients,
+                                    int32_t /*num_threads*/, void* workspace, void* stream) {
   const Fault fault = check_accumulate(row, state_dtype, num_segments, segments, grads, grad_dtypes, loss_scale,
                                        loss_scale_dtype, sumsq, stochastic);
   if (fault.status) return fail(fault);
@@ -166,6 +169,7 @@ extern "C" int32_t dbmtl_accumulate(void* row, int32_t state_dtype, int64_t num_
   head.counters = counters_of(workspace);
   head.loss_scale = loss_scale;
   head.loss_scale_dtype = loss_scale_dtype;
+  head.coefficients = coefficients;
   head.decay = decay;
   head.gain = gain;
   head.key = row_key(seed, 0);

@@ -1,15 +1,20 @@
 // The dense op in one cooperative launch. Each block keeps as many pieces of its new state (a tile of one task each) in
 // shared memory, across the grid barrier, as fit: those are read and written once. The rest is read again, last tiles
 // first, as what phase one touched last is still in L2.
+#include <algorithm>
+
 #include "device.cuh"
 
 namespace dbmtl {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kTileElements = kThreads * kElements;
-constexpr int kTaskBytes = 8;     // of a column whose loads are in flight together in phase one: two tasks of fp32
-constexpr int kRowBytes = 16;     // and in phase two: four rows of fp32; half as many of fp64
+constexpr int kMostColumns = kThreads * kElements;  // of a tile
+constexpr int kLeastColumns = 256;                  // a warp's
+constexpr int kColumnStep = 64;                     // 128 bytes of bf16
+// Of a column, loaded before any of it is used: two tasks of fp32 in phase one, four rows in phase two, half of fp64.
+constexpr int kTaskBytes = 8;
+constexpr int kRowBytes = 16;
 
 struct BalanceArguments {
   const void* grads;
@@ -20,7 +25,8 @@ struct BalanceArguments {
   void* norms;
   int64_t num_params;
   int num_tasks;
-  int kept;  // pieces of each block in shared memory: the first ones, task after task and tile after tile
+  int columns;  // of a tile
+  int kept;     // pieces of each block in shared memory: the first ones, task after task and tile after tile
   double beta, eps, constant;
   int scale;
   uint64_t seed;
@@ -52,36 +58,54 @@ __device__ inline SharedParts parts_of(char* shared, int num_tasks) {
   return p;
 }
 
-// A thread's kElements of a piece: vectors as far apart as the block is wide, so that a warp meets no bank twice.
-template <class S>
-__device__ inline Vector<S>* piece(char* tiles, int64_t index) {
-  constexpr int kVectors = kElements * int(sizeof(S)) / 16;
-  return reinterpret_cast<Vector<S>*>(tiles) + index * kVectors * kThreads + threadIdx.x;
-}
-
-template <class S>
-__device__ inline void keep(char* tiles, int64_t index, const S (&x)[kElements]) {
-  constexpr int kPerVector = 16 / sizeof(S);
-  Vector<S>* slot = piece<S>(tiles, index);
+// A thread's part of piece `index` in shared memory, if it lies below `end`. Aligned, its vectors lie as far apart as
+// threads take part, so that a warp meets no bank twice; otherwise a piece is in its own order.
+template <class S, bool kAligned>
+__device__ inline void keep(const BalanceArguments& a, char* tiles, int64_t index, const Place<kAligned>& place,
+                            int64_t end, const S (&x)[kElements]) {
+  S* slot = reinterpret_cast<S*>(tiles) + index * a.columns;
+  if (kAligned) {
+    constexpr int kPerVector = 16 / sizeof(S);
+    if (!inside(place, end, 0)) return;
 #pragma unroll
-  for (int j = 0; j < kElements / kPerVector; ++j) {
-    Vector<S> out;
+    for (int j = 0; j < kElements / kPerVector; ++j) {
+      Vector<S> out;
 #pragma unroll
-    for (int k = 0; k < kPerVector; ++k) out.v[k] = x[j * kPerVector + k];
-    slot[j * kThreads] = out;
+      for (int k = 0; k < kPerVector; ++k) out.v[k] = x[j * kPerVector + k];
+      reinterpret_cast<Vector<S>*>(slot)[threadIdx.x + j * (a.columns / kElements)] = out;
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < kElements; ++e)
+      if (inside(place, end, e)) slot[threadIdx.x + e * kThreads] = x[e];
   }
 }
 
-template <class S, class V>
-__device__ inline void recall(V (&x)[kElements], char* tiles, int64_t index) {
-  constexpr int kPerVector = 16 / sizeof(S);
-  const Vector<S>* slot = piece<S>(tiles, index);
+template <class S, bool kAligned, class V>
+__device__ inline void recall(V (&x)[kElements], const BalanceArguments& a, char* tiles, int64_t index,
+                              const Place<kAligned>& place, int64_t end) {
+  const S* slot = reinterpret_cast<S*>(tiles) + index * a.columns;
 #pragma unroll
-  for (int j = 0; j < kElements / kPerVector; ++j) {
-    const Vector<S> in = slot[j * kThreads];
+  for (int e = 0; e < kElements; ++e) x[e] = V(0);
+  if (kAligned) {
+    constexpr int kPerVector = 16 / sizeof(S);
+    if (!inside(place, end, 0)) return;
 #pragma unroll
-    for (int k = 0; k < kPerVector; ++k) x[j * kPerVector + k] = V(widen_lane(in.v[k]));
+    for (int j = 0; j < kElements / kPerVector; ++j) {
+      const Vector<S> in = reinterpret_cast<const Vector<S>*>(slot)[threadIdx.x + j * (a.columns / kElements)];
+#pragma unroll
+      for (int k = 0; k < kPerVector; ++k) x[j * kPerVector + k] = V(widen_lane(in.v[k]));
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < kElements; ++e)
+      if (inside(place, end, e)) x[e] = V(widen_lane(slot[threadIdx.x + e * kThreads]));
   }
+}
+
+// Where the tile that begins at `begin` ends.
+__device__ inline int64_t end_of(const BalanceArguments& a, int64_t begin) {
+  return begin + a.columns < a.num_params ? begin + a.columns : a.num_params;
 }
 
 enum class Where { kShared, kGlobal, kBoth };
@@ -90,7 +114,7 @@ enum class Where { kShared, kGlobal, kBoth };
 // used: no branch lies between their loads, but where the pieces of one tile are kept in part.
 template <Where kWhere, class S, bool kAligned, class V>
 __device__ inline void add_rows(V (&total)[kElements], const BalanceArguments& a, const SharedParts& part,
-                                const Place<kAligned>& place, int64_t first) {
+                                const Place<kAligned>& place, int64_t end, int64_t first) {
   constexpr int kRowsAtOnce = kRowBytes / sizeof(V);
   const S* ema = static_cast<const S*>(a.ema);
   for (int t0 = 0; t0 < a.num_tasks; t0 += kRowsAtOnce) {
@@ -99,16 +123,16 @@ __device__ inline void add_rows(V (&total)[kElements], const BalanceArguments& a
     for (int u = 0; u < kRowsAtOnce; ++u) {
       const int t = t0 + u < a.num_tasks ? t0 + u : a.num_tasks - 1;  // once more, for nothing
       if (kWhere == Where::kShared || (kWhere == Where::kBoth && first + t < a.kept))
-        recall<S>(m[u], part.tiles, first + t);
+        recall<S>(m[u], a, part.tiles, first + t, place, end);
       else
-        load<Hint::kStream>(m[u], ema + t * a.state_stride, place, t0 + u < a.num_tasks ? a.num_params : 0);
+        load<Hint::kStream>(m[u], ema + t * a.state_stride, place, t0 + u < a.num_tasks ? end : 0);
     }
 #pragma unroll
     for (int u = 0; u < kRowsAtOnce; ++u) {
       const V weight = t0 + u < a.num_tasks ? V(part.weights[t0 + u]) : V(0);
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        const V more = total[e] + weight * m[u][e];
+        const V more = multiply_add(total[e], weight, m[u][e]);
         total[e] = weight != V(0) ? more : total[e];
       }
     }
@@ -123,23 +147,24 @@ __global__ void __launch_bounds__(kThreads, 1) balance_kernel(const __grid_const
   const SharedParts part = parts_of(shared, a.num_tasks);
   const G* grads = static_cast<const G*>(a.grads);
   S* ema = static_cast<S*>(a.ema);
-  const V decay = V(a.beta), gain = V(1.0 - a.beta);
+  const V decay = V(a.beta), gain = V(gain_of(a.beta));
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t tiles = (a.num_params + kTileElements - 1) / kTileElements;
+  const int64_t tiles = (a.num_params + a.columns - 1) / a.columns;
   const int64_t mine = tiles > blockIdx.x ? (tiles - blockIdx.x + gridDim.x - 1) / gridDim.x : 0;
   for (int i = threadIdx.x; i < a.num_tasks * (kThreads / kWarp); i += kThreads) part.sums[i] = 0.0;
   __syncthreads();
 
   for (int64_t i = 0; i < mine; ++i) {
-    const Place<kAligned> place((blockIdx.x + i * gridDim.x) * kTileElements, threadIdx.x, kThreads);
+    const int64_t begin = (blockIdx.x + i * gridDim.x) * a.columns, end = end_of(a, begin);
+    const Place<kAligned> place(begin, threadIdx.x, kThreads);
     for (int t0 = 0; t0 < a.num_tasks; t0 += kTasksAtOnce) {
       V g[kTasksAtOnce][kElements], m[kTasksAtOnce][kElements];
 #pragma unroll
       for (int u = 0; u < kTasksAtOnce; ++u) {
         if (t0 + u >= a.num_tasks) break;
-        load<Hint::kStream>(g[u], grads + (t0 + u) * a.grad_stride, place, a.num_params);
+        load<Hint::kStream>(g[u], grads + (t0 + u) * a.grad_stride, place, end);
         // A state that does not count is not read.
-        load<Hint::kKeep>(m[u], ema + (t0 + u) * a.state_stride, place, decay == V(0) ? 0 : a.num_params);
+        load<Hint::kKeep>(m[u], ema + (t0 + u) * a.state_stride, place, decay == V(0) ? 0 : end);
       }
 #pragma unroll
       for (int u = 0; u < kTasksAtOnce; ++u) {
@@ -153,10 +178,10 @@ __global__ void __launch_bounds__(kThreads, 1) balance_kernel(const __grid_const
           stored[e] = rounded<kStochastic, S>(updated(m[u][e], g[u][e], decay, gain, true), key,
                                               place.first + int64_t(e) * place.step);
           const double x = double(widen_lane(stored[e]));
-          if (inside(place, a.num_params, e)) sum += x * x;
+          if (inside(place, end, e)) sum = multiply_add(sum, x, x);
         }
-        store<Hint::kKeep>(ema + t * a.state_stride, stored, place, a.num_params);
-        if (i * a.num_tasks + t < a.kept) keep(part.tiles, i * a.num_tasks + t, stored);
+        store<Hint::kKeep>(ema + t * a.state_stride, stored, place, end);
+        if (i * a.num_tasks + t < a.kept) keep(a, part.tiles, i * a.num_tasks + t, place, end, stored);
         sum = warp_sum(sum);
         if (lane == 0) part.sums[t * (kThreads / kWarp) + warp] += sum;
       }
@@ -197,44 +222,47 @@ __global__ void __launch_bounds__(kThreads, 1) balance_kernel(const __grid_const
   forget = __syncthreads_or(forget);
 
   for (int64_t i = mine - 1; i >= 0; --i) {
-    const Place<kAligned> place((blockIdx.x + i * gridDim.x) * kTileElements, threadIdx.x, kThreads);
+    const int64_t begin = (blockIdx.x + i * gridDim.x) * a.columns, end = end_of(a, begin);
+    const Place<kAligned> place(begin, threadIdx.x, kThreads);
     V total[kElements];
 #pragma unroll
     for (int e = 0; e < kElements; ++e) total[e] = V(0);
     const int64_t first = i * a.num_tasks;
     if (first + a.num_tasks <= a.kept)
-      add_rows<Where::kShared, S>(total, a, part, place, first);
+      add_rows<Where::kShared, S>(total, a, part, place, end, first);
     else if (first >= a.kept)
-      add_rows<Where::kGlobal, S>(total, a, part, place, first);
+      add_rows<Where::kGlobal, S>(total, a, part, place, end, first);
     else
-      add_rows<Where::kBoth, S>(total, a, part, place, first);
+      add_rows<Where::kBoth, S>(total, a, part, place, end, first);
     G out[kElements];
 #pragma unroll
     for (int e = 0; e < kElements; ++e) narrow_lane(out + e, total[e]);
-    store<Hint::kStream>(static_cast<G*>(a.out), out, place, a.num_params);
+    store<Hint::kStream>(static_cast<G*>(a.out), out, place, end);
     if (forget) {
       const S zeros[kElements] = {};
       for (int t = 0; t < a.num_tasks; ++t)
-        if (!part.use[t]) store<Hint::kKeep>(ema + t * a.state_stride, zeros, place, a.num_params);
+        if (!part.use[t]) store<Hint::kKeep>(ema + t * a.state_stride, zeros, place, end);
     }
   }
 }
+
+int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 template <class S, class G, bool kAligned, bool kStochastic>
 int32_t launch(BalanceArguments a, cudaStream_t stream) {
   const auto kernel = balance_kernel<S, G, kAligned, kStochastic>;
   const Device device = current_device();
-  const size_t fixed = fixed_shared_bytes(a.num_tasks), size = kTileElements * sizeof(S);
-  const int64_t tiles = (a.num_params + kTileElements - 1) / kTileElements;
-  const int64_t most = device.multiprocessors, pieces = (tiles + most - 1) / most * a.num_tasks;
-  const int64_t room = int64_t((size_t(device.shared_bytes) - fixed) / size);
-  a.kept = int(room < pieces ? room : pieces);
-  const size_t shared = fixed + size_t(a.kept) * size;
+  // As many tiles for every block, as narrow as that allows: no block has more to do, or to keep, than another.
+  const int64_t most = device.multiprocessors, rounds = divided_up(a.num_params, most * kMostColumns);
+  const int64_t even = divided_up(divided_up(a.num_params, most * std::max<int64_t>(rounds, 1)), kColumnStep);
+  a.columns = int(std::clamp<int64_t>(even * kColumnStep, kLeastColumns, kMostColumns));
+  const size_t fixed = fixed_shared_bytes(a.num_tasks), size = size_t(a.columns) * sizeof(S);
+  a.kept = int(std::min<int64_t>((size_t(device.shared_bytes) - fixed) / size, rounds * a.num_tasks));
   static Prepared prepared;
   const int32_t status = prepare(kernel, kThreads, device, &prepared);
   if (status) return status;
-  const unsigned grid = unsigned(tiles < 1 ? 1 : tiles < most ? tiles : most);
-  return launch_kernel(kernel, int(grid), kThreads, shared, stream, true, a);
+  const int blocks = int(std::clamp<int64_t>(divided_up(a.num_params, a.columns), 1, most));
+  return launch_kernel(kernel, blocks, kThreads, fixed + size_t(a.kept) * size, stream, true, a);
 }
 
 template <class S, class G, bool kStochastic>

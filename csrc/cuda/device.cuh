@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "common/arguments.h"
+#include "common/ema.h"
 #include "common/rounding.h"
 #include "common/types.h"
 #include "common/weights.h"
@@ -46,6 +47,7 @@ enum class Hint { kKeep, kStream };
 
 template <Hint kHint, class T>
 __device__ inline Vector<T> load_vector(const T* p) {
+  DBMTL_ACCESS(p, 16, false);
   const int4 raw = kHint == Hint::kStream ? __ldcs(reinterpret_cast<const int4*>(p)) : *reinterpret_cast<const int4*>(p);
   Vector<T> out;
   memcpy(&out, &raw, 16);
@@ -54,12 +56,25 @@ __device__ inline Vector<T> load_vector(const T* p) {
 
 template <Hint kHint, class T>
 __device__ inline void store_vector(T* p, const Vector<T>& x) {
+  DBMTL_ACCESS(p, 16, true);
   int4 raw;
   memcpy(&raw, &x, 16);
   if (kHint == Hint::kStream)
     __stcs(reinterpret_cast<int4*>(p), raw);
   else
     __stwb(reinterpret_cast<int4*>(p), raw);  // a plain assignment of 16-bit numbers would be taken apart again
+}
+
+template <class T>
+__device__ inline T load_one(const T* p) {
+  DBMTL_ACCESS(p, sizeof(T), false);
+  return *p;
+}
+
+template <class T>
+__device__ inline void store_one(T* p, T x) {
+  DBMTL_ACCESS(p, sizeof(T), true);
+  *p = x;
 }
 
 // kElements numbers as arithmetic type; zeros where outside.
@@ -79,7 +94,7 @@ __device__ inline void load(V (&x)[kElements], const T* base, const Place<kAlign
   } else {
 #pragma unroll
     for (int e = 0; e < kElements; ++e)
-      if (inside(place, bound, e)) x[e] = V(widen_lane(base[place.first + int64_t(e) * place.step]));
+      if (inside(place, bound, e)) x[e] = V(widen_lane(load_one(base + place.first + int64_t(e) * place.step)));
   }
 }
 
@@ -98,15 +113,17 @@ __device__ inline void store(T* base, const T (&x)[kElements], const Place<kAlig
   } else {
 #pragma unroll
     for (int e = 0; e < kElements; ++e)
-      if (inside(place, bound, e)) base[place.first + int64_t(e) * place.step] = x[e];
+      if (inside(place, bound, e)) store_one(base + place.first + int64_t(e) * place.step, x[e]);
   }
 }
 
-// decay * m + gain * g; a missing term is left out, not added as zero, as the CPU kernels do.
+// The same for terms that may be there or not; without either, zero.
 template <class V>
 __device__ inline V updated(V m, V g, V decay, V gain, bool has_grad) {
-  if (decay == V(0)) return has_grad ? gain * g : V(0);
-  return has_grad ? decay * m + gain * g : decay * m;
+  // All are formed and one is chosen, so that no branch lies in between.
+  const V gained = updated<false, true>(m, g, decay, gain), decayed = updated<true, false>(m, g, decay, gain);
+  if (decay == V(0)) return has_grad ? gained : V(0);
+  return has_grad ? updated<true, true>(m, g, decay, gain) : decayed;
 }
 
 // What is stored of x, as column `column` of the row with `key`.
@@ -118,15 +135,6 @@ __device__ inline S rounded(V x, uint64_t key, int64_t column) {
   else
     narrow_lane(&out, x);
   return out;
-}
-
-__device__ inline double number(const void* p, int32_t dtype) {
-  switch (dtype) {
-    case DBMTL_F32: return widen_lane(*static_cast<const float*>(p));
-    case DBMTL_F64: return *static_cast<const double*>(p);
-    case DBMTL_BF16: return widen_lane(*static_cast<const bf16*>(p));
-    default: return widen_lane(*static_cast<const f16*>(p));
-  }
 }
 
 __device__ inline int64_t size_of(int32_t dtype) { return dtype == DBMTL_F32 ? 4 : dtype == DBMTL_F64 ? 8 : 2; }

@@ -14,7 +14,7 @@ constexpr int kPairs = kSide * kSide;
 struct GramianArguments {
   const void* rows;
   int64_t row_stride, num_params;
-  int num_tasks;
+  int num_tasks, aligned;
   void* gramian;
   int32_t out_dtype;
   double* slots;
@@ -34,12 +34,34 @@ __device__ inline void place_of(int index, int* row, int* column) {
   *column = index - r * (r + 1) / 2;
 }
 
+// The strip of columns from `begin` on: zeros for rows and columns that are not there.
+template <class S, class V>
+__device__ inline void load_strip(V (&strip)[kMaxRows][kStrip + 1], const GramianArguments& a, int64_t begin,
+                                  int rows) {
+  const S* first = static_cast<const S*>(a.rows) + begin;
+  if (a.aligned && begin + kStrip <= a.num_params) {
+    constexpr int kPerVector = 16 / sizeof(S), kVectors = kStrip / kPerVector;
+    for (int i = threadIdx.x; i < rows * kVectors; i += kThreads) {
+      const int row = i / kVectors, column = i % kVectors * kPerVector;
+      Vector<S> in = {};
+      if (row < a.num_tasks) in = load_vector<Hint::kKeep>(first + row * a.row_stride + column);
+#pragma unroll
+      for (int k = 0; k < kPerVector; ++k) strip[row][column + k] = V(widen_lane(in.v[k]));
+    }
+  } else {
+    for (int i = threadIdx.x; i < rows * kStrip; i += kThreads) {
+      const int row = i / kStrip, column = i % kStrip;
+      const bool there = row < a.num_tasks && begin + column < a.num_params;
+      strip[row][column] = there ? V(widen_lane(load_one(first + row * a.row_stride + column))) : V(0);
+    }
+  }
+}
+
 template <class S>
 __global__ void __launch_bounds__(kThreads, 2) gramian_kernel(const __grid_constant__ GramianArguments a) {
   using V = Wide<S>;
   __shared__ V strip[kMaxRows][kStrip + 1];
   __shared__ double partial[kThreads];
-  const S* rows = static_cast<const S*>(a.rows);
   const int blocks = num_blocks_of_pairs(a.num_tasks), groups = kThreads / blocks;
   const int mine = threadIdx.x % blocks, group = threadIdx.x / blocks;  // group >= groups: only helps to load
   const int padded = (a.num_tasks + kSide - 1) / kSide * kSide;
@@ -48,11 +70,7 @@ __global__ void __launch_bounds__(kThreads, 2) gramian_kernel(const __grid_const
   double total[kPairs] = {};
   for (int64_t begin = int64_t(blockIdx.x) * kStrip; begin < a.num_params; begin += int64_t(gridDim.x) * kStrip) {
     __syncthreads();
-    for (int i = threadIdx.x; i < padded * kStrip; i += kThreads) {
-      const int row = i / kStrip, column = i % kStrip;
-      const bool ok = row < a.num_tasks && begin + column < a.num_params;
-      strip[row][column] = ok ? V(widen_lane(rows[row * a.row_stride + begin + column])) : V(0);
-    }
+    load_strip<S>(strip, a, begin, padded);
     __syncthreads();
     if (group >= groups) continue;
     V sum[kPairs] = {};
@@ -64,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, 2) gramian_kernel(const __grid_const
         y[i] = strip[left * kSide + i][column];
       }
 #pragma unroll
-      for (int i = 0; i < kPairs; ++i) sum[i] += x[i / kSide] * y[i % kSide];
+      for (int i = 0; i < kPairs; ++i) sum[i] = multiply_add(sum[i], x[i / kSide], y[i % kSide]);
     }
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) total[i] += double(sum[i]);
@@ -119,6 +137,7 @@ extern "C" int32_t dbmtl_gramian(const void* rows, int32_t state_dtype, int64_t 
   a.row_stride = num_tasks > 1 ? row_stride : 0;
   a.num_params = num_params;
   a.num_tasks = int(num_tasks);
+  a.aligned = on_16_bytes(rows) && a.row_stride * kElementSize[state_dtype] % 16 == 0;
   a.gramian = gramian;
   a.out_dtype = out_dtype;
   a.slots = slots_of(workspace);

@@ -61,7 +61,7 @@ __device__ void combine(const RowsArguments& a, const Out& out, const Books& boo
       const V weight = V(books.carried[t]);
 #pragma unroll
       for (int e = 0; e < kElements; ++e)
-        if (weight != V(0)) total[e] += weight * m[e];
+        if (weight != V(0)) total[e] = multiply_add(total[e], weight, m[e]);
     }
     O result[kElements];
 #pragma unroll

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #define DBMTL_SPIN() ((void)0)
+#define DBMTL_ACCESS(pointer, bytes, written) ((void)0)
 #define DBMTL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 #endif
 

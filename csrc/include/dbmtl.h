@@ -30,7 +30,7 @@
 extern "C" {
 #endif
 
-#define DBMTL_ABI_VERSION 3
+#define DBMTL_ABI_VERSION 4
 
 typedef enum {
   DBMTL_OK = 0,
@@ -82,11 +82,13 @@ DBMTL_API int32_t dbmtl_balance(const void* grads, int32_t grad_dtype, int64_t g
  *   sumsq[0] <- sum of squares of the segments afterwards
  * segments holds (offset, numel) pairs. A null grads[i] counts as zeros. loss_scale points to one number of
  * loss_scale_dtype, or is null; where it is 0, gradients count as zeros. Stochastic rounding: row 0, and the column
- * is the offset in the row. */
+ * is the offset in the row. coefficients points to three doubles, or is null: decay, gain, and the 64 bits of the seed,
+ * which then replace those given, and which a GPU reads when the kernel runs. */
 DBMTL_API int32_t dbmtl_accumulate(void* row, int32_t state_dtype, int64_t num_segments, const int64_t* segments,
                                    const void* const* grads, const uint8_t* grad_dtypes, double decay, double gain,
                                    const void* loss_scale, int32_t loss_scale_dtype, double* sumsq, int32_t stochastic,
-                                   uint64_t seed, int32_t num_threads, void* workspace, void* stream);
+                                   uint64_t seed, const void* coefficients, int32_t num_threads, void* workspace,
+                                   void* stream);
 
 /* out <- (accumulate ? out : 0) + sum_t weights[t] * rows[t]; a row whose weight is 0 does not count. */
 DBMTL_API int32_t dbmtl_combine(const void* rows, int32_t state_dtype, int64_t row_stride, int64_t num_tasks,

@@ -5,6 +5,7 @@ from .balancer import GradientBalancer
 from .buffer import TaskGradientBuffer
 from .dbmtl import DBMTL
 from .functional import balance_, log_transform
+from .graphs import find_shared_parameters
 from .imtl import IMTLLoss
 from .layout import ParameterLayout
 from .weightings import EqualWeights, GradNorm, MaxNorm
@@ -19,6 +20,7 @@ __all__ = [
     "ParameterLayout",
     "TaskGradientBuffer",
     "balance_",
+    "find_shared_parameters",
     "log_transform",
     "reference",
 ]

@@ -78,7 +78,7 @@ class BalancedGradient:
             index = torch.tensor(used, device=weights.device)
             gramian = buffer.gramian()
             if isinstance(self._weighting, UsesLosses):
-                self._weighting.observe(self._losses(used), used)
+                self._weighting.observe(self._losses(used), used, not steps.fresh)
             ours = self._weighting(gramian if len(used) == len(steps.seen) else gramian[index][:, index])
             ours = _checked(ours, len(used), weights.device, self._weighting).to(weights.dtype)
             weights[index] = self._world.of_first(ours, "the weights")

@@ -13,10 +13,11 @@ from . import checkpoint, checks, placement
 from . import losses as loss_values
 from .attachment import Attachment
 from .balanced import BalancedGradient
+from .changes import Changes
 from .gradients import Kept, SharedGradients
 from .heads import HeadGradients
 from .losses import Given, TaskLosses
-from .monitor import Monitor
+from .readings import Readings
 from .steps import Steps
 from .updates import Update
 from .weightings import Weighting, check_weighting
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class GradientBalancer:
+class GradientBalancer(Changes, Readings):
     """Balances the gradients that K tasks have of shared parameters, by any weighting, in any PyTorch training loop.
 
     With theta the P shared parameters and K losses, in step k::
@@ -103,36 +104,9 @@ class GradientBalancer:
         self._steps = Steps(num_tasks, self.beta, self.beta_sigma, self.seed, device)
         balanced = BalancedGradient(self.buffer, self._steps, self.weighting, self._world)
         self._grads = SharedGradients(self.buffer, balanced, self._world)
-        self._heads = HeadGradients(self.buffer.parameters, self._world)
+        self._heads = HeadGradients(self.buffer.parameters, self._world, self.buffer.device)
         self._attachment: Attachment | None = None
         self._reported = torch.float64 if state_dtype == torch.float64 else torch.float32
-
-    @property
-    def step(self) -> int:
-        """Number of EMA updates begun; reading it is a sync if ``capturable``."""
-        return self._steps.count
-
-    @property
-    def norms(self) -> Tensor:
-        """(K,) norms of the task gradients (their EMA) at the last balance, on the device, without a sync.
-
-        float32, or float64 with a float64 state. Not finite where the gradient was not.
-        """
-        return self.buffer.norms.to(self._reported, copy=True)
-
-    @property
-    def weights(self) -> Tensor:
-        """(K,) weights of the task gradients at the last balance, on the device, without a sync."""
-        return self.buffer.weights.to(self._reported, copy=True)
-
-    @property
-    def nonfinite_steps(self) -> Tensor:
-        """(K,) int64: in how many steps each task's gradient was not finite."""
-        return self.buffer.nonfinite_steps
-
-    def monitor(self) -> Monitor:
-        """Norms, weights, cosines and conflicts of the tasks, for a logger; see `Monitor`."""
-        return Monitor(self)
 
     def __call__(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> Tensor:
         """A scalar whose ``backward()`` is the balanced backward.
@@ -196,17 +170,23 @@ class GradientBalancer:
         checks.check_task(index, self.num_tasks)
         self._steps.refuse_inside("task()")
         self._steps.refuse_entered(index)
-        self._check_ranks()
+        if self._alone:
+            placement.refuse_unnamed_group()
         self._world.check_same(f"task {index}", self.buffer.device, f"the ranks are not all in task({index})")
+        scale = None if loss_scale is None else loss_values.factor_on(self.buffer.device, loss_scale)
+        update = self._update(index, None if scale is None else loss_values.factor_or_none(scale))
         kept, balanced = self._take()
         self._steps.inside = index
         try:
-            with self._heads.averaging(self._candidates()), self._heads.sharing_logs(index, self.log_transform):
-                yield
-                scale = None if loss_scale is None else loss_values.factor_on(self.buffer.device, loss_scale)
-                self._finish(index, self._update(index, None if scale is None else loss_values.factor_or_none(scale)))
+            touched = self._grads.touched
+            with self._heads.averaging(touched, self._candidates()):
+                with self._heads.sharing_logs(index, self.log_transform):
+                    yield
+                self._finish(index, update)
             self._steps.pending.add(index)
         except BaseException:
+            with torch.no_grad():
+                update.abandon()
             self._give_back(kept, balanced)
             raise
         else:
@@ -250,40 +230,14 @@ class GradientBalancer:
         self._attachment = Attachment(optimizer, self.buffer.parameters, *hooks)
         return self._attachment
 
-    def add_task(self) -> int:
-        """Make room for one task more, with a row of zeros; the others keep theirs. Returns its index, the last.
-
-        Raises:
-            RuntimeError: within a step.
-        """
-        self._keep([*range(self.num_tasks), None])
-        return self.num_tasks - 1
-
-    def remove_task(self, index: int) -> None:
-        """Forget a task; those after it move up by one, all keep their rows.
-
-        Raises:
-            RuntimeError: within a step.
-            ValueError: the index is out of range, or it is the last task.
-        """
-        checks.check_task(index, self.num_tasks)
-        checks.check_num_tasks(self.num_tasks - 1)
-        self._keep([task for task in range(self.num_tasks) if task != index])
-
-    def _keep(self, tasks: list[int | None]) -> None:
-        self._steps.refuse_inside("a change of tasks")
-        if self._steps.open:
-            raise RuntimeError("a change of tasks within a step; end it first (balance(), or optimizer.step())")
-        self.buffer.keep(tasks)
-        self._steps.keep(tasks)
-        self.num_tasks = len(tasks)
-
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on bit for bit. Tensors are references, as in PyTorch.
 
         Of several ranks the rows are DTensors: ``torch.distributed.checkpoint`` saves and loads them with any number.
         """
         self.buffer.settle()
+        if self.buffer.local:  # of several ranks one alone may ask for its state
+            self._end_if_thrown_away()  # told by what is in .grad, which is not part of the state
         return checkpoint.state_of(self.buffer, self._steps, self._grads, self.weighting)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -321,13 +275,18 @@ class GradientBalancer:
         last = len(present.tasks) - 1
         update = self._update(present.tasks[0], factor)
         try:
-            with self._grads.handing_over() as follow, self._heads.averaging(self._candidates(), present.losses):
+            touched = self._grads.touched
+            with (
+                self._grads.handing_over() as follow,
+                self._heads.averaging(touched, self._candidates(), present.losses),
+            ):
                 for place, task in enumerate(present.tasks):
                     update = self._update(task, factor)
                     follow(update)
                     present.backward(place, factor, retain_graph or place < last)
                     self._finish(task, update)
                     self._steps.losses[task] = present.values[place]
+                self._grads.check_released(len(present.tasks) == self.num_tasks)
         except BaseException:
             with torch.no_grad():
                 update.abandon()
@@ -354,14 +313,15 @@ class GradientBalancer:
         """After a failure: ``.grad`` as it was, as far as the rows still allow.
 
         Rows that were fed before the failure stay fed. A step with nothing else in it ends, so that nothing counts
-        twice; in a longer one ``.grad`` is balanced anew.
+        twice; in a longer one ``.grad`` is balanced anew. Not with several ranks, as the others may not have failed and
+        would not answer: there the step ends, and ``.grad`` has what others put there.
         """
-        if balanced:
+        if balanced and self.buffer.local:
             self._grads.put_back([None] * len(kept))
             self._write(kept)
         else:
             self._grads.put_back(kept)
-            if not self._steps.pending:
+            if not (self._steps.pending and self.buffer.local):
                 self._end_step()
 
     def _update(self, task: int, factor: Tensor | None) -> Update:
@@ -375,11 +335,21 @@ class GradientBalancer:
 
     @torch.no_grad()
     def _write(self, kept: Kept) -> None:
-        """Norms, weights, the balanced gradient, ``.grad``."""
+        """Norms, weights, the balanced gradient, ``.grad``; should the weighting raise, what was kept is put back."""
         self.buffer.settle()
-        self._grads.write(kept)
+        try:
+            self._grads.write(kept)
+        except BaseException:
+            self._grads.put_back(kept)
+            if self._attachment is None or not self.buffer.local:
+                self._end_step()  # else the next backward would count on top of this one
+            raise
         self._steps.balanced()
         if self._attachment is None:
+            self._end_step()
+
+    def _end_if_thrown_away(self) -> None:
+        if self._steps.open and self._grads.dropped():
             self._end_step()
 
     def _end_step(self) -> None:

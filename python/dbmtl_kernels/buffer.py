@@ -51,7 +51,12 @@ class TaskGradientBuffer:
         self.backend = backend
         self.device = layout.device
         self.spread = spread or World()
-        self.early = backends.resolve(backend, self.device).gathers_early(self.device)
+        self._distributed = any(dtensors.is_dtensor(p) for p in layout.parameters)
+        self._replicas = World(dtensors.replicated_groups(layout.parameters[0]))
+        # FSDP runs hooks while a gradient may still be on its way to a CPU.
+        self.early = not self._distributed and backends.resolve(backend, self.device, num_tasks).gathers_early(
+            self.device
+        )
         self._allocate(num_tasks)
 
     def _allocate(self, num_tasks: int) -> None:
@@ -64,6 +69,11 @@ class TaskGradientBuffer:
         self.broken = torch.zeros(num_tasks, dtype=torch.bool, device=device)
         self.nonfinite_steps = torch.zeros(num_tasks, dtype=torch.int64, device=device)
         self._masks: dict[tuple[bool, ...], Tensor] = {}
+
+    @property
+    def local(self) -> bool:
+        """Whether nothing that is done here needs another rank."""
+        return self.spread.size == 1 and self._replicas.size == 1
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -105,8 +115,9 @@ class TaskGradientBuffer:
         """Finish updates that are still under way."""
 
     def sums(self) -> Tensor:
-        """(K,) sums of squares of the whole rows."""
-        return self.spread.sum(self.sumsq, "the sum of squares of the task gradients")
+        """(K,) sums of squares of the whole rows; the same bits in all replicas, whatever order they were added in."""
+        total = self.spread.sum(self.sumsq, "the sum of squares of the task gradients")
+        return self._replicas.of_first(total, "the sum of squares of the task gradients")
 
     def balance(
         self,
@@ -239,10 +250,16 @@ class TaskGradientBuffer:
             "broken": self.broken,
             "nonfinite_steps": self.nonfinite_steps,
             "whole": self._whole(),
+            "owner": dtensors.owner(self._mesh_of_rows()),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over what `state` gave, here or where the rows were cut otherwise. Not checked."""
+        """Take over what `state` gave, here or where the rows were cut otherwise.
+
+        Raises:
+            ValueError: they are those of another rank; nothing else is checked.
+        """
+        dtensors.check_owner(dtensors.owner(self._mesh_of_rows()), state["owner"])
         for name, mine in self._saved_rows().items():
             dtensors.copy_(mine, state["rows"][name])
         for name in ("sumsq", "norms", "weights", "broken", "nonfinite_steps"):
@@ -250,13 +267,18 @@ class TaskGradientBuffer:
         if not (self._whole() and state["whole"]):
             self._measure()
 
+    def _mesh_of_rows(self) -> Any:
+        """The mesh over which `_saved_rows` are spread, if any."""
+        first = self.layout.parameters[0]
+        return first.device_mesh if dtensors.is_dtensor(first) else None
+
     def _whole(self) -> bool:
         """Whether all elements of a row are here."""
         return self.spread.size == 1
 
     def _saved_rows(self) -> dict[str, Tensor]:
         """The rows without the padding that depends on the number of ranks."""
-        if not self._whole():
+        if self._distributed:
             return {str(index): rows for index, rows in enumerate(self._rows_of_parameters())}
         return {
             str(index): self.rows[:, g.start : g.start + g.columns].unflatten(1, (-1, g.unit))

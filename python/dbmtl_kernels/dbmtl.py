@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .balancer import GradientBalancer
+from .graphs import check_shared_parameters, find_shared_parameters
 from .weightings import MaxNorm
 
 if TYPE_CHECKING:
@@ -79,3 +80,26 @@ class DBMTL(GradientBalancer):
             capturable=capturable,
         )
         self.scale = scale
+
+    @classmethod
+    def from_losses(
+        cls, losses: Sequence[Tensor], shared_parameters: Iterable[Tensor] | None = None, **options: Any
+    ) -> DBMTL:
+        """A balancer of what the losses of a first forward pass share; their graphs stay as they are.
+
+        Args:
+            losses: K scalars with a graph.
+            shared_parameters: by default those that `graphs.find_shared_parameters` finds; if given, the losses must
+                depend on each.
+            options: as for the class.
+
+        Raises:
+            ValueError: the losses share nothing, or do not depend on a parameter that was given.
+            RuntimeError: a loss has no graph, or hides parameters in a re-entrant checkpoint.
+
+        Warns:
+            UserWarning: a parameter that was given is reached from a single loss.
+        """
+        if shared_parameters is None:
+            return cls(find_shared_parameters(losses), len(losses), **options)
+        return cls(check_shared_parameters(losses, shared_parameters), len(losses), **options)

@@ -59,6 +59,18 @@ def sharded_groups(parameter: Tensor) -> list[ProcessGroup]:
     ]
 
 
+def replicated_groups(parameter: Tensor) -> list[ProcessGroup]:
+    """The groups over which a DTensor is replicated."""
+    if not is_dtensor(parameter):
+        return []
+    mesh = parameter.device_mesh
+    return [
+        mesh.get_group(dim)
+        for dim, placement in enumerate(parameter.placements)
+        if placement.is_replicate() and mesh.size(dim) > 1
+    ]
+
+
 def placement_key(parameter: Tensor) -> tuple[Any, ...]:
     """Equal for parameters whose elements are spread over the same ranks, on the same kind of device."""
     if not is_dtensor(parameter):
@@ -73,10 +85,14 @@ def stacked(parameter: Tensor, rows: Tensor) -> Tensor:
         return rows
     from torch.distributed.tensor import Replicate, Shard
 
-    placements = [
-        Replicate() if placement.is_replicate() else Shard(placement.dim + 1)  # type: ignore[attr-defined]
-        for placement in parameter.placements
-    ]
+    def shifted(placement: Any) -> Any:
+        if placement.is_replicate():
+            return Replicate()
+        if type(placement) is Shard:
+            return Shard(placement.dim + 1)
+        return type(placement)(placement.dim + 1, split_factor=placement.split_factor)  # of FSDP2 with TP
+
+    placements = [shifted(placement) for placement in parameter.placements]
     return _from_local(rows, parameter.device_mesh, placements, (rows.shape[0], *parameter.shape))
 
 
@@ -85,6 +101,25 @@ def sharded_columns(rows: Tensor, mesh: Any, num_columns: int) -> Tensor:
     from torch.distributed.tensor import Shard
 
     return _from_local(rows, mesh, [Shard(1)], (rows.shape[0], num_columns, *rows.shape[2:]))
+
+
+def owner(mesh: Any) -> Tensor:
+    """What tells one rank's part of a checkpoint from another's: its part of 0, 1, ... 1023; all without a mesh."""
+    numbers = torch.arange(1024)
+    if mesh is None:
+        return numbers
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    return distribute_tensor(numbers.to(mesh.device_type), mesh, [Shard(0)] * mesh.ndim, src_data_rank=None)
+
+
+def check_owner(mine: Tensor, theirs: Tensor) -> None:
+    """Raise ValueError if a checkpoint, cut as ours is, holds the part of another rank."""
+    if is_dtensor(mine) and is_dtensor(theirs) and not torch.equal(local(mine).cpu(), local(theirs).cpu()):
+        raise ValueError(
+            "the state holds the rows of another rank: every rank must save and load a file of its own, or use "
+            "torch.distributed.checkpoint"
+        )
 
 
 def _from_local(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import losses as loss_values
 from . import ops as ops  # registers what is called below
 from .checks import check_scale
-from .losses import shared_log
 
 
 def balance_(
@@ -72,5 +72,5 @@ def log_transform(loss: Tensor, eps: float = 1e-8) -> Tensor:
     Source: arXiv 2308.12029, equation of the logarithm transformation.
     """
     wide = loss.to(torch.promote_types(loss.dtype, torch.float32))
-    shared = shared_log.get()
+    shared = loss_values.shared_log
     return torch.log(wide + eps) if shared is None else shared(wide, eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -43,8 +44,8 @@ class SharedGradients:
         self._parameters = buffer.parameters
         self.touched = [False] * len(self._parameters)
         self.written = False
-        self._released = 0  # gradients of the pass under way
-        self._held_back = all(dtensors.is_dtensor(p) for p in self._parameters)  # FSDP may do so
+        self._released = False  # whether there was any gradient since `take`
+        self._distributed = any(dtensors.is_dtensor(p) for p in self._parameters)
         self._flats: Flats = {}
         self._views: list[Tensor] = []
         # What was left in .grad at the last write: the very tensors, their versions, and whether nothing but the
@@ -61,7 +62,7 @@ class SharedGradients:
             the caller (``zero_grad``), which means that no optimizer step will follow it.
         """
         kept = [p.grad for p in self._parameters]
-        dropped = False
+        self._released = dropped = False
         if self.written:
             dropped = self._was_dropped(kept)
             kept = kept if dropped else self._without_balanced(kept)
@@ -92,12 +93,6 @@ class SharedGradients:
     def hand_over(self, update: Update) -> None:
         """Give ``update`` what is left in ``.grad`` after a backward pass, and finish it."""
         grads = [None if p.grad is None else self._release(index) for index, p in enumerate(self._parameters)]
-        released, self._released = self._released, 0
-        if self._held_back and released == 0:
-            raise RuntimeError(
-                "no shared parameter of fully_shard has a gradient after the backward pass of a task: with "
-                "set_requires_gradient_sync(False) FSDP keeps the gradients of all tasks in one sum; leave it True"
-            )
         update.finish(grads)
 
     @contextmanager
@@ -140,8 +135,28 @@ class SharedGradients:
             )
         self.touched[index] = True
         p.grad = None
-        self._released += 1
+        self._released = True
         return dtensors.local_gradient(p, grad.detach())
+
+    def dropped(self) -> bool:
+        """Whether the balanced gradient last written was thrown away by the caller; see `take`."""
+        return self.written and self._was_dropped([p.grad for p in self._parameters])
+
+    def check_released(self, all_tasks: bool) -> None:
+        """Raise RuntimeError if no shared parameter has a gradient after the backward passes of a step.
+
+        Plain parameters that had one before may go without, and where not ``all_tasks`` were there. In a process of
+        its own it is only a warning.
+        """
+        if self._released or not (self._distributed or (all_tasks and not any(self.touched))):
+            return
+        complaint = "no shared parameter got a gradient in this step: are they those of the model that gave the losses?"
+        if self._distributed or self._world.size > 1:
+            raise RuntimeError(
+                f"{complaint} fully_shard puts others in their place (make the balancer after it), and with "
+                "set_requires_gradient_sync(False) keeps the gradients of all tasks in one sum (leave it True)"
+            )
+        warnings.warn(complaint, RuntimeWarning, stacklevel=2)
 
     def put_back(self, kept: Kept) -> None:
         """Undo `take`."""

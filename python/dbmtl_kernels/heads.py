@@ -6,34 +6,45 @@ import gc
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import dtensors
-from .losses import LogOfMean, shared_log
+from . import losses as loss_values
+from .graphs import leaves
 from .world import World
+
+
+class Head(NamedTuple):
+    """A parameter that may get a gradient, what was in its ``.grad``, and how it was found."""
+
+    parameter: Tensor
+    before: Tensor | None
+    found: str
 
 
 class HeadGradients:
     """Which parameters besides the shared ones got gradients in a backward pass, and their mean over the ranks.
 
-    Looked for in the graphs of the losses, in DistributedDataParallel's wrapper and in the attached optimizer. What
+    Looked for in DistributedDataParallel's wrapper, in the attached optimizer, else in the graphs of the losses. What
     was in a ``.grad`` before is added to, not averaged again. DTensors are left to those who made them.
 
     Args:
         shared: the shared parameters.
         world: the ranks.
+        device: where the ranks compare notes.
     """
 
-    def __init__(self, shared: Sequence[Tensor], world: World) -> None:
+    def __init__(self, shared: Sequence[Tensor], world: World, device: torch.device) -> None:
         self._shared = {id(p) for p in shared}
-        self._parameters = list(shared)
         self._world = world
+        self._device = device
         self._wrappers: list[weakref.ref[DistributedDataParallel]] | None = None
-        self._before: dict[int, tuple[Tensor, Tensor | None]] | None = None  # by id: the head, its .grad before
+        self._heads: dict[int, Head] = {}  # by id
+        self._known = False  # some of them from a wrapper or an optimizer
 
     def refuse_synchronising_wrapper(self) -> None:
         """Raise RuntimeError if the forward pass of a DistributedDataParallel is or was not inside its ``no_sync()``.
@@ -51,10 +62,13 @@ class HeadGradients:
                 )
 
     @contextmanager
-    def averaging(self, candidates: Iterable[Tensor] = (), losses: Sequence[Tensor] = ()) -> Iterator[None]:
+    def averaging(
+        self, touched: list[bool], candidates: Iterable[Tensor] = (), losses: Sequence[Tensor] = ()
+    ) -> Iterator[None]:
         """Whatever gradients heads get inside are averaged over the ranks at the end, then added to what was there.
 
         Args:
+            touched: for each shared parameter, whether it ever had a gradient; at the end, whether on any rank.
             candidates: parameters that may get gradients, besides those found.
             losses: whose graphs to search.
 
@@ -64,27 +78,31 @@ class HeadGradients:
         if self._world.size == 1:
             yield
             return
-        self._before = {}
-        known: list[Tensor] = [p for wrapper in self._live_wrappers() for p in wrapper.parameters()]
-        known += candidates
-        self.watch(known)
-        self.search(losses, complete=bool(known))
+        self._heads = {}
+        wrapped = [p for wrapper in self._live_wrappers() for p in wrapper.parameters()]
+        others = list(candidates)
+        self._known = bool(wrapped or others)
+        self._watch(wrapped, "wrapper")
+        self._watch(others, "optimizer")
+        if not wrapped:
+            self.search(losses)
         try:
             yield
-            self._average()
+            self._average(touched)
         except BaseException:
-            for head, grad in self._before.values():
-                head.grad = grad
+            for head in self._heads.values():
+                head.parameter.grad = head.before
             raise
         finally:
-            self._before = None
+            self._heads = {}
 
     @contextmanager
     def sharing_logs(self, task: int, expected: bool) -> Iterator[None]:
         """Inside, `functional.log_transform` is the log of the mean loss, and finds the heads in the loss's graph.
 
         Raises:
-            RuntimeError: at the end, if one was ``expected`` and none was taken.
+            RuntimeError: at the end, if one was ``expected`` and none was taken, or nothing told what the heads are;
+                a DistributedDataParallel outside its ``no_sync()``.
         """
         if self._world.size == 1:
             yield
@@ -94,55 +112,62 @@ class HeadGradients:
         def log_of_mean(loss: Tensor, eps: float) -> Tensor:
             nonlocal taken
             taken = True
+            self.refuse_synchronising_wrapper()
             self.search([loss])
             mean = self._world.sum(loss.detach(), f"the loss of task {task}") / self._world.size
-            out: Tensor = LogOfMean.apply(loss, mean, eps)  # type: ignore[no-untyped-call]
+            out: Tensor = loss_values.LogOfMean.apply(loss, mean, eps)  # type: ignore[no-untyped-call]
             return out
 
-        token = shared_log.set(log_of_mean)
+        loss_values.shared_log = log_of_mean
         try:
             yield
         finally:
-            shared_log.reset(token)
+            loss_values.shared_log = None
+        self.refuse_synchronising_wrapper()
         if expected and not taken:
             raise RuntimeError(
                 f"no log_transform(loss) inside task({task}): the log must be of the mean loss of all ranks, so it has "
                 "to be called inside the context (log_transform=False balances losses as they are)"
             )
+        if not taken and not self._known:
+            raise RuntimeError(
+                f"nothing tells which heads task({task}) gave gradients, and they must be averaged: attach the "
+                "balancer to the optimizer, use DistributedDataParallel, or use balancer(losses)"
+            )
 
-    def watch(self, parameters: Iterable[Tensor]) -> None:
+    def search(self, losses: Sequence[Tensor]) -> None:
+        """Watch the parameters in the graph of each loss."""
+        for place, loss in enumerate(losses):
+            found = leaves([loss])
+            if found is None and not self._known:
+                raise RuntimeError(
+                    "a re-entrant checkpoint hides which parameters its part of the graph has, and their gradients "
+                    "could not be averaged: use checkpoint(..., use_reentrant=False), or attach the balancer to the "
+                    "optimizer"
+                )
+            self._watch([p for p in found or () if isinstance(p, nn.Parameter)], f"loss {place}")
+
+    def _watch(self, parameters: Iterable[Tensor], where: str) -> None:
         """Set the ``.grad`` of these aside until the end of `averaging`."""
-        assert self._before is not None
-        for p in parameters:
-            if id(p) not in self._shared and id(p) not in self._before and not dtensors.is_dtensor(p):
-                self._before[id(p)] = (p, p.grad)
+        heads = [p for p in parameters if id(p) not in self._shared and not dtensors.is_dtensor(p)]
+        for index, p in enumerate(heads):
+            if id(p) not in self._heads:
+                self._heads[id(p)] = Head(p, p.grad, f"{where}, {index}")
                 p.grad = None
 
-    def search(self, losses: Sequence[Tensor], complete: bool = False) -> None:
-        """Watch every parameter in the graphs; ``complete``: the heads are known from elsewhere too."""
-        found = leaves(losses)
-        if found is None and not complete:
-            raise RuntimeError(
-                "a re-entrant checkpoint hides which parameters its part of the graph has, and their gradients could "
-                "not be averaged: use checkpoint(..., use_reentrant=False), or attach the balancer to the optimizer"
-            )
-        self.watch(found or ())
-
     @torch.no_grad()
-    def _average(self) -> None:
-        assert self._before is not None
-        heads = [(p, p.grad) for p, _ in self._before.values() if p.grad is not None]
-        for p, grad in heads:
+    def _average(self, touched: list[bool]) -> None:
+        heads = [(head, head.parameter.grad) for head in self._heads.values() if head.parameter.grad is not None]
+        mine = repr([(head.found, str(grad.dtype), tuple(grad.shape)) for head, grad in heads])
+        complaint = f"the ranks have gradients of different heads (this one of {[tuple(g.shape) for _, g in heads]})"
+        touched[:] = self._world.union(mine, touched, self._device, complaint)
+        by_kind: dict[Any, list[Tensor]] = {}
+        for head, grad in heads:
             if grad.layout != torch.strided:
                 raise TypeError(
-                    f"a head of shape {tuple(p.shape)} has a gradient of layout {grad.layout} (sparse=False)"
+                    f"a head of shape {tuple(head.parameter.shape)} has a gradient of layout {grad.layout}; only dense "
+                    "ones can be averaged (sparse=False)"
                 )
-        if self._before:
-            device = next(iter(self._before.values()))[0].device
-            shapes = repr([(str(p.dtype), tuple(p.shape)) for p, _ in heads])
-            self._world.check_same(shapes, device, f"the ranks have gradients of different heads (this one {shapes})")
-        by_kind: dict[Any, list[Tensor]] = {}
-        for _, grad in heads:
             wide = torch.promote_types(grad.dtype, torch.float32)  # the sum of many half precision ones might overflow
             by_kind.setdefault((grad.device, wide), []).append(grad)
         for (_, wide), grads in by_kind.items():
@@ -150,7 +175,7 @@ class HeadGradients:
             total = self._world.sum(flat, "the gradients of the heads")
             for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
-        for p, before in self._before.values():
+        for p, before, _ in self._heads.values():
             if before is not None:
                 p.grad = before if p.grad is None else before.add_(p.grad)
 
@@ -162,28 +187,3 @@ class HeadGradients:
                 weakref.ref(module) for module in modules if any(id(p) in self._shared for p in module.parameters())
             ]
         return [module for ref in self._wrappers if (module := ref()) is not None]
-
-
-def leaves(losses: Sequence[Tensor]) -> list[Tensor] | None:
-    """The leaf tensors in the graphs of the losses, in an order that depends on the graphs alone.
-
-    None if some are hidden from view, inside a re-entrant checkpoint.
-    """
-    found: dict[int, Tensor] = {}
-    hidden = False
-    seen: set[Any] = set()
-    pending = [loss.grad_fn for loss in reversed(losses)]
-    for loss in losses:
-        if loss.grad_fn is None and loss.requires_grad:
-            found[id(loss)] = loss
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            found[id(variable)] = variable
-        hidden = hidden or "CheckpointFunction" in node.name()
-        pending.extend(previous for previous, _ in reversed(node.next_functions))
-    return None if hidden else list(found.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,6 +10,16 @@ from torch import Tensor
 
 from . import checks
 from .world import World
+
+# What PyTorch says of several backward passes over one graph, and what helps.
+ADVICE = {
+    "donated buffer": "the model was compiled for a single backward pass over each graph, and several tasks need one "
+    "each: set torch._functorch.config.donated_buffer = False before the first call of the compiled model",
+    "mark a variable ready only once": "DistributedDataParallel was about to reduce the gradients of a single pass: "
+    "run its forward pass (and the backward) inside `with model.no_sync():`, DBMTL averages the gradients itself",
+    "gloo": "one of FSDP's collectives failed; has another rank stopped?",
+    "NCCL": "one of FSDP's collectives failed; has another rank stopped?",
+}
 
 Given = Sequence[Tensor | None] | Tensor
 
@@ -107,12 +116,10 @@ class TaskLosses:
         try:
             self.root(place, factor).backward(retain_graph=retain_graph)
         except RuntimeError as error:
-            if "donated buffer" not in str(error):
+            advice = next((advice for words, advice in ADVICE.items() if words in str(error)), None)
+            if advice is None or "DBMTL" in str(error):  # gathering early, one of our own collectives may have failed
                 raise
-            raise RuntimeError(
-                "the model was compiled for a single backward pass over each graph, and several tasks need one each: "
-                "set torch._functorch.config.donated_buffer = False before the first call of the compiled model"
-            ) from error
+            raise RuntimeError(f"backward pass of task {self.tasks[place]}: {advice}") from error
 
 
 def _check_tasks(tasks: Sequence[int] | None, count: int, num_tasks: int) -> list[int]:
@@ -185,7 +192,8 @@ class BalancedLoss(torch.autograd.Function):
 
 
 # Inside the context of a `task` of several ranks: what `functional.log_transform` does with a widened loss and eps.
-shared_log: ContextVar[Callable[[Tensor, float], Tensor] | None] = ContextVar("shared_log", default=None)
+# A plain variable, as torch.compile cannot read a ContextVar.
+shared_log: Callable[[Tensor, float], Tensor] | None = None
 
 
 class LogOfMean(torch.autograd.Function):

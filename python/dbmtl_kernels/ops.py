@@ -71,7 +71,7 @@ def balance_(
 ) -> tuple[Tensor, Tensor]:
     """See `functional.balance_`; scale "constant" takes alpha from ``constant``."""
     validation.check_balance(grads, ema, beta, eps, scale, constant, seed)
-    serve = backends.resolve(backend, ema.device)
+    serve = backends.resolve(backend, ema.device, ema.shape[0])
     result = serve.balance_(_readable(grads), ema, beta, eps, scale, constant, seed)
     _written(ema)
     return result
@@ -90,13 +90,14 @@ def _accumulate_fake(
     loss_scale: Tensor | None,
     seed: int | None,
     backend: str,
+    coefficients: Tensor | None = None,
 ) -> None:
-    validation.check_accumulate(row, sumsq, grads, segments, loss_scale, seed)
+    validation.check_accumulate(row, sumsq, grads, segments, loss_scale, seed, coefficients)
 
 
 @_define(
     "accumulate_(Tensor(a!) row, Tensor(b!) sumsq, Tensor?[] grads, Tensor segments, float decay, float gain, "
-    "Tensor? loss_scale, int? seed, str backend) -> ()",
+    "Tensor? loss_scale, int? seed, str backend, Tensor? coefficients=None) -> ()",
     _accumulate_fake,
 )
 def accumulate_(
@@ -109,6 +110,7 @@ def accumulate_(
     loss_scale: Tensor | None,
     seed: int | None,
     backend: str,
+    coefficients: Tensor | None = None,
 ) -> None:
     """Gather one task's gradients into its row: EMA update and sum of squares in one pass, no flatten copy.
 
@@ -126,15 +128,18 @@ def accumulate_(
         loss_scale: one number that the gradients carry and the state must not; 0 counts the gradients as zeros.
         seed: of the stochastic rounding of a bfloat16 row (`rounding`); None rounds to nearest.
         backend: "auto" or a name.
+        coefficients: (3,) float64 on the row's device, or None: decay, gain, and the seed's 64 bits
+            (``torch.tensor([seed]).view(torch.float64)``). They replace those given, and are read by the kernel when it
+            runs, so that a replayed CUDA graph sees new ones; ``seed`` then only says whether to round stochastically.
 
     Raises:
         ValueError, TypeError, RuntimeError: shapes, dtypes and devices, before anything is written.
     """
-    validation.check_accumulate(row, sumsq, grads, segments, loss_scale, seed)
+    validation.check_accumulate(row, sumsq, grads, segments, loss_scale, seed, coefficients)
     validation.check_segments(row, grads, segments)
     serve = backends.resolve(backend, row.device)
     dense = [None if g is None else g.contiguous().resolve_neg() for g in grads]
-    serve.accumulate_(row, sumsq, dense, segments.contiguous(), decay, gain, loss_scale, seed)
+    serve.accumulate_(row, sumsq, dense, segments.contiguous(), decay, gain, loss_scale, seed, coefficients)
     _written(row, sumsq)
 
 
@@ -220,7 +225,7 @@ def balance_rows_(
         rows, sumsq, broken, nonfinite_steps, norms, weights, outs, starts, active, loss_scale, eps, scale, constant,
         fresh, accumulate,
     )  # fmt: skip
-    backends.resolve(backend, rows.device).balance_rows_(step)
+    backends.resolve(backend, rows.device, rows.shape[0]).balance_rows_(step)
     _written(rows, sumsq, broken, nonfinite_steps, norms, weights, *outs)
 
 
@@ -246,7 +251,7 @@ def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool, ba
         backend: "auto" or a name.
     """
     validation.check_out(rows, weights, out)
-    backends.resolve(backend, rows.device).combine_out(_readable(rows), weights, out, accumulate)
+    backends.resolve(backend, rows.device, rows.shape[0]).combine_out(_readable(rows), weights, out, accumulate)
     _written(out)
 
 
@@ -259,7 +264,7 @@ def _combine_fake(rows: Tensor, weights: Tensor, dtype: torch.dtype | None, back
 def combine(rows: Tensor, weights: Tensor, dtype: torch.dtype | None, backend: str) -> Tensor:
     """K rows and K weights to one balanced row: (P,) in ``dtype`` (by default that of rows); see `combine_out`."""
     validation.check_combine(rows, weights, dtype or rows.dtype)
-    serve = backends.resolve(backend, rows.device)
+    serve = backends.resolve(backend, rows.device, rows.shape[0])
     out = torch.empty(rows.shape[1], dtype=dtype or rows.dtype, device=rows.device)
     serve.combine_out(_readable(rows), weights, out, False)
     return out
@@ -280,4 +285,4 @@ def gramian(rows: Tensor, backend: str) -> Tensor:
     """``rows @ rows.T``: (K, K) in float32 (float64 of float64) from (K, P), each row contiguous."""
     validation.check_rows("rows", rows)
     validation.check_dtype("the dtype of rows", rows.dtype, validation.STATE_DTYPES)
-    return backends.resolve(backend, rows.device).gramian(_readable(rows))
+    return backends.resolve(backend, rows.device, rows.shape[0], gramian=True).gramian(_readable(rows))

@@ -77,6 +77,11 @@ def place(
 
 def _world(parameters: list[Tensor], process_group: ProcessGroup | bool | None) -> World:
     if process_group is False:
+        if is_distributed(parameters):
+            raise ValueError(
+                "process_group=False would take the log of each rank's own loss, while fully_shard averages their "
+                "gradients: leave process_group away"
+            )
         return World()
     if process_group is None:
         if not is_distributed(parameters):

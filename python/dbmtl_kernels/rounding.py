@@ -35,12 +35,27 @@ def row_key(seed: int, row: int) -> int:
     return mix64((mix64(seed & _LOW64) + row) & _LOW64)
 
 
+def row_key_of(seed: Tensor, row: int) -> Tensor:
+    """`row_key` of an int64 seed that lies on a device: the int64 of the same bits, without a sync."""
+
+    def shifted(z: Tensor, by: int) -> Tensor:
+        return (z >> by) & ((1 << (64 - by)) - 1)  # an int64 is shifted with its sign
+
+    def mixed(z: Tensor) -> Tensor:  # `mix64`, its constants as int64
+        z = z + (0x9E3779B97F4A7C15 - 2**64)
+        z = (z ^ shifted(z, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+        z = (z ^ shifted(z, 27)) * (0x94D049BB133111EB - 2**64)
+        return z ^ shifted(z, 31)
+
+    return mixed(mixed(seed) + row)
+
+
 def update_seed(seed: int, count: int) -> int:
     """The seed of the ``count``-th update made with ``seed``: an int64, not negative."""
     return (mix64(seed & _LOW64) + count) & (2**63 - 1)
 
 
-def random_bits(key: int, column: int, count: int, device: torch.device) -> Tensor:
+def random_bits(key: int | Tensor, column: int, count: int, device: torch.device) -> Tensor:
     """(count,) int64 random numbers in [0, 2**16) of the columns from ``column`` on."""
     columns = torch.arange(column, column + count, device=device)
     x = (columns & _LOW32) ^ (key & _LOW32)
@@ -49,7 +64,7 @@ def random_bits(key: int, column: int, count: int, device: torch.device) -> Tens
     return (((x ^ (x >> 15)) * 0x846CA68B) & _LOW32) >> 16
 
 
-def to_bfloat16(x: Tensor, key: int, column: int = 0) -> Tensor:
+def to_bfloat16(x: Tensor, key: int | Tensor, column: int = 0) -> Tensor:
     """``x`` (n,) float32, rounded stochastically to bfloat16 as columns ``column`` to ``column + n`` of a row."""
     bits = x.contiguous().view(torch.int32).to(torch.int64) & _LOW32
     rounded = (bits + random_bits(key, column, x.numel(), x.device)) >> 16

@@ -123,7 +123,7 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
         sumsq = self.sumsq[row.task : row.task + 1]
         ops.accumulate_(
             self.rows[row.task], sumsq, [row.transit.mine], self._measured_segments(), c.decay, c.gain, c.loss_scale,
-            seed, self.backend, *c.on_device(),
+            seed, self.backend, c.device,
         )  # fmt: skip
         self._free.append(row.transit)
 
@@ -149,16 +149,19 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
             with naming("all-gather of the balanced gradient"):
                 dist.all_gather_into_tensor(flats[g.dtype], mine, group=self.group)
 
-    def _saved_rows(self) -> dict[str, Tensor]:
+    def _mesh_of_rows(self) -> Any:
         if self._mesh is None:
             from torch.distributed.device_mesh import DeviceMesh
 
             self._mesh = DeviceMesh.from_group(self.group, self.device.type)
+        return self._mesh
+
+    def _saved_rows(self) -> dict[str, Tensor]:
         out = {}
         for index, (g, shard) in enumerate(zip(self.layout.groups, self.shards, strict=True)):
             real = min(max(g.columns - self.rank * shard.columns, 0), shard.columns)
             rows = self.rows[:, shard.local : shard.local + real].unflatten(1, (-1, g.unit))
-            out[str(index)] = dtensors.sharded_columns(rows, self._mesh, g.columns // g.unit)
+            out[str(index)] = dtensors.sharded_columns(rows, self._mesh_of_rows(), g.columns // g.unit)
         return out
 
     def _measured_segments(self) -> Tensor:

@@ -30,6 +30,11 @@ class SplitTaskGradientBuffer:
         self.early = all(part.early for part in self.parts)
 
     @property
+    def local(self) -> bool:
+        """See `TaskGradientBuffer.local`."""
+        return all(part.local for part in self.parts)
+
+    @property
     def parameters(self) -> list[Tensor]:
         """The shared parameters, as given."""
         return [self.parts[part].parameters[index] for part, index in self.places]
@@ -170,7 +175,10 @@ class SplitUpdate:
         def begin() -> Coefficients:
             if self._coefficients is None:
                 self._coefficients = self._begin()
-            scale = self._coefficients.loss_scale
-            return self._coefficients._replace(loss_scale=None if scale is None else scale.to(device))
+            scale, numbers = self._coefficients.loss_scale, self._coefficients.device
+            return self._coefficients._replace(
+                loss_scale=None if scale is None else scale.to(device),
+                device=None if numbers is None else numbers.to(device),
+            )
 
         return begin

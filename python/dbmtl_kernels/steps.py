@@ -41,6 +41,7 @@ class Steps:
         self._beta, self._sigma, self._seed = beta, beta_sigma, seed
         self._host = [0, 0]  # steps begun; updates of any row, each with random numbers of its own
         self._counts = None if device is None else torch.zeros(2, dtype=torch.int64, device=device)
+        self._beta_k = beta  # of the step now open
         self._betas: Tensor | None = None  # on the device: beta_k and 1 - beta_k of the step now open
         self.open = False
         self.fresh = True
@@ -75,7 +76,7 @@ class Steps:
             self._host[0] += 1
         else:
             self._counts[0] += 1
-            self._set_betas()
+        self._set_betas()
 
     def balanced(self) -> None:
         """The balanced gradient has been written."""
@@ -96,15 +97,21 @@ class Steps:
             self.loss_scale = factor  # nothing counted so far
         if self._counts is not None:
             return self._device_coefficients(task)
-        beta = self._beta / self._host[0] ** self._sigma
+        beta = self._beta_k
         self._host[1] += 1
         seed = None if self._seed is None else update_seed(self._seed, self._host[1])
         return Coefficients(1.0 if self.seen[task] else beta, 1.0 - beta, self.loss_scale, seed)
 
+    def set_beta(self, beta: float, beta_sigma: float) -> None:
+        """Change them from the next step on."""
+        self._beta, self._sigma = beta, beta_sigma
+
     def _set_betas(self) -> None:
-        assert self._counts is not None
-        beta = self._beta / self._counts[0].to(torch.float64) ** self._sigma
-        self._betas = torch.stack([beta, 1.0 - beta])
+        if self._counts is None:
+            self._beta_k = self._beta / self._host[0] ** self._sigma
+        else:
+            beta = self._beta / self._counts[0].to(torch.float64) ** self._sigma
+            self._betas = torch.stack([beta, 1.0 - beta])
 
     def _device_coefficients(self, task: int) -> Coefficients:
         assert self._counts is not None
@@ -170,6 +177,8 @@ class Steps:
             self._counts.copy_(torch.tensor(self._host))
             self._betas = None
         self.open, self.fresh = bool(state["open"]), bool(state["fresh"])
+        if self.open and self._counts is None:
+            self._set_betas()
         self.seen = [bool(x) for x in state["seen"]]
         self.pending = {int(x) for x in state["pending"]}
         scale = state["loss_scale"]

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from . import ops
 from .layout import ParameterLayout
-from .rounding import update_seed
 
 # On a CPU a gradient is gathered while it is still in cache: as soon as this much of a task's has arrived.
 FLUSH_BYTES = 2 << 20
+# Turns the seed of an update into another, far from those of all updates, which are consecutive numbers.
+AGAIN = 1 << 62
 
 
 class Coefficients(NamedTuple):
@@ -25,18 +26,13 @@ class Coefficients(NamedTuple):
     seed: int | None = None
     device: Tensor | None = None
 
-    def on_device(self) -> tuple[Tensor, ...]:
-        """The last argument of `ops.accumulate_`, if any."""
-        return () if self.device is None else (self.device,)
-
     def again(self) -> Coefficients:
         """For more of the same update: the row had its decay."""
-        seed = None if self.seed is None else update_seed(self.seed, 1)
         if self.device is None:
-            return self._replace(decay=1.0, seed=seed)
+            return self._replace(decay=1.0, seed=None if self.seed is None else self.seed ^ AGAIN)
         _, gain, bits = self.device.split(1)
         return self._replace(
-            device=torch.cat([torch.ones_like(gain), gain, (bits.view(torch.int64) + 1).view(gain.dtype)])
+            device=torch.cat([torch.ones_like(gain), gain, (bits.view(torch.int64) ^ AGAIN).view(gain.dtype)])
         )
 
 
@@ -150,5 +146,5 @@ class RowUpdate:
             grads = [None if g is None else layout.in_row_order(i, g) for i, g in zip(indices, grads, strict=True)]
         segments = layout.segments_of(tuple(indices))
         ops.accumulate_(
-            self._row, sumsq, grads, segments, c.decay, c.gain, c.loss_scale, c.seed, self._backend, *c.on_device()
+            self._row, sumsq, grads, segments, c.decay, c.gain, c.loss_scale, c.seed, self._backend, c.device
         )

@@ -43,6 +43,19 @@ def check_loss_scale(loss_scale: Tensor | None) -> None:
         raise ValueError(f"loss_scale must be one number, got shape {tuple(loss_scale.shape)}")
 
 
+def check_coefficients(coefficients: Tensor | None, row: Tensor) -> None:
+    """Raise unless it is None or three float64 on the row's device: decay, gain and a seed's bits."""
+    if coefficients is None:
+        return
+    check_dtype("the dtype of coefficients", coefficients.dtype, (torch.float64,))
+    if coefficients.shape != (3,) or not coefficients.is_contiguous():
+        raise ValueError(
+            f"coefficients must be contiguous of shape (3,), got shape {tuple(coefficients.shape)}, "
+            f"strides {coefficients.stride()}"
+        )
+    check_device("coefficients", coefficients, "row", row)
+
+
 def check_weighting(eps: float, scale: str) -> None:
     """Raise ValueError unless eps and scale are possible."""
     check_eps(eps)
@@ -81,6 +94,7 @@ def check_accumulate(
     segments: Tensor,
     loss_scale: Tensor | None,
     seed: int | None,
+    coefficients: Tensor | None,
 ) -> None:
     """The arguments of `ops.accumulate_`, as far as their values do not matter."""
     check_dtype("the dtype of row", row.dtype, STATE_DTYPES)
@@ -91,6 +105,7 @@ def check_accumulate(
     check_device("sumsq", sumsq, "row", row)
     check_loss_scale(loss_scale)
     check_seed(seed, "row", row.dtype)
+    check_coefficients(coefficients, row)
     if segments.dtype != torch.int64 or segments.shape != (len(grads), 2) or segments.device.type != "cpu":
         raise ValueError(
             f"segments must be a CPU int64 tensor of shape ({len(grads)}, 2), got {segments.dtype} of shape "

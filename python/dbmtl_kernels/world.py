@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,8 +96,20 @@ class World:
 
     def check_same(self, what: str, device: torch.device, complaint: str) -> None:
         """Raise RuntimeError, on every rank, unless all say the same; off a CPU see `mean_losses`."""
-        if self.size > 1:
-            self._same(self.sum(_signed(what, device), "a check that all ranks do the same"), complaint)
+        self.union(what, [], device, complaint)
+
+    def union(self, what: str, flags: Sequence[bool], device: torch.device, complaint: str) -> list[bool]:
+        """Flags that are set on any rank; read, with a sync, only where one is not set here.
+
+        Raises:
+            RuntimeError: the ranks do not all say ``what``; see `check_same`.
+        """
+        if self.size == 1:
+            return list(flags)
+        message = torch.cat([_signed(what, device), _on(tuple(map(float, flags)), device)])
+        total = self.sum(message, "a check that all ranks do the same")
+        self._same(total[:2], complaint)
+        return list(flags) if all(flags) else [x > 0 for x in total[2:].tolist()]
 
     def _same(self, sums: Tensor, complaint: str) -> None:
         """``sums``: of a number and of its square; all numbers are equal just if size * sum(x**2) = sum(x)**2."""
@@ -111,5 +124,11 @@ class World:
 def _signed(text: str, device: torch.device) -> Tensor:
     """16 bits that stand for a text, and their square; sums of up to 1,000 of them are exact."""
     number = zlib.crc32(text.encode()) & 0xFFFF
-    host = torch.tensor([number, number**2], dtype=torch.float64)
+    return _on((float(number), float(number**2)), device)
+
+
+@lru_cache(maxsize=4096)
+def _on(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers on a device, without a sync; kept, so that a captured graph that copied them finds them again."""
+    host = torch.tensor(numbers, dtype=torch.float64)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

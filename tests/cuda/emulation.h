@@ -21,6 +21,7 @@
 #define __shared__ static thread_local
 #define DBMTL_DYNAMIC_SHARED(name) char* name = emulation::block->shared()
 #define DBMTL_SPIN() std::this_thread::yield()
+#define DBMTL_ACCESS(pointer, bytes, written) emulation::block->access(pointer, bytes, written)
 #define threadIdx (emulation::block->thread_index())
 #define blockIdx (emulation::block->block_index)
 #define gridDim (emulation::block->grid)
@@ -37,6 +38,12 @@ struct Index {
   unsigned x;
 };
 
+// Rows, gradients and results that the kernels moved, since it was last asked for (emulation.cpp).
+struct Traffic {
+  std::atomic<int64_t> read{0}, written{0}, vectors{0}, misaligned{0};
+};
+inline Traffic traffic;
+
 class Block {
  public:
   Index block_index, grid, dim;
@@ -44,6 +51,19 @@ class Block {
   Block(unsigned index, unsigned blocks, unsigned threads, size_t shared_bytes)
       : block_index{index}, grid{blocks}, dim{threads}, fibers_(threads), warps_((threads + 31) / 32),
         shared_(shared_bytes + 16) {}
+
+  ~Block() {
+    traffic.read += moved_[0];
+    traffic.written += moved_[1];
+    traffic.vectors += vectors_;
+    traffic.misaligned += misaligned_;
+  }
+
+  void access(const void* p, int bytes, bool written) {
+    moved_[written] += bytes;
+    vectors_ += bytes == 16;
+    misaligned_ += reinterpret_cast<uintptr_t>(p) % unsigned(bytes) != 0;
+  }
 
   Index thread_index() const { return {current_}; }
   char* shared() {
@@ -126,6 +146,7 @@ class Block {
   ucontext_t scheduler_;
   unsigned current_ = 0, alive_ = 0, arrived_ = 0, generation_ = 0;
   bool any_ = false;
+  int64_t moved_[2] = {0, 0}, vectors_ = 0, misaligned_ = 0;
 };
 
 inline thread_local Block* block = nullptr;
@@ -164,6 +185,8 @@ void __stcs(T* p, T x) {
 
 namespace dbmtl {
 
+int32_t fail(int32_t status, const char* message);
+
 inline int from_environment(const char* name, int otherwise) {
   const char* value = std::getenv(name);
   return value == nullptr ? otherwise : std::atoi(value);
@@ -188,7 +211,7 @@ int32_t launch_kernel(void (*kernel)(A), int blocks, int threads, size_t shared,
       own.run([&] { kernel(arguments); });
     });
   for (std::thread& t : running) t.join();
-  return 0;
+  return emulation::traffic.misaligned.exchange(0) ? fail(5, "emulated: misaligned address") : 0;
 }
 
 }  // namespace dbmtl

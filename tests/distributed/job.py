@@ -96,13 +96,14 @@ class Job:
     def step(self, x, tasks=None, factor=1.0, by_task=False):
         """One backward of the balancer; ``optimizer.step`` is the caller's."""
         with self.no_sync():
-            losses = self.forward(self.part(x))
-            if by_task:
+            if by_task:  # each with a forward pass of its own
                 for task in range(NUM_TASKS) if tasks is None else tasks:
                     with self.balancer.task(task):
-                        dbk.log_transform(losses[task]).backward(retain_graph=True)
+                        dbk.log_transform(self.forward(self.part(x))[task]).backward()
                 self.balancer.balance()
-            elif tasks is None:
+                return
+            losses = self.forward(self.part(x))
+            if tasks is None:
                 (self.balancer(losses) * factor).backward()
             else:
                 (self.balancer([losses[t] for t in tasks], tasks=tasks) * factor).backward()

@@ -1,5 +1,6 @@
 """What 4 ranks do together, run by torchrun; rank 0 writes what came of it for tests/test_distributed.py to judge."""
 
+import functools
 import io
 import json
 import sys
@@ -9,10 +10,9 @@ from pathlib import Path
 import dbmtl_kernels as dbk
 import torch
 import torch.distributed as dist
-from job import NUM_TASKS, Job, Net, batches, first_net, identical, load, mesh_of, save, shard, whole
+from job import NUM_TASKS, Job, Net, batches, first_net, identical, load, save, whole
+from refusals import attempts
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 STEPS = 50
 RESULTS = {}
@@ -75,9 +75,10 @@ def trainings():
         compare(f"{kind}, task by task", kind, by_task)
         compare(f"{kind}, partial tasks", kind, partial)
         compare(f"{kind}, accumulation", kind, accumulated)
+        compare(f"{kind}, scaled accumulation", kind, scaled)
     compare("ddp, float64 state", "ddp", lambda job: job.train(0, 10), state_dtype=torch.float64)
     compare("ddp, eager backend", "ddp", lambda job: job.train(0, 10), backend="eager")
-    # compare("ddp, capturable", "ddp", lambda job: job.train(0, 10), capturable=True)
+    compare("ddp, capturable", "ddp", lambda job: job.train(0, 10), capturable=True)
 
 
 def by_task(job):
@@ -101,6 +102,24 @@ def accumulated(job):
         for n, x in enumerate(batches(3 * step, 3 * step + 3)):
             job.step(x, factor=1 / 3, by_task=n == 1 and step % 2 == 0)
         job.optimizer.step()
+
+
+def scaled(job):
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
+    job.balancer.attach(job.optimizer)
+    for step in range(6):
+        job.optimizer.zero_grad()
+        for x in batches(2 * step, 2 * step + 2):
+            with job.no_sync():
+                losses = job.forward(job.part(x))
+                if step == 3:  # on the last rank only: every scaler must skip this step
+                    part = job.kind == "single" or dist.get_rank() == dist.get_world_size() - 1
+                    losses[0] = losses[0] * (float("inf") if part else 1.0)
+                scaler.scale(job.balancer(losses) / 2).backward()
+        scaler.unscale_(job.optimizer)
+        scaler.step(job.optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 512.0, scaler.get_scale()  # doubled after step 1, halved after 3, doubled after 5
 
 
 @scenario
@@ -158,6 +177,28 @@ def regulariser_before():
         "difference": difference(job.gradients(), alone.gradients()),
         "identical": identical(job.gradients()),
     }
+
+
+@scenario
+def shared_parameter_of_one_rank():
+    """A branch taken on one rank only: the parameter there gets its gradient on all."""
+    net = Net()
+    balancer = dbk.DBMTL(net.shared(), NUM_TASKS, process_group=dist.group.WORLD)
+    z = net.trunk(next(batches(0, 1)))
+    z = z * net.gain if dist.get_rank() == 0 else z
+    balancer([head(z).square().mean() + 0.1 for head in net.heads]).backward()
+    grads = torch.cat([p.grad.reshape(-1) for p in net.shared()])
+    RESULTS["shared on one rank"] = {"identical": identical(grads), "gain": float(net.gain.grad.abs())}
+
+
+@scenario
+def inputs_that_require_grad():
+    """Their gradients are each rank's own."""
+    job = Job("ddp")
+    x = torch.randn(6, 7, generator=torch.Generator().manual_seed(dist.get_rank())).requires_grad_()
+    with job.no_sync():
+        job.balancer(job.forward(x)).backward()
+    RESULTS["inputs"] = {"identical": identical(x.grad)}
 
 
 @scenario
@@ -226,13 +267,23 @@ def resumed():
                 second.optimizer.load_state_dict(loaded["optimizer"])
                 second.balancer.load_state_dict(loaded["balancer"])
             second.train(4, 8)
+            if how == "torch.save":  # as who saves on rank 0 alone would load it
+                others = [None] * dist.get_world_size()
+                dist.all_gather_object(others, stream.getvalue())
+                RESULTS[f"of rank 0, {kind}"] = refusal(functools.partial(load_of, others[0], kind))
             RESULTS[f"resumed, {kind}, {how}"] = {
                 "equal": torch.equal(second.parameters(), straight.parameters()),
                 "identical": identical(second.parameters()),
             }
         parameters = straight.parameters()
+        straight.train(8, 12)
+        longer = straight.parameters()
         if dist.get_rank() == 0:
-            torch.save((parameters, straight.balancer.norms), folder / f"straight {kind}.pt")
+            torch.save((parameters, longer), folder / f"straight {kind}.pt")
+
+
+def load_of(stream, kind):
+    Job(kind).balancer.load_state_dict(torch.load(io.BytesIO(stream), weights_only=True)["balancer"])
 
 
 def state(job):
@@ -241,83 +292,7 @@ def state(job):
 
 @scenario
 def refusals():
-    rank = dist.get_rank()
-    (x,) = batches(0, 1)
-
-    def outside_no_sync():
-        job = Job("ddp")
-        job.balancer(job.forward(job.part(x))).backward()
-
-    def by_task_outside_no_sync():
-        job = Job("ddp")
-        losses = job.forward(job.part(x))
-        with job.balancer.task(0):
-            dbk.log_transform(losses[0]).backward()
-
-    def unnamed():
-        dbk.DBMTL(Net().shared(), 3)
-
-    def not_a_group():
-        dbk.DBMTL(Net().shared(), 3, process_group=4)
-
-    def other_tasks():
-        job = Job("ddp")
-        job.step(x, tasks=[0] if rank == 2 else [0, 1])
-
-    def other_task_contexts():
-        job = Job("ddp")
-        job.step(x, tasks=[rank % 2], by_task=True)
-
-    def other_heads():
-        job = Job("ddp")
-        with job.no_sync():
-            losses = job.forward(job.part(x))
-        if rank == 1:
-            losses[2] = losses[0] * 1.0
-        job.balancer(losses).backward()
-
-    def re_entrant():
-        job = Job("ddp")
-        net, part = Net(), job.part(x).requires_grad_()
-        balancer = dbk.DBMTL(net.shared(), 1, process_group=dist.group.WORLD)
-        z = net.trunk(part) * net.gain
-        balancer([checkpoint(net.heads[1], z, use_reentrant=True).square().mean() + 0.1]).backward()
-
-    def no_log():
-        job = Job("ddp")
-        with job.no_sync():
-            losses = job.forward(job.part(x))
-            with job.balancer.task(0):
-                losses[0].backward()
-
-    def negative():
-        job = Job("ddp")
-        with job.no_sync():
-            losses = job.forward(job.part(x))
-            job.balancer([losses[0], -losses[1] if rank < 3 else losses[1], losses[2]])
-
-    def held_back():
-        job = Job("fsdp")
-        job.net.set_requires_gradient_sync(False)
-        job.step(x)
-
-    def other_balancers():
-        dbk.DBMTL(Net(95 if rank == 3 else 96).shared(), 3, process_group=dist.group.WORLD)
-
-    def fsdp1():
-        net = FullyShardedDataParallel(Net(), device_id=torch.device("cpu"), use_orig_params=True)
-        dbk.DBMTL([p for p in net.parameters() if p.numel()], 3, process_group=dist.group.WORLD)
-
-    def plain_among_two_dimensions():
-        net = Net()
-        shard(net, mesh_of(2, dist.get_world_size() // 2))
-        dbk.DBMTL([*net.trunk.parameters(), nn.Parameter(torch.ones(1))], 3)
-
-    for function in (
-        outside_no_sync, by_task_outside_no_sync, unnamed, not_a_group, other_tasks, other_task_contexts, other_heads,
-        re_entrant, no_log, negative, plain_among_two_dimensions,
-        held_back, other_balancers, fsdp1,
-    ):  # fmt: skip
+    for function in attempts():
         RESULTS[function.__name__.replace("_", " ")] = refusal(function)
 
 

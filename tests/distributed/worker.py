@@ -2,8 +2,8 @@
 
     worker.py FOLDER KILL_AT [KIND]
 
-Rank 2 kills itself with SIGKILL at the beginning of step KILL_AT (-1: never). A run that finds a checkpoint goes on
-from the newest. Each rank writes the bits of its parameters, or the error it stopped with.
+Rank 2 kills itself with SIGKILL after the forward pass of step KILL_AT (-1: never). A run that finds a checkpoint goes
+on from the newest. Each rank writes the bits of its parameters, or the error it stopped with.
 """
 
 import os
@@ -32,10 +32,12 @@ def main(folder, kill_at, kind):
     for step, x in enumerate(batches(first, STEPS), first):
         if step > first and step % EVERY == 0 and step != kill_at:
             save(job, folder / "checkpoints" / str(step))
-        if step == kill_at and rank == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
         job.optimizer.zero_grad()
-        job.step(x)
+        with job.no_sync():
+            losses = job.forward(job.part(x))
+            if step == kill_at and rank == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            job.balancer(losses).backward()
         job.optimizer.step()
     torch.save((first, job.parameters()), folder / f"finished {rank}.pt")
 

@@ -39,6 +39,7 @@ class Backend(Protocol):
         gain: float,
         loss_scale: Tensor | None,
         seed: int | None,
+        coefficients: Tensor | None,
     ) -> None:
         """See `ops.accumulate_`."""
 
@@ -59,6 +60,10 @@ class Backend(Protocol):
         """Why this backend cannot serve tensors on ``device``; None if it can."""
 
     @staticmethod
+    def most_tasks(gramian: bool) -> int | None:
+        """How many rows a call, or `gramian`, may have; None for any number."""
+
+    @staticmethod
     def gathers_early(device: torch.device) -> bool:
         """Whether `accumulate_` is best called while a backward pass runs, a few gradients at a time."""
 
@@ -69,38 +74,69 @@ def get(name: str) -> Backend:
     return cast(Backend, modules[name])
 
 
-def resolve(name: str, device: torch.device) -> Backend:
+def resolve(name: str, device: torch.device, num_tasks: int = 1, gramian: bool = False) -> Backend:
     """The backend called ``name``, or for "auto" the one that ``DBMTL_BACKEND`` or the device asks for.
 
+    Args:
+        name: "auto" or a name.
+        device: of the tensors.
+        num_tasks: how many rows the call has.
+        gramian: whether it is `gramian`, of which some backends take fewer.
+
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a backend asked for by name that does not take so many tasks.
         RuntimeError: a backend asked for by name that cannot serve this device, with the reason.
     """
-    return _resolve(name, os.environ.get(ENVIRONMENT, "auto") if name == "auto" else name, device.type)
+    asked = os.environ.get(ENVIRONMENT, "auto") if name == "auto" else name
+    return _resolve(name, asked, device.type, num_tasks, gramian)
 
 
 @cache
-def _resolve(argument: str, name: str, device_type: str) -> Backend:
+def _resolve(argument: str, name: str, device_type: str, num_tasks: int, gramian: bool) -> Backend:
     device = torch.device(device_type)
     if name == "auto":
-        return _choose(device)
+        return _choose(device, num_tasks, gramian)
     source = f"{ENVIRONMENT}={name}" if argument == "auto" else f"backend={name!r}"
     if name not in NAMES:
         raise ValueError(f"unknown backend: {source}; known: 'auto', {', '.join(map(repr, NAMES))}")
     backend = get(name)
-    reason = backend.missing(device)
+    reason = _missing(name, device)
     if reason is not None:
         raise RuntimeError(f"{source} was asked for but cannot serve tensors on {device_type!r}: {reason}")
+    reason = _too_many(backend, num_tasks, gramian)
+    if reason is not None:
+        raise ValueError(f"{source} was asked for but {reason}")
     return backend
 
 
-def _choose(device: torch.device) -> Backend:
+_able: set[tuple[str, str]] = set()
+
+
+def _missing(name: str, device: torch.device) -> str | None:
+    """Asked until it can, and then not again for another number of tasks."""
+    if (name, device.type) in _able:
+        return None
+    reason = get(name).missing(device)
+    if reason is None:
+        _able.add((name, device.type))
+    return reason
+
+
+def _too_many(backend: Backend, num_tasks: int, gramian: bool) -> str | None:
+    most = backend.most_tasks(gramian)
+    if most is None or num_tasks <= most:
+        return None
+    return f"{'its Gramian' if gramian else 'it'} takes at most {most} tasks, got {num_tasks}"
+
+
+def _choose(device: torch.device, num_tasks: int, gramian: bool) -> Backend:
     *kernels, last = CHOICE.get(device.type, ("eager",))
     reasons = []
     for name in kernels:
-        reason = get(name).missing(device)
+        backend = get(name)
+        reason = _missing(name, device) or _too_many(backend, num_tasks, gramian)
         if reason is None:
-            return get(name)
+            return backend
         reasons.append(f"the {name} backend is not available for {device.type} tensors ({reason})")
     if reasons:
         warnings.warn(  # once: the choice is cached
@@ -112,3 +148,4 @@ def _choose(device: torch.device) -> Backend:
 def clear_cache() -> None:
     """Forget what was chosen, for tests that change what there is to choose from."""
     _resolve.cache_clear()
+    _able.clear()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .engine_step import EngineStep
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SCALES = {"max": 0, "mean": 1, "median": 2, "min": 3, "constant": 4}
 
@@ -31,7 +31,7 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         [_ptr, _i32, _i64, _ptr, _i32, _i64, _ptr, _i32, _ptr, _i64, _i64, _f64, *_WEIGHING, _i32, _u64, *_WHERE],
     ),
     "dbmtl_accumulate": (
-        _i32, [_ptr, _i32, _i64, _ptr, _ptr, _ptr, _f64, _f64, _ptr, _i32, _ptr, _i32, _u64, *_WHERE]
+        _i32, [_ptr, _i32, _i64, _ptr, _ptr, _ptr, _f64, _f64, _ptr, _i32, _ptr, _i32, _u64, _ptr, *_WHERE]
     ),
     "dbmtl_combine": (_i32, [*_MATRIX, _i64, _ptr, _i32, _ptr, _i32, _i32, *_WHERE]),
     "dbmtl_balance_rows": (
@@ -88,6 +88,11 @@ def seed_arguments(seed: int | None) -> tuple[int, int]:
     return int(seed is not None), (seed or 0) & (2**64 - 1)
 
 
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where it is; null for none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 def scale_arguments(loss_scale: Tensor | None) -> tuple[int | None, int]:
     """Pointer and dtype of a loss scale."""
     return (None, 0) if loss_scale is None else (loss_scale.data_ptr(), DTYPES[loss_scale.dtype])
@@ -112,7 +117,7 @@ def step_arguments(step: EngineStep, loss_scale: Tensor | None) -> list[Any]:
         (_i32 * n)(*[DTYPES[out.dtype] for out in step.outs]),
         (_i64 * n)(*step.starts),
         (_i64 * n)(*[out.numel() for out in step.outs]),
-        None if step.active is None else step.active.data_ptr(),
+        pointer(step.active),
         *scale_arguments(loss_scale),
         step.eps,
         SCALES[step.scale],

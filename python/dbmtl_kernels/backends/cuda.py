@@ -48,6 +48,11 @@ def missing(device: torch.device) -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
+def most_tasks(gramian: bool) -> int | None:
+    """As csrc/cuda has it: kMaxTasks, and kMaxRows of the Gramian."""
+    return 64 if gramian else 256
+
+
 def gathers_early(device: torch.device) -> bool:
     """A row is gathered at the end of a backward pass, in one launch."""
     return False
@@ -111,6 +116,7 @@ def accumulate_(
     gain: float,
     loss_scale: Tensor | None,
     seed: int | None,
+    coefficients: Tensor | None,
 ) -> None:
     """See `ops.accumulate_`: one launch for each thousand parameters (with an older driver, each hundred)."""
     device = row.device
@@ -121,7 +127,7 @@ def accumulate_(
             _library().dbmtl_accumulate(
                 row.data_ptr(), abi.DTYPES[row.dtype], len(grads), segments.data_ptr(),
                 *abi.gradient_arguments(grads), decay, gain, *abi.scale_arguments(factor), total.data_ptr(),
-                *abi.seed_arguments(seed), *_where(device, 1),
+                *abi.seed_arguments(seed), abi.pointer(coefficients), *_where(device, 1),
             )
         )  # fmt: skip
     if total is not sumsq:

@@ -7,13 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..rounding import row_key, to_bfloat16
+from ..rounding import row_key, row_key_of, to_bfloat16
 from ..weighting import max_norm_weights
 from .engine_step import EngineStep
 
 
 def missing(device: torch.device) -> str | None:
     """Serves every device."""
+    return None
+
+
+def most_tasks(gramian: bool) -> int | None:
+    """Any number."""
     return None
 
 
@@ -27,14 +32,24 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 def _update(
-    row: Tensor, grad: Tensor | None, decay: float, gain: float | Tensor, key: int | None = None, column: int = 0
+    row: Tensor,
+    grad: Tensor | None,
+    decay: float | Tensor,
+    gain: float | Tensor,
+    key: int | Tensor | None = None,
+    column: int = 0,
 ) -> None:
     """Row <- decay * row + gain * grad, in fp32 whatever the storage.
 
     With a key, a bfloat16 row that begins at ``column`` of the whole is rounded stochastically.
     """
     work = _arithmetic(row.dtype)
-    if key is not None:
+    if isinstance(decay, Tensor):  # looking at it would be a sync: both terms are formed, and the right sum is chosen
+        decayed = row.to(work) * decay.to(work)
+        gained = torch.zeros_like(decayed) if grad is None else grad.to(work) * gain
+        new = torch.where(decay == 0, gained, decayed if grad is None else decayed + gained)
+        row.copy_(new if key is None else to_bfloat16(new, key, column))
+    elif key is not None:
         terms = [] if decay == 0.0 else [row.to(work) * decay]
         terms += [] if grad is None else [grad.to(work) * gain]
         row.copy_(to_bfloat16(sum(terms[1:], terms[0]), key, column) if terms else torch.zeros_like(row))
@@ -78,18 +93,26 @@ def accumulate_(
     gain: float,
     loss_scale: Tensor | None,
     seed: int | None,
+    coefficients: Tensor | None,
 ) -> None:
     """See `ops.accumulate_`."""
+    work = _arithmetic(row.dtype)
+    decayed: float | Tensor = decay
     scaled: float | Tensor = gain
+    key: int | Tensor | None = None if seed is None else row_key(seed, 0)
+    if coefficients is not None:
+        decayed, scaled = coefficients[0], coefficients[1]
+        key = None if seed is None else row_key_of(coefficients[2].view(torch.int64), 0)
     if loss_scale is not None:
         exact = torch.float32 if row.device.type == "mps" else torch.float64
         factor = loss_scale.reshape(()).to(row.device, exact)
-        scaled = torch.where(factor == 0, 0.0, gain / factor).to(_arithmetic(row.dtype))
+        scaled = torch.where(factor == 0, 0.0, scaled / factor)
+    if isinstance(scaled, Tensor):
+        scaled = scaled.to(work)
     total = torch.zeros_like(sumsq)
-    key = None if seed is None else row_key(seed, 0)
     for grad, (offset, numel) in zip(grads, segments.tolist(), strict=True):
         segment = row[offset : offset + numel]
-        _update(segment, None if grad is None else grad.reshape(-1), decay, scaled, key, offset)
+        _update(segment, None if grad is None else grad.reshape(-1), decayed, scaled, key, offset)
         if numel:
             total += _sum_of_squares(segment)
     sumsq.copy_(total)

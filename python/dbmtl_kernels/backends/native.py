@@ -43,6 +43,11 @@ def missing(device: torch.device) -> str | None:
     return loaded if isinstance(loaded, str) else None
 
 
+def most_tasks(gramian: bool) -> int | None:
+    """Any number."""
+    return None
+
+
 def gathers_early(device: torch.device) -> bool:
     """A gradient is still in cache while the backward pass runs."""
     return True
@@ -107,6 +112,7 @@ def accumulate_(
     gain: float,
     loss_scale: Tensor | None,
     seed: int | None,
+    coefficients: Tensor | None,
 ) -> None:
     """See `ops.accumulate_`."""
     total = sumsq if sumsq.dtype == torch.float64 else torch.empty(1, dtype=torch.float64)
@@ -114,7 +120,7 @@ def accumulate_(
         _library().dbmtl_accumulate(
             row.data_ptr(), abi.DTYPES[row.dtype], len(grads), segments.data_ptr(), *abi.gradient_arguments(grads),
             decay, gain, *abi.scale_arguments(_floating(loss_scale)), total.data_ptr(), *abi.seed_arguments(seed),
-            *_where(),
+            abi.pointer(coefficients), *_where(),
         )
     )  # fmt: skip
     if total is not sumsq:

@@ -1,1 +1,1 @@
-"""Thin adapters for other libraries; each is importable only where its library is."""
+"""Thin adapters for other libraries; each module needs its library, so nothing is imported here."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 OLDEST = (3, 3)  # the first with cooperative launches
+MOST_TASKS = 64
 
 
 @cache
@@ -62,6 +63,11 @@ def missing(device: torch.device) -> str | None:
     except Exception as error:
         return f"the interpreter of triton {version} fails with numpy {np.__version__} ({error}); numpy < 2.4 may help"
     return None
+
+
+def most_tasks(gramian: bool) -> int | None:
+    """As many as the compiled code was looked at for (tests/test_codegen.py)."""
+    return MOST_TASKS
 
 
 def gathers_early(device: torch.device) -> bool:

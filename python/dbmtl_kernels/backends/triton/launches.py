@@ -24,7 +24,6 @@ INTERPRETED = not isinstance(balance_kernel, triton.runtime.JITFunction)
 INTERPRETED_PROGRAMS = 3
 # Blocks of a gradient that a program gathers after one look at the tables.
 CHUNK_BLOCKS = 8
-MAX_GRAMIAN_TASKS = 64
 GRAMIAN_TILES = 16
 
 
@@ -229,6 +228,7 @@ def accumulate_(
     gain: float,
     loss_scale: Tensor | None,
     seed: int | None,
+    coefficients: Tensor | None,
 ) -> None:
     """See `ops.accumulate_`: one launch."""
     device = row.device
@@ -240,8 +240,8 @@ def accumulate_(
         space = workspace(device)
         _launch(
             row_kernels.accumulate_kernel, grid, row, table, chunks, sumsq, space.slots(grid), space.ticket,
-            None if loss_scale is None else loss_scale.to(device), len(chunks), _bits(decay), _bits(gain), seed or 0,
-            F32=0 in codes, BF16=1 in codes, F16=2 in codes, F64=3 in codes,
+            None if loss_scale is None else loss_scale.to(device), coefficients, len(chunks), _bits(decay), _bits(gain),
+            seed or 0, F32=0 in codes, BF16=1 in codes, F16=2 in codes, F64=3 in codes,
             ROW_ALIGNED=aligned and row.data_ptr() % 16 == 0, BLOCK=tuning.block, STOCHASTIC=seed is not None,
             tuning=tuning,
         )  # fmt: skip
@@ -289,8 +289,6 @@ def balance_rows_(step: EngineStep) -> None:
 def gramian(rows: Tensor) -> Tensor:
     """See `ops.gramian`: one launch over the rows, a small one to add the slots."""
     num_tasks, num_params = rows.shape
-    if num_tasks > MAX_GRAMIAN_TASKS:
-        raise ValueError(f"gramian: {num_tasks} tasks, the triton backend takes at most {MAX_GRAMIAN_TASKS}")
     if rows.dtype == torch.float64:  # Triton 3.3 has no fp64 product; a rare case, and cuBLAS does it well
         product = rows @ rows.T
         return 0.5 * (product + product.T)

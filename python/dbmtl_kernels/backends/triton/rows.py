@@ -72,22 +72,28 @@ def gather_aligned_or_not(
 # Small tensors are views of larger ones: where they begin must not compile a kernel anew.
 @triton.jit(
     do_not_specialize=["num_chunks", "decay_bits", "gain_bits", "seed"],
-    do_not_specialize_on_alignment=["sumsq", "slots", "ticket", "loss_scale"],
+    do_not_specialize_on_alignment=["sumsq", "slots", "ticket", "loss_scale", "coefficients"],
 )
 def accumulate_kernel(
-    row, addresses, chunks, sumsq, slots, ticket, loss_scale,
+    row, addresses, chunks, sumsq, slots, ticket, loss_scale, coefficients,
     num_chunks: tl.int32, decay_bits: tl.int64, gain_bits: tl.int64, seed: tl.int64,
     F32: tl.constexpr, BF16: tl.constexpr, F16: tl.constexpr, F64: tl.constexpr,
     ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """``row <- decay * row + gain / loss_scale * grads`` over all chunks, and the sum of squares of what was stored.
 
+    ``coefficients``, if not None, holds decay, gain and the seed's bits; those in the arguments then do not count.
     ``addresses`` holds address and dtype (0 fp32, 1 bf16, 2 fp16, 3 fp64) of each gradient. F32 to F64 say which
     dtypes are there, so that a list of one dtype compiles to no branch.
     """
     wide: tl.constexpr = tl.float64 if row.dtype.element_ty == tl.float64 else tl.float32
-    decay = double(decay_bits).to(wide)
-    gain = double(gain_bits)
+    if coefficients is not None:
+        decay = tl.load(coefficients).to(wide)
+        gain = tl.load(coefficients + 1)
+        seed = tl.load((coefficients + 2).to(tl.pointer_type(tl.int64)))
+    else:
+        decay = double(decay_bits).to(wide)
+        gain = double(gain_bits)
     if loss_scale is not None:
         factor = tl.load(loss_scale).to(tl.float64)
         gain = tl.where(factor == 0, 0.0, gain / tl.where(factor == 0, 1.0, factor))
