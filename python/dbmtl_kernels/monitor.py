@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .balancer import GradientBalancer
+    from .readings import Readings
 
 
 class ScalarWriter(Protocol):
@@ -31,7 +31,7 @@ class Monitor:
         balancer: whose.
     """
 
-    def __init__(self, balancer: GradientBalancer) -> None:
+    def __init__(self, balancer: Readings) -> None:
         self._balancer = balancer
         self._gramian: tuple[int, Tensor] | None = None  # of which change of the rows, and what it was
 

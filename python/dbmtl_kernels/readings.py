@@ -13,6 +13,7 @@ from .steps import Steps
 class Readings:
     """The base of a balancer. Norms and weights are copies: later steps do not change what was read."""
 
+    num_tasks: int
     buffer: Buffer
     _steps: Steps
     _reported: torch.dtype
