@@ -97,17 +97,19 @@ def test_a_task_that_is_not_finite():
     assert np.isfinite(numbers["cosine/0-2"])
 
 
-def test_the_gramian_is_that_of_the_rows_as_they_are():
+@pytest.mark.parametrize("capturable", [False, True])
+def test_the_gramian_is_that_of_the_rows_as_they_are(capturable):
     """Read once per step; a new one after a backward, a task, a load or a change of tasks."""
     p = leaf(6)
-    balancer, optimizer = make(p, beta=0.5), torch.optim.SGD([p], lr=0.1)
+    balancer, optimizer = make(p, beta=0.5, capturable=capturable), torch.optim.SGD([p], lr=0.1)
     balancer.attach(optimizer)
     monitor = balancer.monitor()
 
     def check():
         rows = balancer.buffer.rows.numpy()
         close(monitor.gramian.numpy(), rows @ rows.T)
-        assert monitor.gramian is monitor.gramian
+        assert (monitor.gramian is monitor.gramian) != capturable  # replays of a CUDA graph would go unseen
+        assert monitor.as_dict()["step"] == monitor.step == balancer.step
 
     balancer(quadratics(p)).backward()
     check()
