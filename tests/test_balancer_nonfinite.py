@@ -120,6 +120,33 @@ def test_state_dict_in_the_middle_of_an_accumulated_step():
     assert_same_state(state, other)
 
 
+def test_a_state_saved_after_a_skipped_step_resumes_bit_for_bit():
+    """A fresh process has no .grad: of the skipped step nothing will be stepped; the next backward begins another."""
+
+    def run(interrupt):
+        torch.manual_seed(5)
+        p = leaf(6)
+        balancer, optimizer = make(p, beta=0.5), torch.optim.SGD([p], lr=0.1)
+        balancer.attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(5):
+            optimizer.zero_grad()
+            scaler.scale(balancer(poisoned(p, float("nan")) if step == 2 else quadratics(p))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if interrupt and step == 2:
+                state, p = copy.deepcopy(balancer.state_dict()), p.detach().clone().requires_grad_()
+                balancer, optimizer = make(p, beta=0.5), torch.optim.SGD([p], lr=0.1)
+                balancer.load_state_dict(state)
+                balancer.attach(optimizer)
+        return p.detach(), balancer.state_dict()
+
+    (p, state), (q, other) = run(False), run(True)
+    assert state["steps"]["step"] == 5
+    assert torch.equal(p, q)
+    assert_same_state(state, other)
+
+
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 def test_narrower_states_stay_close(state_dtype):
     params = [leaf(30, 10, dtype=torch.float32), leaf(10, dtype=torch.float32)]

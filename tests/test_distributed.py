@@ -1,9 +1,7 @@
 """Several ranks, by torchrun with gloo on this machine: DDP and FSDP2, checkpoints, and what happens to the killed."""
 
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -11,29 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import RUN, environment, free_port, torchrun
 
 HERE = Path(__file__).parent / "distributed"
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo and SIGKILL as on Linux")
-
-
-def environment(**more):
-    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
-
-
-def torchrun(ranks, script, *arguments):
-    """Run a script on several ranks; its output is in the assertion if it fails."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-        "--master-port", str(free_port()), str(HERE / script), *map(str, arguments),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment(), check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +23,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def four(folder):
     """What 4 ranks found in all scenarios, run once."""
-    torchrun(4, "scenarios.py", folder)
+    torchrun(4, HERE / "scenarios.py", folder)
     return json.loads((folder / "results.json").read_text())["results"]
 
 
@@ -179,8 +158,8 @@ def test_gradients_of_inputs_are_left_alone(four):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_checkpoint_goes_from_four_ranks_to_fewer_and_back(four, folder, ranks):
-    torchrun(ranks, "elsewhere.py", folder, 4, 8)
-    torchrun(4, "elsewhere.py", folder, 8, 12, f"of {ranks}")
+    torchrun(ranks, HERE / "elsewhere.py", folder, 4, 8)
+    torchrun(4, HERE / "elsewhere.py", folder, 8, 12, f"of {ranks}")
     for name in (f"{ranks} ranks, 8", "4 ranks, 12"):
         results = json.loads((folder / f"{name}.json").read_text())
         assert results.keys() == {"ddp", "fsdp"}
@@ -191,7 +170,7 @@ def test_a_failure_of_one_rank_is_not_hidden_by_a_collective(tmp_path):
     port = str(free_port())
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "failing.py"), str(tmp_path)],
+            [sys.executable, RUN, str(HERE / "failing.py"), str(tmp_path)],
             env=environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
         )
         for rank in range(2)
@@ -206,7 +185,7 @@ def launch(folder, kill_at, kind):
     port = str(free_port())
     return [
         subprocess.Popen(
-            [sys.executable, str(HERE / "worker.py"), str(folder), str(kill_at), kind],
+            [sys.executable, RUN, str(HERE / "worker.py"), str(folder), str(kill_at), kind],
             env=environment(RANK=str(rank), WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -1,12 +1,11 @@
 """The snippets of README.md and the guides run as they stand, one after another; scripts with torchrun."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ranks import torchrun
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,12 +38,7 @@ def test_scripts(name, tmp_path):
     _, scripts = snippets_of("docs/training.md")
     for script, text in scripts.items():
         (tmp_path / script).write_text(text)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", name]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    torchrun(2, name, cwd=tmp_path)
 
 
 def test_links_lead_somewhere():

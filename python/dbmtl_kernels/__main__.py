@@ -1,4 +1,4 @@
-"""``python -m dbmtl_kernels``: what was found, what will be used, and why not the rest."""
+"""``python -m dbmtl_kernels``: what was found, what will be used and why not the rest, and whether it works here."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 
 import dbmtl_kernels
 
-from . import backends
+from . import backends, selfcheck
 from .backends import native
+
+# What float32 arithmetic may be off by, relative to the largest element.
+TOLERANCE = 1e-5
 
 
 def _detail(name: str, device: torch.device) -> str:
@@ -33,10 +36,7 @@ def report() -> list[str]:
     asked = os.environ.get(backends.ENVIRONMENT)
     if asked:
         lines.append(f"{backends.ENVIRONMENT}={asked}")
-    devices = [torch.device("cpu")]
-    if torch.cuda.is_available():
-        devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    for device in devices:
+    for device in _devices():
         chosen = backends.resolve("auto", device)
         lines.append(f"tensors on {device}:")
         for name in backends.NAMES:
@@ -53,11 +53,45 @@ def report() -> list[str]:
     return lines
 
 
-def main() -> None:
-    """Print the report."""
-    argparse.ArgumentParser(prog="python -m dbmtl_kernels", description=__doc__).parse_args()
+def check() -> tuple[list[str], bool]:
+    """The lines of a check of every backend that works here, and whether all are right; about a second a device."""
+    lines, right = [], True
+    for device in _devices():
+        for name in backends.NAMES:
+            if backends.get(name).missing(device) is None and not _interpreted(name, device):
+                error = selfcheck.largest_error(name, device)
+                right = right and error <= TOLERANCE
+                verdict = "right" if error <= TOLERANCE else "WRONG"
+                lines.append(f"  {name} on {device}: {verdict}, off by {error:.1e} of the largest element")
+        copied, balanced = selfcheck.bandwidths(device)
+        lines.append(f"  memory of {device}: copies at {copied / 1e9:.0f} GB/s, balance_ at {balanced / 1e9:.0f} GB/s")
+    return lines, right
+
+
+def _interpreted(name: str, device: torch.device) -> bool:
+    """Triton on a CPU is its interpreter: right, and a thousand times too slow for this."""
+    return name == "triton" and device.type == "cpu"
+
+
+def _devices() -> list[torch.device]:
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return devices
+
+
+def main() -> int:
+    """Print the report and the check; 1 if a backend computes wrongly."""
+    parser = argparse.ArgumentParser(prog="python -m dbmtl_kernels", description=__doc__)
+    parser.add_argument("--no-check", action="store_true", help="only report; do not compute or measure anything")
+    options = parser.parse_args()
     print("\n".join(report()))
+    if options.no_check:
+        return 0
+    lines, right = check()
+    print("\n".join(["check and bandwidth:", *lines]))
+    return 0 if right else 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

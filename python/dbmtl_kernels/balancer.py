@@ -1,4 +1,4 @@
-"""DBMTL: what a user touches. Runs the K backward passes."""
+"""GradientBalancer: what a user touches. Runs the K backward passes."""
 
 from __future__ import annotations
 
@@ -13,53 +13,59 @@ from . import checkpoint, checks, placement
 from . import losses as loss_values
 from .attachment import Attachment
 from .balanced import BalancedGradient
+from .changes import Changes
 from .gradients import Kept, SharedGradients
 from .heads import HeadGradients
 from .losses import Given, TaskLosses
+from .readings import Readings
 from .steps import Steps
 from .updates import Update
+from .weightings import Weighting, check_weighting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class DBMTL:
-    """Dual-balancing multi-task learning (DB-MTL) for any PyTorch training loop.
+class GradientBalancer(Changes, Readings):
+    """Balances the gradients that K tasks have of shared parameters, by any weighting, in any PyTorch training loop.
 
-    In step k, with theta the P shared parameters and K losses::
+    With theta the P shared parameters and K losses, in step k::
 
-        g_t  = grad_theta log(loss_t + eps)
-        m_t  = beta_k * m_t + (1 - beta_k) * g_t          beta_k = beta / k ** beta_sigma, m_t = 0 at the start
-        grad = alpha * sum_t m_t / (||m_t|| + eps)        alpha = max_t ||m_t||
+        g_t  = grad_theta loss_t                          or of log(loss_t + eps), with log_transform
+        m_t  = beta_k * m_t + (1 - beta_k) * g_t          beta_k = beta / k ** beta_sigma; m_t = g_t with beta = 0
+        w    = weighting(M M^T)                           M: the K x P matrix of the m_t
+        grad = sum_t w_t * m_t
 
     ``grad`` goes to the shared parameters' ``.grad`` (added to what is there, as autograd would); every other
-    parameter gets the plain gradient of the sum of the log-losses. Source: arXiv 2308.12029, Algorithm 1.
+    parameter gets the plain gradient of the sum of the losses (or log-losses).
 
-    A *step* is one update of the EMA. By itself, each `backward` (each `balance`, with `task`) is a step. After
+    A *step* is one update of the m_t. By itself, each `backward` (each `balance`, with `task`) is a step. After
     ``attach(optimizer)`` everything up to ``optimizer.step()`` is one step, and each backward in it adds to the
     task gradients and leaves the balanced gradient so far in ``.grad``.
 
     Several ranks (see docs/training.md): the log is of the mean loss, the gradients are those of the mean loss, and
-    the state is sharded: N ranks do what one process would with the whole batch. Every rank must take the same path.
+    the rows are sharded: N ranks do what one process would with the whole batch. Every rank must take the same path.
 
     Args:
         shared_parameters: leaf tensors, dense, each once, requiring grad; P elements in all. Dtypes and devices may
             differ. Those of ``fully_shard`` (DTensors) must be collected before the forward pass.
         num_tasks: K >= 1.
-        beta: forgetting rate in [0, 1).
+        weighting: a callable from the (K, K) Gramian, on the device, to (K,) weights; see `weightings.Weighting`.
+            TorchJD's Gramian weightings are such, as they are. `MaxNorm` needs no Gramian; any other takes a sync to
+            leave out tasks whose gradient is not finite, and one that solves on the host a K x K copy besides.
+        beta: forgetting rate in [0, 1). With 0 no state outlives a step.
         beta_sigma: decay exponent >= 0; 0 keeps beta constant.
-        eps: > 0, in the logarithm and added to the norms.
-        scale: alpha: "max" (the method), "mean", "median", "min", or a number.
+        eps: > 0, in the logarithm.
         log_transform: balance the logs of the losses given. False takes the losses as they are. With `task` the
             caller runs backward, on a ``log_transform(loss)`` or not.
-        state_dtype: dtype of the EMA: float32, bfloat16 or float64. Memory held: (K + 1) P elements; of N replicas
+        state_dtype: dtype of the rows: float32, bfloat16 or float64. Memory held: (K + 1) P elements; of N replicas
             each holds K P / N + 2 P (3 P on a CPU), of a sharded model K + 1 times its shard.
         backend: "auto", or a backend by name.
         seed: of the stochastic rounding of a bfloat16 state (`rounding`); None rounds it to nearest.
         process_group: the ranks that hold replicas of these parameters, each with a part of the batch. None: there is
             only this process, or the parameters are DTensors, whose mesh tells. False: leave each rank alone.
         capturable: keep the step count and the coefficients on the device, so that a whole step can be captured in a
-            CUDA graph; a few small launches more.
+            CUDA graph; a few small launches more. With `MaxNorm` only.
 
     Raises:
         ValueError: a value out of range, or parameters that are empty, repeated, not leaf or not requiring grad.
@@ -73,11 +79,11 @@ class DBMTL:
         shared_parameters: Iterable[Tensor],
         num_tasks: int,
         *,
-        beta: float = 0.9,
-        beta_sigma: float = 0.5,
+        weighting: Weighting,
+        beta: float = 0.0,
+        beta_sigma: float = 0.0,
         eps: float = 1e-8,
-        scale: str | float = "max",
-        log_transform: bool = True,
+        log_transform: bool = False,
         state_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
         seed: int | None = 0,
@@ -88,7 +94,7 @@ class DBMTL:
         self.beta = checks.check_beta(beta)
         self.beta_sigma = checks.check_beta_sigma(beta_sigma)
         self.eps = checks.check_eps(eps)
-        self.scale = checks.check_scale(scale)
+        self.weighting = check_weighting(weighting, capturable)
         self.log_transform = log_transform
         checks.check_seed(seed)
         self.seed = seed if state_dtype == torch.bfloat16 else None
@@ -96,35 +102,11 @@ class DBMTL:
         self._alone = process_group is None and not placement.is_distributed(self.buffer.parameters)
         device = self.buffer.device if capturable else None
         self._steps = Steps(num_tasks, self.beta, self.beta_sigma, self.seed, device)
-        balanced = BalancedGradient(self.buffer, self._steps, self.eps, self.scale)
+        balanced = BalancedGradient(self.buffer, self._steps, self.weighting, self._world)
         self._grads = SharedGradients(self.buffer, balanced, self._world)
         self._heads = HeadGradients(self.buffer.parameters, self._world, self.buffer.device)
         self._attachment: Attachment | None = None
-        self._inside: int | None = None  # the task whose context is open
         self._reported = torch.float64 if state_dtype == torch.float64 else torch.float32
-
-    @property
-    def step(self) -> int:
-        """Number of EMA updates begun; reading it is a sync if ``capturable``."""
-        return self._steps.count
-
-    @property
-    def norms(self) -> Tensor:
-        """(K,) norms of the task gradients (their EMA) at the last balance, on the device, without a sync.
-
-        float32, or float64 with a float64 state. Not finite where the gradient was not.
-        """
-        return self.buffer.norms.to(self._reported, copy=True)
-
-    @property
-    def weights(self) -> Tensor:
-        """(K,) weights of the task gradients at the last balance, on the device, without a sync."""
-        return self.buffer.weights.to(self._reported, copy=True)
-
-    @property
-    def nonfinite_steps(self) -> Tensor:
-        """(K,) int64: in how many steps each task's gradient was not finite."""
-        return self.buffer.nonfinite_steps
 
     def __call__(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> Tensor:
         """A scalar whose ``backward()`` is the balanced backward.
@@ -186,16 +168,15 @@ class DBMTL:
             RuntimeError: the task was entered already since the last `balance`, or another context is open.
         """
         checks.check_task(index, self.num_tasks)
-        self._refuse_inside("task()")
-        if index in self._steps.pending:
-            raise RuntimeError(f"task {index} was entered already in this step; call balance() (or optimizer.step())")
+        self._steps.refuse_inside("task()")
+        self._steps.refuse_entered(index)
         if self._alone:
             placement.refuse_unnamed_group()
         self._world.check_same(f"task {index}", self.buffer.device, f"the ranks are not all in task({index})")
         scale = None if loss_scale is None else loss_values.factor_on(self.buffer.device, loss_scale)
         update = self._update(index, None if scale is None else loss_values.factor_or_none(scale))
         kept, balanced = self._take()
-        self._inside = index
+        self._steps.inside = index
         try:
             touched = self._grads.touched
             with self._heads.averaging(touched, self._candidates()):
@@ -211,7 +192,7 @@ class DBMTL:
         else:
             self._grads.put_back(kept)
         finally:
-            self._inside = None
+            self._steps.inside = None
 
     def balance(self) -> None:
         """Write the balanced gradient of the tasks entered with `task` to ``.grad``.
@@ -221,7 +202,7 @@ class DBMTL:
         Raises:
             RuntimeError: no task was entered since the last `balance`, or a `task` context is open.
         """
-        self._refuse_inside("balance()")
+        self._steps.refuse_inside("balance()")
         if not self._steps.pending:
             raise RuntimeError("balance() has nothing to balance: no task() was entered since the last step")
         kept, _ = self._take()
@@ -233,6 +214,9 @@ class DBMTL:
         A step that never comes (a GradScaler skipped it) is noticed when the gradients have been thrown away
         (``zero_grad``) by the next backward.
 
+        Args:
+            optimizer: any, also one that Lightning or Accelerate has wrapped.
+
         Returns:
             a handle; its ``remove()`` detaches.
 
@@ -242,40 +226,9 @@ class DBMTL:
         """
         if self._attachment is not None:
             raise RuntimeError("already attached to an optimizer; call remove() on the handle that attach() returned")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in held for p in self.buffer.parameters):
-            raise ValueError(f"{type(optimizer).__name__} holds none of the shared parameters")
-        self._attachment = Attachment(optimizer, self._before_optimizer, self._end_step, self._detached)
+        hooks = (self._before_optimizer, self._end_step, self._detached)
+        self._attachment = Attachment(optimizer, self.buffer.parameters, *hooks)
         return self._attachment
-
-    def add_task(self) -> int:
-        """Make room for one task more, with a row of zeros; the others keep theirs. Returns its index, the last.
-
-        Raises:
-            RuntimeError: within a step.
-        """
-        self._keep([*range(self.num_tasks), None])
-        return self.num_tasks - 1
-
-    def remove_task(self, index: int) -> None:
-        """Forget a task; those after it move up by one, all keep their rows.
-
-        Raises:
-            RuntimeError: within a step.
-            ValueError: the index is out of range, or it is the last task.
-        """
-        checks.check_task(index, self.num_tasks)
-        checks.check_num_tasks(self.num_tasks - 1)
-        self._keep([task for task in range(self.num_tasks) if task != index])
-
-    def _keep(self, tasks: list[int | None]) -> None:
-        self._refuse_inside("a change of tasks")
-        self._end_if_thrown_away()
-        if self._steps.open:
-            raise RuntimeError("a change of tasks within a step; end it first (balance(), or optimizer.step())")
-        self.buffer.keep(tasks)
-        self._steps.keep(tasks)
-        self.num_tasks = len(tasks)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on bit for bit. Tensors are references, as in PyTorch.
@@ -285,7 +238,7 @@ class DBMTL:
         self.buffer.settle()
         if self.buffer.local:  # of several ranks one alone may ask for its state
             self._end_if_thrown_away()  # told by what is in .grad, which is not part of the state
-        return checkpoint.state_of(self.buffer, self._steps, self._grads)
+        return checkpoint.state_of(self.buffer, self._steps, self._grads, self.weighting)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, copying into this balancer's tensors.
@@ -295,7 +248,7 @@ class DBMTL:
                 of tasks or state dtype, or an incomplete one. Nothing is changed then.
         """
         checkpoint.check(state, self.state_dict(), self.buffer)
-        checkpoint.load(state, self.buffer, self._steps, self._grads)
+        checkpoint.load(state, self.buffer, self._steps, self._grads, self.weighting)
 
     def _share(self, present: TaskLosses) -> None:
         """Check losses that will be backpropagated; those of several ranks become the means."""
@@ -316,10 +269,8 @@ class DBMTL:
 
     def _run(self, present: TaskLosses, factor: Tensor | None, retain_graph: bool) -> None:
         """A backward pass for each task, gathered into its row before the next, then the balanced gradient."""
-        self._refuse_inside("backward()")
-        waiting = sorted(self._steps.pending)
-        if waiting:
-            raise RuntimeError(f"backward() while task(s) {waiting} wait for balance(); call it first")
+        self._steps.refuse_inside("backward()")
+        self._steps.refuse_pending()
         kept, balanced = self._take()
         last = len(present.tasks) - 1
         update = self._update(present.tasks[0], factor)
@@ -334,6 +285,7 @@ class DBMTL:
                     follow(update)
                     present.backward(place, factor, retain_graph or place < last)
                     self._finish(task, update)
+                    self._steps.losses[task] = present.values[place]
                 self._grads.check_released(len(present.tasks) == self.num_tasks)
         except BaseException:
             with torch.no_grad():
@@ -383,10 +335,16 @@ class DBMTL:
 
     @torch.no_grad()
     def _write(self, kept: Kept) -> None:
-        """Norms, weights, the balanced gradient, ``.grad``."""
+        """Norms, weights, the balanced gradient, ``.grad``; should the weighting raise, what was kept is put back."""
         self.buffer.settle()
-        self._grads.write(kept)
-        self._steps.pending.clear()
+        try:
+            self._grads.write(kept)
+        except BaseException:
+            self._grads.put_back(kept)
+            if self._attachment is None or not self.buffer.local:
+                self._end_step()  # else the next backward would count on top of this one
+            raise
+        self._steps.balanced()
         if self._attachment is None:
             self._end_step()
 
@@ -399,19 +357,10 @@ class DBMTL:
         self._grads.let_go()
 
     def _before_optimizer(self) -> None:
-        if not self._steps.pending:
-            return
-        if self._steps.loss_scale is not None:
-            raise RuntimeError(
-                "optimizer.step() would see gradients that carry the loss scale: with a GradScaler, call "
-                "balancer.balance() before scaler.unscale_() and scaler.step()"
-            )
-        self.balance()
+        if self._steps.pending:
+            self._steps.refuse_scaled()
+            self.balance()
 
     def _detached(self) -> None:
         self._attachment = None
         self._end_step()
-
-    def _refuse_inside(self, what: str) -> None:
-        if self._inside is not None:
-            raise RuntimeError(f"{what} inside the context of task({self._inside}); leave it first")

@@ -153,6 +153,24 @@ class TaskGradientBuffer:
             self.sumsq.masked_fill_(self.broken, 0.0)
         self._complete(flats)
 
+    def record(self, sums: Tensor, weights: Tensor, broken: Tensor, now: Tensor) -> None:
+        """The books of a balance whose weights were computed elsewhere; rows of broken tasks are set to zero.
+
+        Args:
+            sums: (K,) sums of squares of the whole rows.
+            weights: (K,) weights.
+            broken: (K,) bool, tasks broken in this step.
+            now: (K,) bool, those of them found just now.
+        """
+        self.norms.copy_(sums.sqrt())
+        self.weights.copy_(weights)
+        self.broken.copy_(broken)
+        self.nonfinite_steps += now.to(self.device)
+        self.sumsq.masked_fill_(self.broken, 0.0)
+        for row, bad in zip(self.rows, broken.tolist(), strict=True):
+            if bad:
+                row.zero_()
+
     def combine(self, weights: Tensor, flats: Flats, accumulate: bool = False) -> None:
         """``sum_t weights[t] * rows[t]`` into one flat tensor per parameter dtype (see `new_flats`), in place."""
         for out, start in zip(self._outs(flats), self._starts(), strict=True):
@@ -177,6 +195,7 @@ class TaskGradientBuffer:
 
     def gramian(self) -> Tensor:
         """(K, K) inner products of the rows, float32 (float64 of float64 rows)."""
+        self.settle()
         return self.spread.sum(ops.gramian(self.rows, self.backend), "the Gramian of the task gradients")
 
     def _row_numel(self) -> int:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from . import dtensors
 from .gradients import SharedGradients
 from .placement import Buffer
 from .steps import Steps
+from .weightings import Weighting, load_weighting, state_of_weighting
 
 VERSION = 3
 
 
-def state_of(buffer: Buffer, steps: Steps, grads: SharedGradients) -> dict[str, Any]:
+def state_of(buffer: Buffer, steps: Steps, grads: SharedGradients, weighting: Weighting) -> dict[str, Any]:
     """Tensors are references to the live ones. Nothing in it depends on the number of ranks but how DTensors lie."""
     return {
         "version": VERSION,
@@ -22,14 +25,44 @@ def state_of(buffer: Buffer, steps: Steps, grads: SharedGradients) -> dict[str, 
         "touched": [int(x) for x in grads.touched],
         "written": grads.written,
         "buffer": buffer.state(),
+        "weighting": state_of_weighting(weighting),
     }
 
 
-def load(state: dict[str, Any], buffer: Buffer, steps: Steps, grads: SharedGradients) -> None:
+@torch.no_grad()
+def gathered(state: dict[str, Any], keep: bool = True) -> dict[str, Any]:
+    """A state with its DTensors gathered into plain tensors on the host, for trainers that save from one rank.
+
+    A collective if there are any: each task's row in turn, so that P elements are in transit.
+
+    Args:
+        state: what `state_of` gave.
+        keep: whether this rank wants it; the others take part and get what there was besides.
+    """
+    out: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            out[key] = gathered(value, keep)
+        elif not dtensors.is_dtensor(value):
+            out[key] = value
+        else:
+            whole = torch.empty(value.shape, dtype=value.dtype) if keep else None
+            for task, row in enumerate(dtensors.whole_rows(value)):
+                if whole is not None:
+                    whole[task].copy_(row)
+            if whole is not None:
+                out[key] = whole
+    return out
+
+
+def load(state: dict[str, Any], buffer: Buffer, steps: Steps, grads: SharedGradients, weighting: Weighting) -> None:
     """Copy a checked state into the live objects."""
+    load_weighting(weighting, state["weighting"])
     buffer.load(state["buffer"])
     steps.load(state["steps"], buffer.device)
-    grads.resume([bool(x) for x in state["touched"]], bool(state["written"]))
+    gone = grads.resume([bool(x) for x in state["touched"]], bool(state["written"]))
+    if gone and not steps.pending:  # saved after a step that a GradScaler skipped, say
+        steps.end()
 
 
 def check(state: dict[str, Any], own: dict[str, Any], buffer: Buffer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -135,6 +135,13 @@ def _from_local(
     out = DTensor.from_local(first, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
     out._local_tensor = shard
     return out
+
+
+def whole_rows(x: DTensor) -> Iterator[Tensor]:
+    """Each ``x[i]``, gathered from all ranks; every rank must go through all of them."""
+    for index in range(x.shape[0]):
+        row: Any = x[index]
+        yield row.full_tensor()
 
 
 def copy_(mine: Tensor, theirs: Tensor) -> None:

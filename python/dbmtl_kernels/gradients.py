@@ -76,13 +76,19 @@ class SharedGradients:
         self.written = False
         self._left = [None] * len(self._parameters)
 
-    def resume(self, touched: list[bool], written: bool) -> None:
-        """Take over the books of a state_dict; what is in ``.grad`` now is what was left there, if anything was."""
+    def resume(self, touched: list[bool], written: bool) -> bool:
+        """Take over the books of a state_dict; what is in ``.grad`` now is what was left there, if anything was.
+
+        Returns:
+            whether a balanced gradient was left there and is gone: no optimizer step will follow it.
+        """
         self.let_go()
         self.touched = list(touched)
-        if written:
+        gone = written and all(p.grad is None for p in self._parameters)
+        if written and not gone:
             self._remember([False] * len(self._parameters))
             self.written = True
+        return gone
 
     def hand_over(self, update: Update) -> None:
         """Give ``update`` what is left in ``.grad`` after a backward pass, and finish it."""

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import dtensors
 from . import losses as loss_values
+from .graphs import leaves
 from .world import World
 
 
@@ -46,15 +47,18 @@ class HeadGradients:
         self._known = False  # some of them from a wrapper or an optimizer
 
     def refuse_synchronising_wrapper(self) -> None:
-        """Raise RuntimeError if the last forward pass of a DistributedDataParallel was not inside its ``no_sync()``.
+        """Raise RuntimeError if the forward pass of a DistributedDataParallel is or was not inside its ``no_sync()``.
 
         It would reduce the gradients of the first backward pass only, in the background.
         """
         for wrapper in self._live_wrappers():
-            if wrapper.require_forward_param_sync:
+            # Within its forward pass (Lightning runs the training step there) what the last one said does not count.
+            within = wrapper is DistributedDataParallel._get_active_ddp_module()
+            if wrapper.require_backward_grad_sync if within else wrapper.require_forward_param_sync:
                 raise RuntimeError(
                     "DistributedDataParallel would reduce the first task's gradients and no other's: run its forward "
-                    "pass (and the backward) inside `with model.no_sync():`, DBMTL averages the gradients itself"
+                    "pass (and the backward) inside `with model.no_sync():`, DBMTL averages the gradients itself "
+                    "(dbmtl_kernels.integrations does so for Lightning, Accelerate and the Hugging Face Trainer)"
                 )
 
     @contextmanager
@@ -183,28 +187,3 @@ class HeadGradients:
                 weakref.ref(module) for module in modules if any(id(p) in self._shared for p in module.parameters())
             ]
         return [module for ref in self._wrappers if (module := ref()) is not None]
-
-
-def leaves(losses: Sequence[Tensor]) -> list[Tensor] | None:
-    """The leaf tensors in the graphs of the losses, in an order that depends on the graphs alone.
-
-    None if some are hidden from view, inside a re-entrant checkpoint.
-    """
-    found: dict[int, Tensor] = {}
-    hidden = False
-    seen: set[Any] = set()
-    pending = [loss.grad_fn for loss in reversed(losses)]
-    for loss in losses:
-        if loss.grad_fn is None and loss.requires_grad:
-            found[id(loss)] = loss
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            found[id(variable)] = variable
-        hidden = hidden or "CheckpointFunction" in node.name()
-        pending.extend(previous for previous, _ in reversed(node.next_functions))
-    return None if hidden else list(found.values())

@@ -97,6 +97,11 @@ class SplitTaskGradientBuffer:
                 fresh=fresh, accumulate=accumulate, sums=total.to(part.device, copy=True),
             )  # fmt: skip
 
+    def record(self, sums: Tensor, weights: Tensor, broken: Tensor, now: Tensor) -> None:
+        """See `TaskGradientBuffer.record`."""
+        for part in self.parts:
+            part.record(sums, weights, broken, now)
+
     def combine(self, weights: Tensor, flats: Flats, accumulate: bool = False) -> None:
         """See `TaskGradientBuffer.combine`."""
         for part, own in zip(self.parts, self._flats_of_parts(flats), strict=True):

@@ -1,0 +1,188 @@
+"""GradientBalancing: a callback of Lightning's Trainer that makes, attaches, saves and logs a balancer."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from ..balancer import GradientBalancer
+from ..checkpoint import gathered
+from ..dbmtl import DBMTL
+from .wrappers import Shared, balancing, make_balancer
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:
+    Callback = object
+
+# The two names under which Lightning is installed. Each has a Callback of its own and refuses the other's.
+PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+INSTALLED = [name for name in PACKAGES if importlib.util.find_spec(name.partition(".")[0]) is not None]
+if not INSTALLED:
+    raise ModuleNotFoundError("this needs Lightning: pip install 'dbmtl-kernels[lightning]'", name="lightning")
+
+
+class GradientBalancing(Callback):
+    """Balances the gradients of a LightningModule whose ``training_step`` returns ``self.balancer(losses)``.
+
+    For automatic optimization, with any precision, accumulation and clipping. When fitting starts, and the module is on
+    its device, the callback makes a balancer, attaches it to the optimizer, and puts it on the module as ``balancer``
+    until fitting ends. Its state is in the Trainer's checkpoints. Of several ranks (``ddp``, or ``fully_shard`` with
+    ModelParallelStrategy) the training step runs inside `wrappers.balancing`.
+
+    An instance is a Callback of `lightning` or of `pytorch_lightning`, whichever was imported before it was made.
+
+    Args:
+        shared: a function from the LightningModule to its shared parameters, or the name of a submodule that has them.
+        num_tasks: K.
+        method: the class of the balancer: `DBMTL`, or `GradientBalancer` with a ``weighting`` among the options.
+        log: log what `Monitor.as_dict` gives, as ``balancer/...``, every ``log_every_n_steps`` steps, through the
+            module's loggers. Nothing is fetched from the device but by them.
+        gramian: log conflicts and cosines besides, for which the K P elements of the state are read.
+        names: of the tasks, in the log; by default their indices.
+        options: other arguments of ``method``.
+
+    Attributes:
+        balancer: that of the last fit, or None.
+    """
+
+    def __new__(cls, *_: Any, **__: Any) -> GradientBalancing:
+        """An instance that is a Callback of the packages imported."""
+        plain: Any = cls
+        out: GradientBalancing = super().__new__(_as_callback(plain, _imported()))
+        return out
+
+    def __init__(
+        self,
+        shared: Shared,
+        num_tasks: int,
+        *,
+        method: Callable[..., GradientBalancer] = DBMTL,
+        log: bool = True,
+        gramian: bool = False,
+        names: Sequence[str] | None = None,
+        **options: Any,
+    ) -> None:
+        self.balancer: GradientBalancer | None = None
+        self._given = (shared, num_tasks, method, options)
+        self._log, self._gramian, self._names = log, gramian, names
+        self._fitting = False
+        self._saves = True  # whether this rank writes the checkpoints
+        self._waiting: dict[str, Any] | None = None  # a state that came before its balancer
+        self._resumed = False
+        self._batch = ExitStack()
+        self._logged = 0
+
+    @property
+    def state_key(self) -> str:
+        """See Lightning."""
+        return type(self).__qualname__
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the balancer and attach it.
+
+        Raises:
+            RuntimeError: the module has a ``balancer`` of its own; a strategy whose gradients cannot be balanced.
+            ValueError: no optimizer holds any of the shared parameters; whatever ``method`` raises.
+        """
+        if getattr(pl_module, "balancer", None) not in (None, self.balancer):
+            raise RuntimeError(
+                f"{type(pl_module).__name__} has an attribute `balancer` already, which GradientBalancing would set"
+            )
+        wrapped = trainer.strategy.model
+        assert wrapped is not None
+        self.balancer = balancer = make_balancer(pl_module, wrapped, *self._given)
+        held = {id(p) for p in balancer.buffer.parameters}
+        optimizers = [o for o in trainer.optimizers if any(id(p) in held for g in o.param_groups for p in g["params"])]
+        self._handle = balancer.attach((optimizers or trainer.optimizers)[0])
+        self._fitting, self._resumed, self._saves, self._logged = True, False, trainer.is_global_zero, 0
+        if self._waiting is not None:
+            self.load_state_dict({"balancer": self._waiting})
+            self._waiting = None
+        pl_module.balancer = balancer  # type: ignore[assignment]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of a checkpoint that had no state for the balancer."""
+        if trainer.ckpt_path is not None and not self._resumed:
+            warnings.warn(f"no {self.state_key} in {trainer.ckpt_path}: the balancer begins anew", stacklevel=2)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep DistributedDataParallel from reducing gradients."""
+        self._batch.close()
+        if trainer.strategy.model is not None:
+            self._batch.enter_context(balancing(trainer.strategy.model))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log."""
+        self._batch.close()
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not self._log or not every or step % every or step == self._logged or self.balancer is None:
+            return
+        self._logged = step
+        scalars = self.balancer.monitor().scalars(self._names, gramian=self._gramian)
+        del scalars["step"]  # Lightning has its own
+        pl_module.log_dict({f"balancer/{name}": value.to(self.balancer.norms.dtype) for name, value in scalars.items()})
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        self._release(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module as it was."""
+        self._release(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The balancer's, gathered on the rank that writes; of several ranks all must call it, and Lightning does."""
+        if self.balancer is None:
+            return {}
+        return {"balancer": gathered(self.balancer.state_dict(), self._saves)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, now or as soon as there is a balancer.
+
+        Raises:
+            ValueError: as `GradientBalancer.load_state_dict`.
+        """
+        if self._fitting and self.balancer is not None:
+            self.balancer.load_state_dict(state_dict["balancer"])
+            self._resumed = True
+        else:
+            self._waiting = state_dict["balancer"]
+
+    def _release(self, pl_module: LightningModule) -> None:
+        self._batch.close()
+        self._waiting = None
+        self._fitting = False
+        if self.balancer is not None and getattr(pl_module, "balancer", None) is self.balancer:
+            self._handle.remove()
+            del pl_module.balancer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For processes that are spawned: pickle would not find a class that was made on demand."""
+        return _restored, (*type(self)._made_of, self.__dict__)  # type: ignore[attr-defined]
+
+
+def _imported() -> tuple[str, ...]:
+    """The packages of Lightning that were imported; if none was, the first that is installed."""
+    return tuple(name for name in INSTALLED if name in sys.modules) or (INSTALLED[0],)
+
+
+@functools.cache
+def _as_callback(cls: type, packages: tuple[str, ...]) -> Any:
+    """``cls`` as a Callback of each of the packages."""
+    bases = tuple(importlib.import_module(name).Callback for name in packages)
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls, *bases), {**names, "_made_of": (cls, packages)})
+
+
+def _restored(cls: type, packages: tuple[str, ...], state: dict[str, Any]) -> GradientBalancing:
+    out: GradientBalancing = object.__new__(_as_callback(cls, packages))
+    out.__dict__.update(state)
+    return out

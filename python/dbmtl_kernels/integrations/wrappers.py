@@ -1,0 +1,81 @@
+"""What the adapters have in common: a balancer for a model that a trainer has wrapped, and what its ranks need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import dtensors
+from ..balancer import GradientBalancer
+
+# The shared parameters of a model: a function of it, or the name of a submodule that has them all.
+Shared = Callable[[Any], Iterable[Tensor]] | str
+
+
+def make_balancer(
+    module: nn.Module,
+    wrapped: nn.Module,
+    shared: Shared,
+    num_tasks: int,
+    method: Callable[..., GradientBalancer],
+    options: Mapping[str, Any],
+) -> GradientBalancer:
+    """A balancer for what a trainer has made of a model.
+
+    Args:
+        module: the user's model, on its device.
+        wrapped: the same, or what is around it.
+        shared: a function from ``module`` to its shared parameters, or the name of a submodule that has them all.
+        num_tasks: K.
+        method: the class of the balancer.
+        options: its other arguments. Without a ``process_group`` that of a DistributedDataParallel is taken.
+
+    Raises:
+        AttributeError: there is no submodule of that name.
+        RuntimeError: ``wrapped`` is something whose gradients cannot be balanced (DeepSpeed, DataParallel); replicas on
+            several ranks without DistributedDataParallel, and no ``process_group``.
+        ValueError, TypeError: as ``method``.
+    """
+    parameters = list(module.get_submodule(shared).parameters() if isinstance(shared, str) else shared(module))
+    given = dict(options)
+    if given.get("process_group") is None and not any(dtensors.is_dtensor(p) for p in parameters):
+        inner = _compiled(wrapped)
+        if isinstance(inner, DistributedDataParallel):
+            given["process_group"] = inner.process_group
+        elif inner is not _compiled(module):
+            raise RuntimeError(
+                f"the gradients of a model inside {type(inner).__name__} cannot be balanced; those of "
+                "DistributedDataParallel and of FSDP2 (fully_shard) can"
+            )
+    return method(parameters, num_tasks, **given)
+
+
+def balancing(wrapped: nn.Module) -> AbstractContextManager[Any]:
+    """A context for forward and backward of a model in which the balancer, not its wrapper, reduces gradients.
+
+    Inside, a DistributedDataParallel is in its ``no_sync()``. A model of FSDP2's ``fully_shard`` reduces in every
+    backward pass, also where a trainer that accumulates has told it not to. Any other model is left alone.
+
+    Args:
+        wrapped: what the trainer calls.
+    """
+    inner = _compiled(wrapped)
+    if isinstance(inner, DistributedDataParallel):
+        return inner.no_sync()
+    return _reducing(inner) if hasattr(inner, "set_requires_gradient_sync") else nullcontext()
+
+
+@contextmanager
+def _reducing(sharded: Any) -> Iterator[None]:
+    sharded.set_requires_gradient_sync(True)
+    yield
+
+
+def _compiled(module: nn.Module) -> nn.Module:
+    """What ``torch.compile`` has compiled; any other module itself."""
+    inner = getattr(module, "_orig_mod", module)
+    return inner if isinstance(inner, nn.Module) else module

@@ -1,0 +1,165 @@
+"""Monitor: what there is to watch of a balancer, on the device until it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .readings import Readings
+
+
+class ScalarWriter(Protocol):
+    """What `torch.utils.tensorboard.SummaryWriter` has, and what `Monitor.write` needs of it."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> Any:
+        """Write a number under a name."""
+
+
+class Monitor:
+    """Norms, weights and angles of the task gradients (their EMAs) as of now; always those of the balancer's last step.
+
+    Tensors are on the device and computed without a sync. The Gramian reads the K P elements of the state, once per
+    step however often it is asked for, if the monitor is kept. Of several ranks the Gramian, and with it `cosine` and
+    `conflicts`, is a collective: **every rank must read it**; the rest each rank may read alone.
+
+    Args:
+        balancer: whose.
+    """
+
+    def __init__(self, balancer: Readings) -> None:
+        self._balancer = balancer
+        self._gramian: tuple[int, Tensor] | None = None  # of which change of the rows, and what it was
+
+    @property
+    def norms(self) -> Tensor:
+        """(K,) norms; see `GradientBalancer.norms`."""
+        return self._balancer.norms
+
+    @property
+    def weights(self) -> Tensor:
+        """(K,) weights; see `GradientBalancer.weights`."""
+        return self._balancer.weights
+
+    @property
+    def nonfinite_steps(self) -> Tensor:
+        """(K,) int64: in how many steps each task's gradient was not finite."""
+        return self._balancer.nonfinite_steps
+
+    @property
+    def step(self) -> int:
+        """Number of steps begun; reading it is a sync if ``capturable``."""
+        return self._balancer.step
+
+    @property
+    def gramian(self) -> Tensor:
+        """(K, K) inner products of the task gradients, float32 (float64 of a float64 state).
+
+        The row and column of a task whose gradient was not finite in the last step are 0.
+        """
+        steps = self._balancer._steps
+        # What a replayed CUDA graph changes is not seen here.
+        if self._gramian is None or self._gramian[0] != steps.changes or steps.capturable:
+            self._gramian = (steps.changes, self._balancer.buffer.gramian())
+        return self._gramian[1]
+
+    @property
+    def cosine(self) -> Tensor:
+        """(K, K) cosines of the angles between task gradients, in [-1, 1]; 0 where one of the two is zero.
+
+        In the dtype of `gramian`; NaN where that overflowed.
+        """
+        gramian = self.gramian
+        wide = gramian.to(self._balancer.buffer.norms.dtype)
+        norms = wide.diagonal().clamp(min=0.0).sqrt()
+        product = norms.outer(norms)
+        cosine = torch.where(product == 0.0, 0.0, wide / product).clamp(-1.0, 1.0)
+        return torch.where(product.isinf(), torch.nan, cosine).to(gramian.dtype)
+
+    @property
+    def conflicts(self) -> Tensor:
+        """Int64 scalar: the number of pairs of tasks whose gradients point away from each other (cosine < 0)."""
+        return _pairs(self.cosine).lt(0.0).sum()
+
+    @torch.no_grad()
+    def as_dict(
+        self, prefix: str = "", names: Sequence[str] | None = None, *, gramian: bool = False
+    ) -> dict[str, float]:
+        """Numbers for a logger, fetched in one transfer (one sync).
+
+        Args:
+            prefix: put before each name.
+            names: of the K tasks; by default their indices.
+            gramian: `conflicts` and the cosine of each pair besides; of several ranks all must ask for them.
+
+        Returns:
+            ``step``, ``norm/NAME``, ``weight/NAME``, ``nonfinite_steps/NAME``; with ``gramian`` ``conflicts`` and
+            ``cosine/NAME-OTHER``.
+
+        Raises:
+            ValueError: ``names`` are not K, or two are the same.
+        """
+        tags, values = zip(*self._entries(_checked(names, self._balancer.num_tasks), gramian), strict=True)
+        wide = self._balancer.buffer.norms.dtype
+        packed = torch.cat([value.reshape(-1).to(wide) for value in values])
+        return {prefix + tag: x for tag, x in zip([t for own in tags for t in own], packed.tolist(), strict=True)}
+
+    def write(
+        self,
+        writer: ScalarWriter,
+        step: int | None = None,
+        *,
+        prefix: str = "balancer/",
+        names: Sequence[str] | None = None,
+        gramian: bool = False,
+    ) -> None:
+        """Give what `as_dict` gives to a `torch.utils.tensorboard.SummaryWriter`.
+
+        Args:
+            writer: anything with its ``add_scalar``.
+            step: the step to write under; by default the balancer's.
+            prefix: see `as_dict`.
+            names: see `as_dict`.
+            gramian: see `as_dict`.
+
+        Raises:
+            ValueError: as `as_dict`.
+        """
+        numbers = self.as_dict("", names, gramian=gramian)
+        for tag, value in numbers.items():
+            writer.add_scalar(prefix + tag, value, int(numbers["step"]) if step is None else step)
+
+    def scalars(self, names: Sequence[str] | None = None, *, gramian: bool = False) -> dict[str, Tensor]:
+        """As `as_dict`, but scalars on the device, without a sync."""
+        out: dict[str, Tensor] = {}
+        for tags, values in self._entries(_checked(names, self._balancer.num_tasks), gramian):
+            out.update(zip(tags, values.reshape(-1).unbind(), strict=True))
+        return out
+
+    def _entries(self, names: Sequence[str], gramian: bool) -> Iterator[tuple[list[str], Tensor]]:
+        yield ["step"], self._balancer._steps.count_on(self._balancer.buffer.device)
+        yield [f"norm/{name}" for name in names], self.norms
+        yield [f"weight/{name}" for name in names], self.weights
+        yield [f"nonfinite_steps/{name}" for name in names], self.nonfinite_steps
+        if gramian:
+            cosine = self.cosine
+            yield ["conflicts"], _pairs(cosine).lt(0.0).sum()
+            yield [f"cosine/{a}-{b}" for a, b in combinations(names, 2)], _pairs(cosine)
+
+
+def _pairs(matrix: Tensor) -> Tensor:
+    """(K (K - 1) / 2,) entries above the diagonal, row by row, without a sync."""
+    row, column = torch.triu_indices(matrix.shape[0], matrix.shape[1], 1, device=matrix.device)
+    return matrix[row, column]
+
+
+def _checked(names: Sequence[str] | None, num_tasks: int) -> list[str]:
+    if names is None:
+        return [str(task) for task in range(num_tasks)]
+    if len(names) != num_tasks or len(set(names)) != num_tasks:
+        raise ValueError(f"names must be {num_tasks} different names, one for each task, got {list(names)}")
+    return list(names)

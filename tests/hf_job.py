@@ -1,0 +1,190 @@
+"""A small transformer with two heads, its data, and the same training as a plain loop; a script for two ranks."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import dbmtl_kernels as dbk
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from dbmtl_kernels.integrations.accelerate import balancing, prepare_balancer
+from dbmtl_kernels.integrations.transformers import BalancedTrainer
+from dbmtl_kernels.integrations.wrappers import make_balancer
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, Dataset
+from transformers import TrainingArguments
+
+BATCH, BATCHES = 4, 14  # an epoch
+
+
+class Data(Dataset):
+    def __init__(self, size=BATCH * BATCHES):
+        self.x = torch.randn(size, 3, 8, generator=torch.Generator().manual_seed(1))
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        x = self.x[index]
+        return {"x": x, "labels_a": x[0, 0], "labels_b": x[:, 1].mean()}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.a, self.b = nn.Linear(8, 1), nn.Linear(8, 1)
+
+    def forward(self, x, labels_a, labels_b):
+        z = self.encoder(x).mean(1)
+        a, b = self.a(z).squeeze(1), self.b(z).squeeze(1)
+        losses = [(a - labels_a).square().mean() + 0.1, 30 * (b - labels_b).square().mean() + 0.1]
+        return {"losses": losses, "a": a, "b": b}
+
+
+class WithArguments(Net):
+    """Takes whatever a Trainer passes, and so is taken to divide by ``num_items_in_batch`` itself."""
+
+    def forward(self, x, labels_a, labels_b, **_):
+        return super().forward(x, labels_a, labels_b)
+
+
+def first_net(cls=Net):
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    net = cls()
+    torch.random.set_rng_state(state)
+    return net
+
+
+class InOrder(BalancedTrainer):
+    """Batches in order, so that others can have the same."""
+
+    def get_train_dataloader(self):
+        size = self.args.per_device_train_batch_size
+        return self.accelerator.prepare(DataLoader(self.train_dataset, batch_size=size, shuffle=False))
+
+
+def trainer_of(folder, net=None, cls=InOrder, batch=BATCH, data=None, shared="encoder", more=None, **options):
+    given = {
+        "output_dir": str(folder), "use_cpu": True, "per_device_train_batch_size": batch, "num_train_epochs": 2,
+        "optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "save_strategy": "no",
+        "logging_strategy": "no", "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False, **options,
+    }  # fmt: skip
+    return cls(
+        first_net() if net is None else net, TrainingArguments(**given), train_dataset=data or Data(),
+        shared=shared, num_tasks=2, **(more or {}),
+    )  # fmt: skip
+
+
+def plain_loop(accumulate=1, clip=0.0, bf16=False, epochs=2, batch=BATCH, **options):
+    """What the Trainer does, in a loop without it."""
+    net = first_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    balancer = dbk.DBMTL(net.encoder.parameters(), 2, **options)
+    balancer.attach(optimizer)
+    for _ in range(epochs):
+        batches = list(DataLoader(Data(), batch_size=batch))
+        for first in range(0, len(batches), accumulate):
+            optimizer.zero_grad()
+            parts = batches[first : first + accumulate]
+            for part in parts:
+                with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
+                    losses = net(**part)["losses"]
+                (balancer(losses) / len(parts)).backward()
+            if clip:
+                nn.utils.clip_grad_norm_(net.parameters(), clip)
+            optimizer.step()
+    return net, balancer
+
+
+def accelerate_loop(accumulate=1, epochs=2, save=None, resume=None, guarded=True, batch=BATCH, first=0, **options):
+    """A loop of one's own with Accelerate; stops after saving."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate, **options)
+    net = first_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    net, optimizer, loader = accelerator.prepare(net, optimizer, DataLoader(Data(), batch_size=batch))
+    balancer = prepare_balancer(accelerator, net, optimizer, lambda net: net.encoder.parameters(), 2)
+    if resume is not None:
+        accelerator.load_state(resume)
+    for _ in range(first, epochs):
+        for part in loader:
+            with accelerator.accumulate(net):
+                with balancing(net) if guarded else contextlib.nullcontext():
+                    accelerator.backward(balancer(net(**part)["losses"]))
+                optimizer.step()
+                optimizer.zero_grad()
+    if save is not None:
+        accelerator.save_state(save)
+    return accelerator.unwrap_model(net), balancer
+
+
+def sharded_loop(accumulate):
+    """FSDP2, told not to reduce while it accumulates, as Accelerate and the Trainer do (on GPUs only)."""
+    rank, net = dist.get_rank(), first_net()
+    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    balancer = make_balancer(net, net, "encoder", 2, dbk.DBMTL, {})
+    balancer.attach(optimizer)
+    for _ in range(2):
+        for index, part in enumerate(DataLoader(Data(), batch_size=BATCH)):
+            last = index % accumulate == accumulate - 1
+            net.set_requires_gradient_sync(last)
+            mine = {name: x.chunk(2)[rank] for name, x in part.items()}
+            with balancing(net):
+                (balancer(net(**mine)["losses"]) / accumulate).backward()
+            if last:
+                optimizer.step()
+                optimizer.zero_grad()
+    return net, balancer
+
+
+def parameters(net):
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in map(torch.detach, net.parameters())]
+    return torch.cat([p.reshape(-1) for p in whole])
+
+
+def two_ranks(folder):
+    """What `tests/test_integrations_hf.py` judges."""
+    results = {}
+
+    def record(name, net, balancer):
+        mine = parameters(net)
+        others = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(others, mine)
+        results[name] = {
+            "identical": torch.equal(*others),
+            "parameters": mine.tolist(),
+            "cosine": balancer.monitor().cosine.tolist(),
+            "norms": balancer.norms.tolist(),
+            "rows": balancer.buffer.rows.numel(),
+            "step": balancer.step,
+        }
+
+    def train(name, resume=None, **options):
+        trainer = trainer_of(folder / name, batch=BATCH // 2, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        record(name, trainer.model, trainer.balancer)
+
+    train("trainer", save_strategy="steps", save_steps=3, gradient_accumulation_steps=3, max_grad_norm=0.5)
+    train("resumed", str(folder / "trainer" / "checkpoint-3"), gradient_accumulation_steps=3, max_grad_norm=0.5)
+    record("accelerate", *accelerate_loop(7, batch=BATCH // 2))
+    accelerate_loop(7, 1, folder / "state", batch=BATCH // 2)
+    record("loaded", *accelerate_loop(7, 2, resume=folder / "state", first=1, batch=BATCH // 2))
+    record("sharded", *sharded_loop(7))
+    try:
+        accelerate_loop(guarded=False, batch=BATCH // 2)
+        results["refusal"] = ""
+    except RuntimeError as error:
+        results["refusal"] = str(error)
+    (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    two_ranks(Path(sys.argv[1]))

@@ -1,0 +1,175 @@
+"""A LightningModule of two unequal tasks, its data, and the same training as a plain loop; a script for two ranks."""
+
+import json
+import sys
+from pathlib import Path
+
+import dbmtl_kernels as dbk
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from dbmtl_kernels.integrations.lightning import GradientBalancing
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from ranks import leave
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, TensorDataset
+
+BATCH, BATCHES = 12, 6  # an epoch
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(7, 33), nn.Tanh(), nn.Linear(33, 5), nn.Tanh())
+        self.heads = nn.ModuleList([nn.Linear(5, 1), nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 1))])
+
+    def forward(self, x):
+        z = self.trunk(x)
+        return [
+            ((head(z) - (t + 1) * x[:, t : t + 1]).square().mean() + 0.1) * 10**t for t, head in enumerate(self.heads)
+        ]
+
+
+def first_net():
+    generator = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    net = Net()
+    torch.random.set_rng_state(generator)
+    return net
+
+
+def data():
+    return torch.randn(BATCH * BATCHES, 7, generator=torch.Generator().manual_seed(1))
+
+
+def loader(rank=0, size=1):
+    """An epoch in order; of several ranks each has its part of every batch."""
+    x = data().view(BATCHES, size, BATCH // size, 7)[:, rank].reshape(-1, 7)
+    return DataLoader(TensorDataset(x), batch_size=BATCH // size)
+
+
+def module_of(library):
+    """The LightningModule as one of ``lightning.pytorch`` or ``pytorch_lightning``."""
+
+    class Module(library.LightningModule):
+        def __init__(self, poison=()):
+            super().__init__()
+            self.net = first_net()
+            self.poison = poison  # batches, counted from the start of training, with a loss that overflows
+            self.seen = []
+
+        def training_step(self, batch, batch_idx):
+            losses = self.net(batch[0])
+            if self.current_epoch * BATCHES + batch_idx in self.poison:
+                losses[1] = losses[1] * float("inf")
+            self.seen.append(float(losses[0].detach()))
+            return self.balancer(losses)
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val", self.balancer(self.net(batch[0])))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    return Module
+
+
+Module = module_of(pl)
+
+
+def trainer_of(library, folder, epochs, *callbacks, **options):
+    given = {
+        "default_root_dir": folder, "max_epochs": epochs, "accelerator": "cpu", "devices": 1, "logger": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
+        "num_sanity_val_steps": 0, "callbacks": list(callbacks), **options,
+    }  # fmt: skip
+    return library.Trainer(**given)
+
+
+def fit(folder, epochs=2, *callbacks, resume=None, module=None, rank=0, size=1, **options):
+    """The module and its callback, trained."""
+    module = Module() if module is None else module
+    balancing = GradientBalancing("net.trunk", 2)
+    trainer = trainer_of(pl, folder, epochs, balancing, *callbacks, **options)
+    trainer.fit(module, loader(rank, size), ckpt_path=resume)
+    return module, balancing, trainer
+
+
+def checkpointing(folder):
+    """A checkpoint after every epoch."""
+    return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+
+
+def parameters(module):
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in map(torch.detach, module.parameters())]
+    return torch.cat([p.reshape(-1) for p in whole])
+
+
+class Sharded(Module):
+    """Its net is sharded, for Lightning's ModelParallelStrategy."""
+
+    def configure_model(self):
+        if not isinstance(self.net.trunk[0].weight, DTensor):
+            for module in (self.net.trunk, self.net):
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+
+class Refused(Module):
+    """Makes its own balancer, and nothing else that several ranks need."""
+
+    def on_fit_start(self):
+        self.balancer = dbk.DBMTL(self.net.trunk.parameters(), 2, process_group=dist.group.WORLD)
+
+
+def two_ranks(folder):
+    """What `tests/test_integrations_lightning.py` judges."""
+    ranks = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+    # Lightning starts the other rank from here, when the first Trainer is made.
+    trainer = trainer_of(pl, folder, 1, **ranks)
+    rank = trainer.global_rank
+    results = {}
+
+    def job(name, epochs=2, *callbacks, **options):
+        module, balancing, trainer = fit(folder, epochs, *callbacks, rank=rank, size=2, **{**ranks, **options})
+        mine = parameters(module)
+        others = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(others, mine)
+        results[name] = {
+            "identical": torch.equal(*others),
+            "parameters": mine.tolist(),
+            "cosine": balancing.balancer.monitor().cosine.tolist(),
+            "norms": balancing.balancer.norms.tolist(),
+            "rows": balancing.balancer.buffer.rows.numel(),
+            "left": [trainer.strategy.model is module, hasattr(module, "balancer")],
+        }
+
+    job("plain")
+    job("accumulated", accumulate_grad_batches=3)
+    job("unused parameters", strategy="ddp_find_unused_parameters_true")
+    job("saved", 1, checkpointing(folder / "ddp"), enable_checkpointing=True)
+    job("resumed", 2, resume=folder / "ddp" / "epoch=0.ckpt")
+
+    def sharded():
+        return {"strategy": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), "module": Sharded()}
+
+    job("sharded", **sharded())
+    job("sharded, accumulated", accumulate_grad_batches=3, **sharded())
+    job("sharded, saved", 1, checkpointing(folder / "fsdp"), enable_checkpointing=True, **sharded())
+    job("sharded, resumed", 2, resume=folder / "fsdp" / "epoch=0.ckpt", **sharded())
+    try:
+        trainer_of(pl, folder, 1, **ranks).fit(Refused(), loader(rank, 2))
+        refusal = ""
+    except RuntimeError as error:
+        refusal = str(error)
+    results["refusal"] = refusal
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))
+    dist.barrier()  # the one who started the other waits for it
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    two_ranks(Path(sys.argv[1]))
+    leave()
