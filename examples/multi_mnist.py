@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +26,10 @@ try:
         SINGLE_TASK,
         TASKS,
         History,
+        MultiTaskNet,
+        Objective,
         Settings,
+        make_objective,
         train,
         train_single_tasks,
     )
@@ -41,8 +45,8 @@ FULL = {"epochs": 1, "train_size": 8_000, "seeds": 1, "lr": [3e-3, 1e-2], "batch
 QUICK = {"epochs": 1, "train_size": 1_280, "seeds": 1, "lr": [3e-3], "batch_size": 32}
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+def parse_args(argv: list[str] | None, description: str | None = __doc__, picture: bool = True) -> argparse.Namespace:
+    """The command line; with ``--out`` if there is a picture."""
 
     def positive(text: str) -> int:
         if (value := int(text)) < 1:
@@ -61,7 +65,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         )
         return f"(default: {full}; with --quick: {quick})" if full != quick else f"(default: {full})"
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=positive, help=f"passes over the training pairs {default('epochs')}")
     parser.add_argument(
         "--train-size", type=positive, help=f"number of training pairs to compose {default('train_size')}"
@@ -80,12 +84,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         f"pairs; a single one is used as it is {default('lr')}",
     )
     parser.add_argument("--batch-size", type=positive, help=f"pairs in a batch {default('batch_size')}")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out/multi_mnist.png"),
-        help="where the picture goes (default: %(default)s)",
-    )
+    if picture:
+        parser.add_argument(
+            "--out",
+            type=Path,
+            default=Path("out/multi_mnist.png"),
+            help="where the picture goes (default: %(default)s)",
+        )
     parser.add_argument(
         "--threads",
         type=positive,
@@ -108,8 +113,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def train_all(args: argparse.Namespace) -> tuple[dict[tuple[str, float], list[History]], Settings]:
-    """Every method at every learning rate with every seed; and the settings of the first seed."""
+def train_all(
+    args: argparse.Namespace, methods: Sequence[str], make: Callable[[str, MultiTaskNet], Objective]
+) -> tuple[dict[tuple[str, float], list[History]], Settings]:
+    """Single-task learning and every method, at every learning rate with every seed; and the first seed's settings."""
     digits, classes = load_digits()
     sizes = (args.train_size, *(QUICK_PAIRS if args.quick else FULL_PAIRS))
     all_settings = [
@@ -119,8 +126,8 @@ def train_all(args: argparse.Namespace) -> tuple[dict[tuple[str, float], list[Hi
     runs: dict[tuple[str, float], list[History]] = {}
     for rate in args.lr:
         runs[SINGLE_TASK, rate] = [train_single_tasks(rate, settings) for settings in all_settings]
-        for method in MULTI_TASK_METHODS:
-            runs[method, rate] = [train(method, rate, settings) for settings in all_settings]
+        for method in methods:
+            runs[method, rate] = [train(method, rate, settings, make=make) for settings in all_settings]
     return runs, all_settings[0]
 
 
@@ -160,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
     console = Console()
-    runs, settings = train_all(args)
+    runs, settings = train_all(args, MULTI_TASK_METHODS, make_objective)
     results = choose(runs, args.lr)
     times = time_steps(settings.splits[0].batch(torch.arange(args.batch_size)), seed=0, rounds=8 if args.quick else 40)
     save_figure(results, args.out)

@@ -11,7 +11,6 @@ from multi_mnist_training import (
     DB_MTL,
     EQUAL_WEIGHTING,
     HIGHER_IS_BETTER,
-    MULTI_TASK_METHODS,
     NUM_TASKS,
     SINGLE_TASK,
     History,
@@ -61,7 +60,7 @@ def choose(runs: Runs, rates: Sequence[float]) -> dict[str, Result]:
     the best Delta_p. Neither looks at the test pairs.
 
     Args:
-        runs: all histories.
+        runs: all histories, those of `SINGLE_TASK` among them.
         rates: the learning rates tried.
     """
 
@@ -84,7 +83,7 @@ def choose(runs: Runs, rates: Sequence[float]) -> dict[str, Result]:
         for networks in zip(*(runs[SINGLE_TASK, rate] for rate in single), strict=True)
     ]
     results = {SINGLE_TASK: Result(SINGLE_TASK, tuple(single), histories, baseline, delta_p(baseline, baseline))}
-    for method in MULTI_TASK_METHODS:
+    for method in dict.fromkeys(name for name, _ in runs if name != SINGLE_TASK):
         best = max(rates, key=lambda rate, m=method: delta_p(validation(m, rate), baseline_validation).item())
         metrics = test(method, best)
         results[method] = Result(method, (best,) * NUM_TASKS, runs[method, best], metrics, delta_p(metrics, baseline))
@@ -93,7 +92,7 @@ def choose(runs: Runs, rates: Sequence[float]) -> dict[str, Result]:
 
 def print_results(console: Console, results: Mapping[str, Result], rates: Sequence[float]) -> None:
     """The table of metrics."""
-    seeds = len(results[DB_MTL].delta_p)
+    seeds = len(results[SINGLE_TASK].delta_p)
     table = Table(
         title="Test metrics, mean over seeds" if seeds > 1 else "Test metrics, one seed",
         box=SIMPLE_HEAD,

@@ -134,13 +134,6 @@ class History:
     test: Tensor
 
 
-def cosine_similarities(balancer: dbk.DBMTL) -> Tensor:
-    """(K, K) cosine similarities of the task gradients that the balancer holds."""
-    gramian = balancer.buffer.gramian()
-    norms = gramian.diagonal().sqrt().clamp_min(1e-30)
-    return gramian / norms[:, None] / norms[None, :]
-
-
 @dataclass(frozen=True)
 class Settings:
     """What every run of one seed has in common."""
@@ -156,23 +149,30 @@ class Settings:
         return self.epochs * (len(self.splits[0]) // self.batch_size)
 
 
-def train(method: str, learning_rate: float, settings: Settings, tasks: Sequence[int] = range(NUM_TASKS)) -> History:
+def train(
+    method: str,
+    learning_rate: float,
+    settings: Settings,
+    tasks: Sequence[int] = range(NUM_TASKS),
+    make: Callable[[str, MultiTaskNet], Objective] = make_objective,
+) -> History:
     """Train one network with one method at one learning rate.
 
     Initial weights and batches depend on ``settings.seed`` alone, so they are the same for every method.
 
     Args:
-        method: one of `MULTI_TASK_METHODS`, or `SINGLE_TASK`.
+        method: one that ``make`` knows, or `SINGLE_TASK`.
         learning_rate: of Adam at the start; it falls to zero along a cosine.
         settings: data, length and seed of the run.
         tasks: the tasks to train on; one for `SINGLE_TASK`.
+        make: the objective of a method for a network; see `make_objective`.
     """
     torch.manual_seed(settings.seed)
     model = MultiTaskNet()
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
-    objective = make_objective(method, model)
-    balancer = objective if isinstance(objective, dbk.DBMTL) else None
+    objective = make(method, model)
+    balancer = objective if isinstance(objective, dbk.GradientBalancer) else None
     train_pairs, validation_pairs, test_pairs = settings.splits
     generator = torch.Generator().manual_seed(settings.seed)
     losses: list[Tensor] = []
@@ -198,7 +198,7 @@ def train(method: str, learning_rate: float, settings: Settings, tasks: Sequence
                     weights.append(balancer.weights)
                     if (len(losses) - 1) % COSINE_EVERY == 0:
                         cosine_steps.append(len(losses))
-                        cosines.append(cosine_similarities(balancer))
+                        cosines.append(balancer.monitor().cosine)
                 bar.set_postfix_str(" ".join(f"{value:.3g}" for value in losses[-1].tolist()), refresh=False)
                 bar.update()
 

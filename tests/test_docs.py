@@ -17,7 +17,7 @@ def snippets_of(page):
     return [text for text in snippets if text not in scripts.values()], scripts
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/training.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/training.md", "docs/integrations.md"])
 def test_snippets(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

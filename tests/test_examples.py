@@ -7,8 +7,11 @@ from pathlib import Path
 DEMO = Path(__file__).parent.parent / "examples" / "multi_mnist.py"
 
 
-def demo(*arguments):
-    return subprocess.run([sys.executable, str(DEMO), *arguments], capture_output=True, text=True)
+METHODS = DEMO.with_name("multi_mnist_methods.py")
+
+
+def demo(*arguments, program=DEMO):
+    return subprocess.run([sys.executable, str(program), *arguments], capture_output=True, text=True)
 
 
 def test_quick_run_trains_and_draws(tmp_path):
@@ -31,3 +34,20 @@ def test_help_explains_every_option():
     assert run.returncode == 0
     for option in ("--epochs", "--train-size", "--seeds", "--lr", "--batch-size", "--out", "--threads", "--quick"):
         assert option in run.stdout
+
+
+def test_other_methods_with_and_without_the_log():
+    run = demo("--quick", program=METHODS)
+    assert run.returncode == 0, run.stderr
+    for method in ("equal weighting", "PCGrad", "GradVac", "IMTL-G", "CAGrad", "Nash-MTL", "Aligned-MTL"):
+        rows = [line.removeprefix(f" {method}").split() for line in run.stdout.splitlines() if f" {method} " in line]
+        plain, log = [row[-2] for row in rows if row[0] != "+"], [row[-2] for row in rows if row[0] == "+"]
+        assert float(log[0]) > float(plain[0]), run.stdout  # Delta_p
+    for method in ("single-task", "max-norm only", "DB-MTL"):
+        assert method in run.stdout
+
+
+def test_other_methods_have_no_picture():
+    run = demo("--quick", "--out", "x.png", program=METHODS)
+    assert run.returncode == 2
+    assert "unrecognized arguments" in run.stderr

@@ -11,7 +11,7 @@ import dbmtl_kernels as dbk
 import numpy as np
 import pytest
 import torch
-from dbmtl_kernels.integrations.torchjd import OnMatrix, nash_mtl
+from dbmtl_kernels.integrations.torchjd import OnMatrix, grad_vac, nash_mtl
 from problems import EPS, assert_same_state, close, flat_gradients, leaf, quadratics
 from torch import nn
 from torchjd import Stateful
@@ -127,11 +127,11 @@ def test_weights_and_gradients_are_torchjds(method, family, log, record_property
 def train(method, with_torchjd, log, steps=50):
     torch.manual_seed(7)
     trunk = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh()).double()
-    heads = nn.ModuleList(nn.Linear(12, 1) for _ in range(3)).double()
+    heads = nn.ModuleList(nn.Linear(12, 1) for _ in range(K)).double()
     shared, own = list(trunk.parameters()), list(heads.parameters())
     optimizer = torch.optim.SGD([*shared, *own], lr=0.05)
     aggregator, weighting = (make() for make in METHODS[method])
-    balancer = dbk.GradientBalancer(shared, 3, weighting=weighting, log_transform=log, state_dtype=torch.float64)
+    balancer = dbk.GradientBalancer(shared, K, weighting=weighting, log_transform=log, state_dtype=torch.float64)
     generator = torch.Generator().manual_seed(8)
     curve = []
     for _ in range(steps):
@@ -152,7 +152,7 @@ def train(method, with_torchjd, log, steps=50):
 
 
 @pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("method", ["UPGrad", "MGDA", "PCGrad", "CAGrad", "IMTL-G", "Aligned-MTL", "GradVac"])
+@pytest.mark.parametrize("method", METHODS)
 def test_training_curves_are_torchjds(method, log, record_property):
     mine, expected = (train(method, with_torchjd, log) for with_torchjd in (False, True))
     record_property("largest relative difference", float(np.abs(mine / expected - 1.0).max()))
@@ -223,16 +223,19 @@ def test_on_matrix_refuses():
         OnMatrix(Inverse())(torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("every", [1, 3])
-def test_nash_mtl_goes_on_bit_for_bit(every):
+@pytest.mark.parametrize(
+    ("make", "different"),
+    [
+        (lambda: nash_mtl(2, max_norm=0.0), 7),
+        (lambda: nash_mtl(2, max_norm=0.0, update_weights_every=3), 3),
+        (grad_vac, 3),  # its targets change in every step
+    ],
+)
+def test_a_weighting_with_a_memory_goes_on_bit_for_bit(make, different):
     def run(interrupt):
         torch.manual_seed(4)
         p = leaf(8)
-        balancers = [
-            dbk.GradientBalancer([p], 2, weighting=nash_mtl(2, max_norm=0.0, update_weights_every=every))
-            for _ in range(2)
-        ]
-        balancer, other = balancers
+        balancer, other = (dbk.GradientBalancer([p], 2, weighting=make()) for _ in range(2))
         weights = []
         for step in range(7):
             if interrupt and step == 4:
@@ -249,7 +252,47 @@ def test_nash_mtl_goes_on_bit_for_bit(every):
     assert torch.equal(p, q)
     assert weights == others
     assert_same_state(state, other)
-    assert len({tuple(w) for w in weights}) == (7 if every == 1 else 3)
+    assert len({tuple(w) for w in weights}) == different
+
+
+def test_grad_vac_is_torchjds():
+    mine, theirs = grad_vac(), jd.GradVacWeighting()
+    for step in range(4):
+        rows = rows_of("conflicting", torch.float64) * (step + 1.0)
+        weights = []
+        for weighting in (mine, theirs):
+            torch.manual_seed(step)
+            weights.append(weighting(rows @ rows.T))
+        assert torch.equal(*weights)
+    state = copy.deepcopy(mine.state_dict())
+    mine.reset()
+    assert mine._phi_t is None
+    other = dbk.GradientBalancer([leaf(3)], K, weighting=mine)
+    state = {**other.state_dict(), "weighting": state}
+    other.load_state_dict(state)
+    assert torch.equal(mine._phi_t, theirs._phi_t)
+    fresh = dbk.GradientBalancer([leaf(3)], K, weighting=grad_vac()).state_dict()
+    other.load_state_dict(fresh)  # of a balancer that has not run
+    assert mine._phi_t is None
+    with pytest.raises(ValueError, match=r"(?s)the state is of another weighting: .*Unexpected key.*_sq_norm_ema"):
+        other.load_state_dict({**fresh, "weighting": {"_extra_state": {}, "_sq_norm_ema": torch.ones(3)}})
+
+
+def test_other_weightings_of_torchjd_with_a_memory_go_on():
+    """Those that make their buffers when they first run."""
+    p = leaf(8)
+    balancer, other = (dbk.GradientBalancer([p], 2, weighting=jd.PCDWeighting()) for _ in range(2))
+    for _ in range(3):
+        p.grad = None
+        balancer.backward(quadratics(p))
+    other.load_state_dict(copy.deepcopy(balancer.state_dict()))
+    assert len(other.weighting.state_dict()) == 2
+    gradients = []
+    for each in (balancer, other):
+        p.grad = None
+        each.backward(quadratics(p))
+        gradients.append(p.grad.clone())
+    assert torch.equal(*gradients)
 
 
 def test_nash_mtl_with_tasks_missing():

@@ -318,7 +318,7 @@ def test_imtl_loss_learns_its_minimum_in_a_balancer():
         optimizer.step()
     expected = torch.stack(losses[:2]).log().neg()
     close(imtl.scales[:2].detach().numpy(), expected.detach().float().numpy(), rtol=1e-5)
-    assert float(imtl.scales[2]) == 0.0
+    assert imtl.scales[2].item() == 0.0
 
 
 def test_imtl_loss_refuses():

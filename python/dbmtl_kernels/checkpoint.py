@@ -72,6 +72,8 @@ def check(state: dict[str, Any], own: dict[str, Any], buffer: Buffer) -> None:
     """
     if state.get("version") != own["version"]:
         raise ValueError(f"state_dict has version {state.get('version')!r}, this is version {own['version']}")
+    kept = state.get("weighting", {})  # what one that has not run lacks, one that has must not ask for
+    own = {**own, "weighting": {key: value for key, value in own["weighting"].items() if key in kept}}
     _check_present(state, own, "")
     check_signature(buffer.signature(), state["parameters"])
     _check_tensors(state, own, "")

@@ -173,6 +173,28 @@ def state_of_weighting(weighting: Any) -> dict[str, Any]:
 
 
 def load_weighting(weighting: Any, state: dict[str, Any]) -> None:
-    """Take over what `state_of_weighting` gave."""
-    if hasattr(weighting, "load_state_dict"):
+    """Take over what `state_of_weighting` gave, also into one that has not run yet.
+
+    Raises:
+        ValueError: it is of another weighting.
+    """
+    if not hasattr(weighting, "load_state_dict"):
+        return
+    if isinstance(weighting, nn.Module):
+        reset = getattr(weighting, "reset", None)
+        if callable(reset):
+            reset()
+        for name, value in state.items():
+            _make_room(weighting, name, value)
+    try:
         weighting.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"the state is of another weighting: {error}") from error
+
+
+def _make_room(module: nn.Module, name: str, value: Any) -> None:
+    """For a buffer that a module makes when it first runs, as several of TorchJD's do."""
+    path, _, buffer = name.rpartition(".")
+    owner = dict(module.named_modules()).get(path)
+    if owner is not None and buffer in owner._buffers and owner._buffers[buffer] is None:
+        setattr(owner, buffer, torch.empty_like(value))

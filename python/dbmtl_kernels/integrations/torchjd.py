@@ -1,4 +1,4 @@
-"""TorchJD: DB-MTL as an aggregator of its `jac_to_grad`, and its matrix weightings for our `GradientBalancer`.
+"""TorchJD: DB-MTL as an aggregator of its `jac_to_grad`; what its Nash-MTL and GradVac need for `GradientBalancer`.
 
 TorchJD's Gramian weightings (``UPGradWeighting()``, ``CAGradWeighting(c=0.4)``, ...) need nothing from here: they are
 given to `GradientBalancer` as they are.
@@ -38,7 +38,7 @@ def _check_version() -> None:
 _check_version()
 
 from torchjd import Stateful  # noqa: E402
-from torchjd.aggregation import NashMTL, WeightedAggregator, Weighting  # noqa: E402
+from torchjd.aggregation import GradVacWeighting, NashMTL, WeightedAggregator, Weighting  # noqa: E402
 from torchjd.linalg import Matrix, PSDMatrix  # noqa: E402
 
 
@@ -270,6 +270,36 @@ def nash_mtl(num_tasks: int, **options: Any) -> OnMatrix:
     Source: Navon et al., arXiv 2202.01017, Algorithm 1, as TorchJD has it.
     """
     return _NashMTL(checks.check_num_tasks(num_tasks), options)
+
+
+class _GradVac(GradVacWeighting):
+    """GradVac; after loading, its targets are taken for what they are."""
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Nothing that the buffers lack."""
+        return {}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Called when the buffers are loaded."""
+        targets = self._phi_t
+        self._state_key = None if targets is None else (len(targets), targets.dtype)
+
+
+def grad_vac(beta: float = 0.5, eps: float = 1e-8) -> GradVacWeighting:
+    """TorchJD's GradVac as a weighting for `GradientBalancer`, which goes on where a checkpoint left it.
+
+    TorchJD's own forgets its targets when they are loaded. Both forget them at a step with fewer tasks.
+
+    Args:
+        beta: decay of the targets, in [0, 1].
+        eps: >= 0, added to denominators.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Source: Wang et al., arXiv 2010.05874, Algorithm 1, as TorchJD has it.
+    """
+    return _GradVac(beta, eps)
 
 
 def _square_root(gramian: Tensor) -> Tensor:
