@@ -375,3 +375,18 @@ def test_a_state_dict_fits_the_number_of_tasks_it_was_made_with():
     balancer.remove_task(2)
     balancer.load_state_dict(early)
     assert_same_state(balancer.state_dict(), early)
+
+
+def test_indices_of_other_libraries():
+    p = leaf(6)
+    balancer = dbk.DBMTL([p], np.int64(3), state_dtype=torch.float64)
+    assert type(balancer.num_tasks) is int
+    losses = quadratics(p, num_tasks=3)
+    balancer.backward([losses[2], losses[0]], tasks=np.array([2, 0]))
+    with balancer.task(np.int64(1)):
+        dbk.log_transform(quadratics(p, num_tasks=3)[1]).backward()
+    balancer.balance()
+    balancer.backward([quadratics(p, num_tasks=3)[1]], tasks=torch.tensor([1]))
+    assert (balancer.norms > 0.0).all()
+    balancer.remove_task(np.int32(0))
+    assert balancer.num_tasks == 2

@@ -98,10 +98,12 @@ class GradientBalancer(Changes, Readings):
         self.log_transform = log_transform
         checks.check_seed(seed)
         self.seed = seed if state_dtype == torch.bfloat16 else None
-        self.buffer, self._world = placement.place(shared_parameters, num_tasks, state_dtype, backend, process_group)
+        self.buffer, self._world = placement.place(
+            shared_parameters, self.num_tasks, state_dtype, backend, process_group
+        )
         self._alone = process_group is None and not placement.is_distributed(self.buffer.parameters)
         device = self.buffer.device if capturable else None
-        self._steps = Steps(num_tasks, self.beta, self.beta_sigma, self.seed, device)
+        self._steps = Steps(self.num_tasks, self.beta, self.beta_sigma, self.seed, device)
         balanced = BalancedGradient(self.buffer, self._steps, self.weighting, self._world)
         self._grads = SharedGradients(self.buffer, balanced, self._world)
         self._heads = HeadGradients(self.buffer.parameters, self._world, self.buffer.device)
@@ -167,7 +169,7 @@ class GradientBalancer(Changes, Readings):
             ValueError: the index is out of range.
             RuntimeError: the task was entered already since the last `balance`, or another context is open.
         """
-        checks.check_task(index, self.num_tasks)
+        index = checks.check_task(index, self.num_tasks)
         self._steps.refuse_inside("task()")
         self._steps.refuse_entered(index)
         if self._alone:

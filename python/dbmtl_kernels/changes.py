@@ -37,7 +37,7 @@ class Changes:
             RuntimeError: within a step.
             ValueError: the index is out of range, or it is the last task.
         """
-        checks.check_task(index, self.num_tasks)
+        index = checks.check_task(index, self.num_tasks)
         checks.check_num_tasks(self.num_tasks - 1)
         self._keep([task for task in range(self.num_tasks) if task != index])
 

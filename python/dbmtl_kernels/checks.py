@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import SupportsIndex
+
 SCALES = ("max", "mean", "median", "min")
 
 
@@ -33,22 +36,26 @@ def check_seed(seed: int | None) -> int | None:
     return seed
 
 
-def check_num_tasks(num_tasks: int) -> int:
-    """Return K; raise TypeError or ValueError unless it is an int >= 1."""
-    if isinstance(num_tasks, bool) or not isinstance(num_tasks, int):
-        raise TypeError(f"num_tasks must be an int, got {type(num_tasks).__name__}")
-    if num_tasks < 1:
-        raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
-    return num_tasks
+def check_num_tasks(num_tasks: SupportsIndex) -> int:
+    """Return K as an int; raise TypeError or ValueError unless it is an integer (NumPy's too) >= 1."""
+    count = _int("num_tasks", num_tasks)
+    if count < 1:
+        raise ValueError(f"num_tasks must be at least 1, got {count}")
+    return count
 
 
-def check_task(index: int, num_tasks: int) -> int:
-    """Return the index; raise TypeError or ValueError unless it is an int in [0, num_tasks)."""
-    if isinstance(index, bool) or not isinstance(index, int):
-        raise TypeError(f"the task index must be an int, got {type(index).__name__}")
-    if not 0 <= index < num_tasks:
-        raise ValueError(f"task index {index} is out of range for {num_tasks} tasks")
-    return index
+def check_task(index: SupportsIndex, num_tasks: int) -> int:
+    """Return the index as an int; raise TypeError or ValueError unless it is an integer in [0, num_tasks)."""
+    task = _int("the task index", index)
+    if not 0 <= task < num_tasks:
+        raise ValueError(f"task index {task} is out of range for {num_tasks} tasks")
+    return task
+
+
+def _int(name: str, value: SupportsIndex) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    return operator.index(value)
 
 
 def check_scale(scale: str | float) -> str | float:

@@ -130,7 +130,7 @@ def _check_tasks(tasks: Sequence[int] | None, count: int, num_tasks: int) -> lis
                 "present with tasks=[...]"
             )
         return list(range(num_tasks))
-    indices = [checks.check_task(int(t) if isinstance(t, Tensor) else t, num_tasks) for t in tasks]
+    indices = [checks.check_task(t, num_tasks) for t in tasks]
     if len(indices) != count:
         raise ValueError(f"expected {len(indices)} losses (tasks={indices}), got {count}")
     if len(set(indices)) != len(indices):

@@ -115,7 +115,7 @@ class GradNorm(nn.Module):
 
     def __init__(self, num_tasks: int, alpha: float = 1.5, lr: float = 0.025) -> None:
         super().__init__()
-        checks.check_num_tasks(num_tasks)
+        num_tasks = checks.check_num_tasks(num_tasks)
         if not lr > 0.0:
             raise ValueError(f"lr must be positive, got {lr}")
         self.alpha, self.lr = alpha, lr
