@@ -100,7 +100,7 @@ def print_results(console: Console, results: Mapping[str, Result], rates: Sequen
     )
     table.add_column("method", no_wrap=True)
     for name in ("left digit\naccuracy %", "right digit\naccuracy %", "reconstr.\nerror", "Delta_p\n%"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name.startswith("Delta_p"))
     table.add_column("learning\nrate", justify="right")
     for result in results.values():
         left, right, error = result.test.mean(0).tolist()
