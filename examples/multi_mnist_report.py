@@ -97,6 +97,7 @@ def print_results(console: Console, results: Mapping[str, Result], rates: Sequen
         title="Test metrics, mean over seeds" if seeds > 1 else "Test metrics, one seed",
         box=SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("method", no_wrap=True)
     for name in ("left digit\naccuracy %", "right digit\naccuracy %", "reconstr.\nerror", "Delta_p\n%"):
