@@ -18,7 +18,7 @@ import torch
 
 try:
     import multi_mnist_training
-    from dbmtl_kernels.integrations.torchjd import nash_mtl
+    from dbmtl_kernels.integrations.torchjd import grad_vac, nash_mtl
     from multi_mnist import find_failures, parse_args, train_all
     from multi_mnist_report import choose, print_results
     from multi_mnist_training import (
@@ -33,7 +33,6 @@ try:
     from torchjd.aggregation import (
         AlignedMTLWeighting,
         CAGradWeighting,
-        GradVacWeighting,
         IMTLGWeighting,
         PCGradWeighting,
     )
@@ -46,7 +45,7 @@ CAGRAD_C = 0.4  # its authors' on NYUv2
 METHODS: dict[str, Callable[[], Callable[[torch.Tensor], torch.Tensor]]] = {
     "equal weighting": dbk.EqualWeights,
     "PCGrad": PCGradWeighting,
-    "GradVac": GradVacWeighting,
+    "GradVac": lambda: grad_vac(NUM_TASKS),
     "IMTL-G": IMTLGWeighting,
     "CAGrad": lambda: CAGradWeighting(c=CAGRAD_C),
     "Nash-MTL": lambda: nash_mtl(NUM_TASKS),

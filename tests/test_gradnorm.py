@@ -168,3 +168,37 @@ def test_refused_numbers():
         dbk.GradNorm(K, lr=0.0)
     with pytest.raises(TypeError, match="num_tasks must be an int"):
         dbk.GradNorm(2.5)
+    with pytest.raises(ValueError, match="lr must be finite"):
+        dbk.GradNorm(2, lr=float("inf"))
+    with pytest.raises(TypeError, match="alpha must be a number"):
+        dbk.GradNorm(2, alpha="x")
+
+
+def test_a_first_loss_of_zero_is_not_where_a_task_started():
+    weighting = dbk.GradNorm(3)
+    gramian = torch.diag(torch.tensor([1.0, 4.0, 9.0]))
+    for losses in ([0.0, 1.0, 3.0], [2.0, 0.9, 2.9], [1.0, 0.8, 2.8]):
+        weighting.observe(torch.tensor(losses), range(3), False)
+        weighting(gramian)
+    assert weighting.start.tolist() == pytest.approx([2.0, 1.0, 3.0])
+    assert weighting.weights.tolist() != [1.0] * 3
+
+
+def test_a_step_resumed_in_its_middle_knows_the_losses():
+    def begin(p):
+        balancer = dbk.GradientBalancer([p], 3, weighting=dbk.GradNorm(3))
+        balancer.attach(torch.optim.SGD([p], lr=0.1))
+        return balancer
+
+    p = leaf(6)
+    balancer, other = begin(p), begin(p.detach().clone().requires_grad_())
+    losses = quadratics(p, num_tasks=3)
+    balancer.backward(losses[:2], tasks=[0, 1], retain_graph=True)
+    q = other.buffer.parameters[0]
+    q.grad = p.grad.clone()
+    other.load_state_dict(copy.deepcopy(balancer.state_dict()))
+    for each, x in ((balancer, p), (other, q)):
+        each.backward(quadratics(x, num_tasks=3)[1:], tasks=[1, 2])
+    assert torch.equal(balancer.weights, other.weights)
+    assert torch.equal(p.grad, q.grad)
+    assert_same_state(balancer.state_dict(), other.state_dict())

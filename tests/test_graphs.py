@@ -75,8 +75,13 @@ def test_what_was_given_is_checked():
     assert ids(balancer.buffer.parameters) == ids(net.trunk.parameters())
     with pytest.raises(ValueError, match=r"no loss depends on shared parameter 2 of shape \(3, 3\)"):
         dbk.DBMTL.from_losses(losses, [*net.trunk.parameters(), *net.unused.parameters()])
-    with pytest.warns(UserWarning, match=r"shared parameter\(s\) 1 are reached from one loss only"):
-        check_shared_parameters(losses, [net.trunk.weight, net.heads[1].weight])
+    for check in (check_shared_parameters, dbk.DBMTL.from_losses):
+        with pytest.warns(UserWarning, match=r"shared parameter\(s\) 1 are reached from one loss only") as caught:
+            check(losses, [net.trunk.weight, net.heads[1].weight])
+        assert caught[0].filename == __file__
+    net.unused.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"\(it is frozen: requires_grad=False\)"):
+        dbk.DBMTL.from_losses(losses, [*net.trunk.parameters(), net.unused.weight])
 
 
 def test_nothing_shared_or_nothing_to_walk():
@@ -88,9 +93,37 @@ def test_nothing_shared_or_nothing_to_walk():
         dbk.find_shared_parameters([a(x).square().mean()])
     with pytest.raises(RuntimeError, match="the loss of task 1 has no graph"):
         dbk.find_shared_parameters([a(x).square().mean(), torch.ones(())])
+    with pytest.raises(TypeError, match="the loss of task 1 must be a tensor, got NoneType"):
+        dbk.find_shared_parameters([a(x).square().mean(), None])
+    losses = Branching()(torch.randn(2, 4))
+    for find in (dbk.find_shared_parameters, dbk.DBMTL.from_losses):
+        with pytest.raises(ValueError, match="must be a sequence of scalars"):
+            find(torch.stack(losses))
+
+
+class Custom(torch.autograd.Function):
+    """Its node has attributes of the names that other nodes have."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.variable, ctx.name = x.detach(), "custom"
+        return x * 2.0
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2.0
+
+
+def test_through_a_custom_function():
+    net = Branching()
+    found = dbk.find_shared_parameters(net(torch.randn(6, 4), lambda f, z: Custom.apply(f(z))))
+    assert ids(found) == ids([*net.trunk.parameters(), *net.branch.parameters()])
 
 
 def test_through_a_compiled_model():
     net = Branching()
-    found = dbk.find_shared_parameters(torch.compile(net, backend="aot_eager")(torch.randn(6, 4)))
+    losses = torch.compile(net, backend="aot_eager")(torch.randn(6, 4))
+    with pytest.warns(UserWarning, match="two losses come out of one compiled graph") as caught:
+        found = dbk.find_shared_parameters(losses)
+    assert caught[0].filename == __file__
     assert ids([*net.trunk.parameters(), *net.branch.parameters()]) <= ids(found)

@@ -283,3 +283,24 @@ def test_register_without_libmtl(monkeypatch):
     monkeypatch.setitem(sys.modules, "LibMTL", None)
     with pytest.raises(ImportError, match="needs LibMTL"):
         libmtl.register()
+
+
+def test_a_model_that_supplies_no_more_than_it_must():
+    class Model(libmtl.DB_MTL):
+        def __init__(self):
+            super().__init__()
+            self.task_num, self.device = 2, torch.device("cpu")
+            self.p = nn.Parameter(torch.ones(3))
+            self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+            self.quantised = nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+
+        def get_share_params(self):
+            return self.parameters()
+
+    model = Model()
+    model.init_param()
+    for _ in range(2):
+        weights = model.backward(torch.stack([model.p.sum(), model.p.square().sum()]), DB_beta=0.5, DB_beta_sigma=0.0)
+    assert weights.tolist() == [1.0, 1.0]
+    assert model.p.grad is not None
+    assert [p.requires_grad for p in (model.p, model.frozen, model.quantised)] == [True, False, False]

@@ -228,7 +228,7 @@ def test_on_matrix_refuses():
     [
         (lambda: nash_mtl(2, max_norm=0.0), 7),
         (lambda: nash_mtl(2, max_norm=0.0, update_weights_every=3), 3),
-        (grad_vac, 3),  # its targets change in every step
+        (lambda: grad_vac(2), 3),  # its targets change in every step
     ],
 )
 def test_a_weighting_with_a_memory_goes_on_bit_for_bit(make, different):
@@ -256,7 +256,7 @@ def test_a_weighting_with_a_memory_goes_on_bit_for_bit(make, different):
 
 
 def test_grad_vac_is_torchjds():
-    mine, theirs = grad_vac(), jd.GradVacWeighting()
+    mine, theirs = grad_vac(K), jd.GradVacWeighting()
     for step in range(4):
         rows = rows_of("conflicting", torch.float64) * (step + 1.0)
         weights = []
@@ -264,18 +264,62 @@ def test_grad_vac_is_torchjds():
             torch.manual_seed(step)
             weights.append(weighting(rows @ rows.T))
         assert torch.equal(*weights)
-    state = copy.deepcopy(mine.state_dict())
+    assert torch.equal(mine.targets, theirs._phi_t)
     mine.reset()
-    assert mine._phi_t is None
-    other = dbk.GradientBalancer([leaf(3)], K, weighting=mine)
-    state = {**other.state_dict(), "weighting": state}
-    other.load_state_dict(state)
-    assert torch.equal(mine._phi_t, theirs._phi_t)
-    fresh = dbk.GradientBalancer([leaf(3)], K, weighting=grad_vac()).state_dict()
-    other.load_state_dict(fresh)  # of a balancer that has not run
-    assert mine._phi_t is None
-    with pytest.raises(ValueError, match=r"(?s)the state is of another weighting: .*Unexpected key.*_sq_norm_ema"):
-        other.load_state_dict({**fresh, "weighting": {"_extra_state": {}, "_sq_norm_ema": torch.ones(3)}})
+    assert not mine.targets.any()
+
+
+def weigh(balancer, p, rows, **options):
+    torch.manual_seed(3)
+    p.grad = None
+    balancer.backward([(p * row).sum() + 1 for row in rows], **options)
+    return balancer.weights.tolist()
+
+
+def test_memories_stay_with_their_tasks():
+    rows = torch.tensor([[1, 0.2, 0, 0], [-1, 1, 0, 0.1], [-1, -0.5, 2, 0]], dtype=torch.float64)
+    p = leaf(4)
+
+    def make(num_tasks, tasks=()):
+        return dbk.GradientBalancer([p], num_tasks, weighting=grad_vac(num_tasks), state_dtype=torch.float64)
+
+    balancer = make(3)
+    weigh(balancer, p, rows[:2], tasks=[0, 1])
+    later = weigh(balancer, p, rows[[0, 2]], tasks=[0, 2])
+    assert later == weigh(make(3), p, rows[[0, 2]], tasks=[0, 2])  # the pair met for the first time
+    assert weigh(balancer, p, rows[:2], tasks=[0, 1]) != weigh(make(3), p, rows[:2], tasks=[0, 1])
+
+    balancer = make(3)
+    weigh(balancer, p, rows)
+    before = balancer.weighting.targets.clone()
+    balancer.remove_task(0)
+    balancer.add_task()
+    assert torch.equal(balancer.weighting.targets[:2, :2], before[1:, 1:])
+    assert not balancer.weighting.targets[2].any()
+    assert not balancer.weighting.targets[:, 2].any()
+
+    balancer = dbk.GradientBalancer([p], 3, weighting=nash_mtl(3, update_weights_every=10, max_norm=0.0))
+    weigh(balancer, p, rows)
+    balancer.remove_task(0)
+    balancer.add_task()
+    other = dbk.GradientBalancer([p], 3, weighting=nash_mtl(3, update_weights_every=10, max_norm=0.0))
+    assert weigh(balancer, p, rows[[1, 2, 0]]) == weigh(other, p, rows[[1, 2, 0]])
+    balancer.add_task()
+    assert balancer.weighting.num_tasks == 4
+
+
+def test_a_state_that_is_refused_changes_nothing():
+    p, rows = leaf(8), torch.randn(2, 8, dtype=torch.float64)
+    for make in (lambda: grad_vac(2), lambda: nash_mtl(2), jd.PCDWeighting, lambda: dbk.GradNorm(2)):
+        balancer = dbk.GradientBalancer([p], 2, weighting=make())
+        weigh(balancer, p, rows)
+        state = copy.deepcopy(balancer.state_dict())
+        with pytest.raises(ValueError, match=r"(?s)the state is not one of \w+: .*(Unexpected|Missing) key"):
+            balancer.load_state_dict({**state, "weighting": {"something": torch.ones(3)}})
+        assert_same_state(balancer.state_dict(), state)
+    kept = {**dbk.GradientBalancer([p], 2, weighting=dbk.EqualWeights()).state_dict(), "weighting": state["weighting"]}
+    with pytest.raises(ValueError, match=r"a weighting that keeps \['start', 'used', 'weights'\], EqualWeights keeps"):
+        dbk.GradientBalancer([p], 2, weighting=dbk.EqualWeights()).load_state_dict(kept)
 
 
 def test_other_weightings_of_torchjd_with_a_memory_go_on():
@@ -318,3 +362,8 @@ def test_nash_mtl_refuses():
         nash_mtl(3).load_state_dict(nash_mtl(2).state_dict())
     with pytest.raises(TypeError, match="callable from a Gramian"):
         dbk.GradientBalancer([leaf(3)], 2, weighting=jd.UPGradWeighting)
+    for weighting in (nash_mtl(2), grad_vac(2), dbk.GradNorm(2)):
+        with pytest.raises(ValueError, match="is for 2 tasks, the balancer for 3"):
+            dbk.GradientBalancer([leaf(3)], 3, weighting=weighting)
+    with pytest.raises(ValueError, match="a Gramian of 3 tasks, and 2 are known"):
+        grad_vac(2)(torch.eye(3))

@@ -108,7 +108,11 @@ def test_the_gramian_is_that_of_the_rows_as_they_are(capturable):
     def check():
         rows = balancer.buffer.rows.numpy()
         close(monitor.gramian.numpy(), rows @ rows.T)
-        assert (monitor.gramian is monitor.gramian) != capturable  # replays of a CUDA graph would go unseen
+        monitor.gramian.fill_(7.0)  # a copy
+        close(monitor.gramian.numpy(), rows @ rows.T)
+        kept = monitor._gramian[1]
+        _ = monitor.gramian
+        assert (monitor._gramian[1] is kept) != capturable  # replays of a CUDA graph would go unseen
         assert monitor.as_dict()["step"] == monitor.step == balancer.step
 
     balancer(quadratics(p)).backward()
@@ -210,3 +214,15 @@ def test_tensorboard(tmp_path):
         assert [event.value for event in written] == pytest.approx([numbers[name] for numbers in expected], rel=1e-6)
     assert [event.step for event in events.Scalars("other/norm/0")] == [100, 101, 102]
     assert "other/conflicts" not in events.Tags()["scalars"]
+
+
+def test_what_was_read_stays():
+    p = leaf(6)
+    balancer = make(p)
+    balancer.backward(quadratics(p))
+    scalars, counts = balancer.monitor().scalars(), balancer.nonfinite_steps
+    good, bad = quadratics(p)
+    balancer.backward([good, bad * float("nan")])
+    assert scalars["nonfinite_steps/1"] == 0
+    assert counts.tolist() == [0, 0]
+    assert balancer.nonfinite_steps.tolist() == [0, 1]

@@ -3,6 +3,7 @@
 import re
 import sys
 
+import pytest
 import torch
 from dbmtl_kernels import __main__ as command
 from dbmtl_kernels import selfcheck
@@ -43,3 +44,15 @@ def test_without_the_check(monkeypatch, capsys):
     monkeypatch.setattr(torch, "randn", None)  # nothing is computed
     assert run(monkeypatch, "--no-check") == 0
     assert "tensors on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"), [("cuda", "it serves CUDA tensors only"), ("fast", "unknown backend: DBMTL_BACKEND=fast")]
+)
+def test_a_backend_asked_for_that_cannot_serve(asked, message, monkeypatch, capsys):
+    monkeypatch.setenv("DBMTL_BACKEND", asked)
+    assert run(monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert re.search(f"none will be used: .*{message}", out)
+    assert "native on cpu: right" in out
+    assert "memory of cpu" not in out

@@ -268,15 +268,88 @@ def test_a_weighting_that_fails_leaves_the_next_step_whole(weighting, kind, mess
     with pytest.raises(kind, match=message):
         run()
     assert p.grad.tolist() == [7.0] * 6
-    if how == "attached":
-        optimizer.zero_grad()
-        balancer._end_step()  # as the optimizer's step would
     clear(p)
     spy.weighting = weights_of(1.0, 2.0, dtype=torch.float64)
     run()
     rows = flat_gradients(quadratics(p), [p], log=False)
     close(p.grad.numpy(), rows[0] + 2.0 * rows[1])
     assert balancer.step == 2
+
+
+def test_task_by_task_after_a_weighting_that_failed():
+    p = leaf(6)
+    spy = Spy(lambda gramian: 1 / 0)
+    balancer = balance(p, weighting=spy)
+    optimizer = torch.optim.SGD([p], lr=0.0)
+    balancer.attach(optimizer)
+
+    def step():
+        optimizer.zero_grad()
+        for task, loss in enumerate(quadratics(p)):
+            with balancer.task(task):
+                loss.backward(retain_graph=True)
+        optimizer.step()
+
+    with pytest.raises(ZeroDivisionError):
+        step()
+    spy.weighting = Spy().weighting
+    step()
+    rows = flat_gradients(quadratics(p), [p], log=False)
+    close(p.grad.numpy(), rows[0] + 2.0 * rows[1])
+
+
+def test_a_nan_goes_though_the_weighting_fails():
+    p = leaf(6)
+    spy = Spy(lambda gramian: 1 / 0)
+    balancer = balance(p, weighting=spy, beta=0.5)
+    good, bad = quadratics(p)
+    with pytest.raises(ZeroDivisionError):
+        balancer.backward([good, bad * float("nan")])
+    assert torch.isfinite(balancer.buffer.rows).all()
+    spy.weighting = Spy().weighting
+    balancer.backward(quadratics(p))
+    assert balancer.weights.tolist() == [1.0, 2.0]
+    assert balancer.nonfinite_steps.tolist() == [0, 1]
+
+
+def test_what_the_gramian_cannot_hold_is_not_given_to_the_weighting():
+    p = leaf(6, dtype=torch.float32)
+    spy = Spy()
+    balancer = dbk.GradientBalancer([p], 2, weighting=spy)
+    balancer.backward([p.sum() * 1e20 + 1e30, p.sum() + 10])
+    assert spy.gramians[0].tolist() == [[6.0]]
+    assert balancer.weights.tolist() == [0.0, 1.0]
+    assert balancer.nonfinite_steps.tolist() == [1, 0]
+
+
+def test_a_subclass_of_max_norm_has_its_own_say():
+    class Half(dbk.MaxNorm):
+        def __call__(self, gramian):
+            return super().__call__(gramian) / 2
+
+    p = leaf(6)
+    q = p.detach().clone().requires_grad_()
+    balance(p, weighting=Half()).backward(quadratics(p))
+    balance(q, weighting=dbk.MaxNorm()).backward(quadratics(q))
+    close(p.grad.numpy(), q.grad.numpy() / 2)
+    with pytest.raises(ValueError, match="capturable=True needs MaxNorm: Half"):
+        balance(p, weighting=Half(), capturable=True)
+
+
+def test_the_weighting_cannot_be_exchanged():
+    balancer = balance(leaf(3), weighting=dbk.EqualWeights())
+    with pytest.raises(AttributeError):
+        balancer.weighting = dbk.MaxNorm()
+
+
+def test_weights_too_large_for_float32_are_refused():
+    p = leaf(6, dtype=torch.float32)
+    balancer = dbk.GradientBalancer([p], 2, weighting=weights_of(1.0, 1e39, dtype=torch.float64))
+    with pytest.raises(ValueError, match="not finite"):
+        balancer.backward(quadratics(p))
+    for value, kind in ((float("nan"), ValueError), ("x", TypeError)):
+        with pytest.raises(kind, match="total must be"):
+            dbk.EqualWeights(value)
 
 
 def test_refused_weightings():

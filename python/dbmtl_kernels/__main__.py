@@ -37,8 +37,10 @@ def report() -> list[str]:
     if asked:
         lines.append(f"{backends.ENVIRONMENT}={asked}")
     for device in _devices():
-        chosen = backends.resolve("auto", device)
         lines.append(f"tensors on {device}:")
+        chosen, refusal = _chosen(device)
+        if chosen is None:
+            lines.append(f"  none will be used: {refusal}")
         for name in backends.NAMES:
             backend = backends.get(name)
             reason = backend.missing(device)
@@ -63,9 +65,18 @@ def check() -> tuple[list[str], bool]:
                 right = right and error <= TOLERANCE
                 verdict = "right" if error <= TOLERANCE else "WRONG"
                 lines.append(f"  {name} on {device}: {verdict}, off by {error:.1e} of the largest element")
-        copied, balanced = selfcheck.bandwidths(device)
-        lines.append(f"  memory of {device}: copies at {copied / 1e9:.0f} GB/s, balance_ at {balanced / 1e9:.0f} GB/s")
+        if _chosen(device)[0] is not None:
+            copied, balanced = (x / 1e9 for x in selfcheck.bandwidths(device))
+            lines.append(f"  memory of {device}: copies at {copied:.0f} GB/s, balance_ at {balanced:.0f} GB/s")
     return lines, right
+
+
+def _chosen(device: torch.device) -> tuple[backends.Backend | None, str]:
+    """The backend that will be used; else why what ``DBMTL_BACKEND`` asks for will not."""
+    try:
+        return backends.resolve("auto", device), ""
+    except (RuntimeError, ValueError) as error:
+        return None, str(error)
 
 
 def _interpreted(name: str, device: torch.device) -> bool:

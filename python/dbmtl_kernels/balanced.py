@@ -10,7 +10,7 @@ from torch import Tensor
 from .buffer import Flats
 from .placement import Buffer
 from .steps import Steps
-from .weightings import MaxNorm, UsesLosses, Weighting
+from .weightings import MaxNorm, SeesTasks, UsesLosses, Weighting
 from .world import World
 
 
@@ -31,7 +31,7 @@ class BalancedGradient:
     def into(self, flats: Flats, accumulate: bool) -> None:
         """Norms, weights, books, and the balanced gradient into ``flats``, added to what is there if ``accumulate``."""
         steps, weighting = self._steps, self._weighting
-        if isinstance(weighting, MaxNorm):
+        if type(weighting) is MaxNorm:
             self._buffer.balance(
                 flats, weighting.eps, weighting.scale, active=steps.seen, loss_scale=steps.loss_scale,
                 fresh=steps.fresh, accumulate=accumulate,
@@ -69,20 +69,25 @@ class BalancedGradient:
         """Weights by the Gramian, and the books, as the kernels do for `MaxNorm`."""
         buffer, steps = self._buffer, self._steps
         sums = buffer.sums()
-        now = ~torch.isfinite(sums)
+        # The Gramian may be narrower than the sums; what does not fit is not given to a solver.
+        now = ~(sums < 0.999 * torch.finfo(buffer.narrow).max)
         before = torch.zeros_like(now) if steps.fresh else buffer.broken.clone()
         broken = before | now
         used = [t for t, bad in enumerate(broken.tolist()) if steps.seen[t] and not bad]
         weights = torch.zeros_like(buffer.weights)
-        if used:
-            index = torch.tensor(used, device=weights.device)
-            gramian = buffer.gramian()
-            if isinstance(self._weighting, UsesLosses):
-                self._weighting.observe(self._losses(used), used, not steps.fresh)
-            ours = self._weighting(gramian if len(used) == len(steps.seen) else gramian[index][:, index])
-            ours = _checked(ours, len(used), weights.device, self._weighting).to(weights.dtype)
-            weights[index] = self._world.of_first(ours, "the weights")
-        buffer.record(sums, weights, broken, now & ~before)
+        try:
+            if used:
+                index = torch.tensor(used, device=weights.device)
+                gramian = buffer.gramian()
+                if isinstance(self._weighting, SeesTasks):
+                    self._weighting.see(used)
+                if isinstance(self._weighting, UsesLosses):
+                    self._weighting.observe(self._losses(used), used, not steps.fresh)
+                ours = self._weighting(gramian if len(used) == len(steps.seen) else gramian[index][:, index])
+                ours = _checked(ours, len(used), gramian, self._weighting).to(weights.dtype)
+                weights[index] = self._world.of_first(ours, "the weights")
+        finally:  # also where the weighting raises: no NaN stays in a row
+            buffer.record(sums, weights, broken, now & ~before)
 
     def _losses(self, tasks: list[int]) -> Tensor:
         missing = [t for t in tasks if t not in self._steps.losses]
@@ -95,7 +100,8 @@ class BalancedGradient:
         return torch.stack([self._steps.losses[t].to(device, torch.float64) for t in tasks])
 
 
-def _checked(weights: Any, count: int, device: torch.device, weighting: Weighting) -> Tensor:
+def _checked(weights: Any, count: int, like: Tensor, weighting: Weighting) -> Tensor:
+    """Weights in the dtype of ``like``, if they are what a weighting must give."""
     name = type(weighting).__name__
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
@@ -105,8 +111,9 @@ def _checked(weights: Any, count: int, device: torch.device, weighting: Weightin
             f"the weighting {name} must return weights of shape ({count},) for {count} tasks, got "
             f"{tuple(weights.shape)}"
         )
-    if weights.device != device:
-        raise ValueError(f"the weighting {name} must return weights on {device}, got {weights.device}")
-    if not bool(torch.isfinite(weights).all()):
-        raise ValueError(f"the weighting {name} gave weights that are not finite: {weights.tolist()}")
-    return weights.detach()
+    if weights.device != like.device:
+        raise ValueError(f"the weighting {name} must return weights on {like.device}, got {weights.device}")
+    out = weights.detach().to(like.dtype)
+    if not bool(torch.isfinite(out).all()):
+        raise ValueError(f"the weighting {name} gave weights that are not finite: {out.tolist()}")
+    return out

@@ -52,7 +52,8 @@ class GradientBalancer(Changes, Readings):
         num_tasks: K >= 1.
         weighting: a callable from the (K, K) Gramian, on the device, to (K,) weights; see `weightings.Weighting`.
             TorchJD's Gramian weightings are such, as they are. `MaxNorm` needs no Gramian; any other takes a sync to
-            leave out tasks whose gradient is not finite, and one that solves on the host a K x K copy besides.
+            leave out tasks whose gradient is not finite, another to check the weights, and one that solves on the host
+            a K x K copy besides.
         beta: forgetting rate in [0, 1). With 0 no state outlives a step.
         beta_sigma: decay exponent >= 0; 0 keeps beta constant.
         eps: > 0, in the logarithm.
@@ -94,7 +95,7 @@ class GradientBalancer(Changes, Readings):
         self.beta = checks.check_beta(beta)
         self.beta_sigma = checks.check_beta_sigma(beta_sigma)
         self.eps = checks.check_eps(eps)
-        self.weighting = check_weighting(weighting, capturable)
+        self._weighting = check_weighting(weighting, self.num_tasks, capturable)
         self.log_transform = log_transform
         checks.check_seed(seed)
         self.seed = seed if state_dtype == torch.bfloat16 else None
@@ -104,7 +105,7 @@ class GradientBalancer(Changes, Readings):
         self._alone = process_group is None and not placement.is_distributed(self.buffer.parameters)
         device = self.buffer.device if capturable else None
         self._steps = Steps(self.num_tasks, self.beta, self.beta_sigma, self.seed, device)
-        balanced = BalancedGradient(self.buffer, self._steps, self.weighting, self._world)
+        balanced = BalancedGradient(self.buffer, self._steps, self._weighting, self._world)
         self._grads = SharedGradients(self.buffer, balanced, self._world)
         self._heads = HeadGradients(self.buffer.parameters, self._world, self.buffer.device)
         self._attachment: Attachment | None = None
@@ -250,7 +251,7 @@ class GradientBalancer(Changes, Readings):
                 of tasks or state dtype, or an incomplete one. Nothing is changed then.
         """
         checkpoint.check(state, self.state_dict(), self.buffer)
-        checkpoint.load(state, self.buffer, self._steps, self._grads, self.weighting)
+        checkpoint.load(state, self.buffer, self._steps, self._grads, self._weighting)
 
     def _share(self, present: TaskLosses) -> None:
         """Check losses that will be backpropagated; those of several ranks become the means."""
@@ -337,14 +338,17 @@ class GradientBalancer(Changes, Readings):
 
     @torch.no_grad()
     def _write(self, kept: Kept) -> None:
-        """Norms, weights, the balanced gradient, ``.grad``; should the weighting raise, what was kept is put back."""
+        """Norms, weights, the balanced gradient, ``.grad``.
+
+        Should the weighting raise, what was kept is put back and the step ends, as its rows are fed and would count
+        again.
+        """
         self.buffer.settle()
         try:
             self._grads.write(kept)
         except BaseException:
             self._grads.put_back(kept)
-            if self._attachment is None or not self.buffer.local:
-                self._end_step()  # else the next backward would count on top of this one
+            self._end_step()
             raise
         self._steps.balanced()
         if self._attachment is None:

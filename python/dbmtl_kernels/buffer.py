@@ -41,6 +41,7 @@ class TaskGradientBuffer:
         norms, weights: (K,) of the last `balance`, in the dtype of ``sumsq``.
         broken: (K,) bool, tasks whose gradient was not finite in the step of the last `balance`.
         nonfinite_steps: (K,) int64, in how many steps that was so.
+        narrow: the dtype of `gramian`, float64 of float64 rows, else float32.
         early: whether gradients are gathered while a backward pass runs (on a CPU), or at its end in one call.
     """
 
@@ -50,6 +51,7 @@ class TaskGradientBuffer:
         self.layout = layout
         self.backend = backend
         self.device = layout.device
+        self.narrow = torch.float64 if layout.state_dtype == torch.float64 else torch.float32
         self.spread = spread or World()
         self._distributed = any(dtensors.is_dtensor(p) for p in layout.parameters)
         self._replicas = World(dtensors.replicated_groups(layout.parameters[0]))

@@ -16,7 +16,7 @@ class Changes:
     num_tasks: int
     beta: float
     beta_sigma: float
-    weighting: Weighting
+    _weighting: Weighting
     buffer: Buffer
     _steps: Steps
     _end_if_thrown_away: Callable[[], None]
@@ -48,8 +48,8 @@ class Changes:
             raise RuntimeError("a change of tasks within a step; end it first (balance(), or optimizer.step())")
         self.buffer.keep(tasks)
         self._steps.keep(tasks)
-        if isinstance(self.weighting, KeepsTasks):
-            self.weighting.keep(tasks)
+        if isinstance(self._weighting, KeepsTasks):
+            self._weighting.keep(tasks)
         self.num_tasks = len(tasks)
 
     def set_beta(self, beta: float, beta_sigma: float) -> None:

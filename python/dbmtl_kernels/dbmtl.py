@@ -95,11 +95,11 @@ class DBMTL(GradientBalancer):
 
         Raises:
             ValueError: the losses share nothing, or do not depend on a parameter that was given.
-            RuntimeError: a loss has no graph, or hides parameters in a re-entrant checkpoint.
+            ValueError, TypeError, RuntimeError: losses that `graphs.find_shared_parameters` refuses.
 
         Warns:
-            UserWarning: a parameter that was given is reached from a single loss.
+            UserWarning: a parameter that was given is reached from a single loss; see also there.
         """
         if shared_parameters is None:
-            return cls(find_shared_parameters(losses), len(losses), **options)
-        return cls(check_shared_parameters(losses, shared_parameters), len(losses), **options)
+            return cls(find_shared_parameters(losses, stacklevel=3), len(losses), **options)
+        return cls(check_shared_parameters(losses, shared_parameters, stacklevel=3), len(losses), **options)

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 
-def leaves(losses: Sequence[Tensor]) -> list[Tensor] | None:
-    """The leaf tensors in the graphs of the losses, in an order that depends on the graphs alone.
+class Reached(NamedTuple):
+    """What a walk through the graphs of losses came by.
 
-    None if some are hidden from view, inside a re-entrant checkpoint.
+    Attributes:
+        leaves: the leaf tensors, each once, in an order that depends on the graphs alone.
+        hidden: whether there may be more, inside a re-entrant checkpoint.
+        compiled: the nodes that stand for a whole compiled graph.
     """
+
+    leaves: list[Tensor]
+    hidden: bool
+    compiled: set[Any]
+
+
+def walk(losses: Sequence[Tensor]) -> Reached:
+    """Through the graphs of the losses, without running them."""
     found: dict[int, Tensor] = {}
     hidden = False
+    compiled: set[Any] = set()
     seen: set[Any] = set()
-    pending = [loss.grad_fn for loss in reversed(losses)]
+    pending: list[Any] = [loss.grad_fn for loss in reversed(losses)]
     for loss in losses:
         if loss.grad_fn is None and loss.requires_grad:
             found[id(loss)] = loss
@@ -26,37 +38,57 @@ def leaves(losses: Sequence[Tensor]) -> list[Tensor] | None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            found[id(variable)] = variable
-        hidden = hidden or "CheckpointFunction" in node.name()
+        kind = type(node).__name__  # a custom function's node has whatever attributes its author gave it
+        if kind == "AccumulateGrad":
+            found[id(node.variable)] = node.variable
+        elif kind == "CheckpointFunctionBackward":
+            hidden = True
+        elif kind == "CompiledFunctionBackward":
+            compiled.add(node)
         pending.extend(previous for previous, _ in reversed(node.next_functions))
-    return None if hidden else list(found.values())
+    return Reached(list(found.values()), hidden, compiled)
 
 
-def find_shared_parameters(losses: Iterable[Tensor]) -> list[Tensor]:
+def find_shared_parameters(losses: Sequence[Tensor], *, stacklevel: int = 2) -> list[Tensor]:
     """The parameters that two losses or more depend on: what a balancer should be given.
 
     Walks the graphs of the losses, without running them; each stays as it is. Parameters reached from one loss only
     belong to that task. Inputs that require grad are leaves like parameters, and are found too.
 
+    The graph tells what goes into a node, not which part of it comes out where: of predictions that were concatenated
+    before the losses took their slices, each loss depends on all, heads included.
+
     Args:
         losses: K >= 2 scalars with a graph, of one forward pass.
+        stacklevel: whose line a warning names.
 
     Returns:
         leaf tensors, each once, in an order that depends on the graphs alone.
 
     Raises:
-        ValueError: fewer than two losses, or no parameter is shared.
+        ValueError: fewer than two losses, or no parameter is shared; losses in one tensor, in whose graph all of them
+            depend on everything.
+        TypeError: a loss is not a tensor.
         RuntimeError: a loss has no graph, or hides parameters in a re-entrant checkpoint.
+
+    Warns:
+        UserWarning: losses come out of one compiled graph, all parameters of which count as shared.
     """
     reached = _reached(losses)
     if len(reached) < 2:
         raise ValueError(f"sharing takes two losses or more, got {len(reached)}")
+    compiled = [node for found in reached for node in found.compiled]
+    if len(compiled) > len(set(compiled)):
+        warnings.warn(
+            "two losses come out of one compiled graph: all of its parameters count as shared. If heads were compiled "
+            "too, find the shared parameters with the model that is not",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
     counts: dict[int, int] = {}
     parameters: dict[int, Tensor] = {}
     for found in reached:
-        for p in found:
+        for p in found.leaves:
             counts[id(p)] = counts.get(id(p), 0) + 1
             parameters[id(p)] = p
     shared = [p for key, p in parameters.items() if counts[key] > 1]
@@ -65,12 +97,19 @@ def find_shared_parameters(losses: Iterable[Tensor]) -> list[Tensor]:
     return shared
 
 
-def check_shared_parameters(losses: Iterable[Tensor], parameters: Iterable[Tensor]) -> list[Tensor]:
+def check_shared_parameters(
+    losses: Sequence[Tensor], parameters: Iterable[Tensor], stacklevel: int = 2
+) -> list[Tensor]:
     """The parameters as a list, if the losses of one forward pass depend on each of them.
 
+    Args:
+        losses: as for `find_shared_parameters`.
+        parameters: leaf tensors.
+        stacklevel: whose line the warning names.
+
     Raises:
-        ValueError: no loss depends on one of them.
-        RuntimeError: see `find_shared_parameters`.
+        ValueError: no loss depends on one of them, or it is frozen.
+        ValueError, TypeError, RuntimeError: see `find_shared_parameters`.
 
     Warns:
         UserWarning: one of them is reached from a single loss, and would better be left to its task.
@@ -79,34 +118,38 @@ def check_shared_parameters(losses: Iterable[Tensor], parameters: Iterable[Tenso
     counts = {id(p): 0 for p in given}
     reached = _reached(losses)
     for found in reached:
-        for p in found:
+        for p in found.leaves:
             if id(p) in counts:
                 counts[id(p)] += 1
     for index, p in enumerate(given):
         if counts[id(p)] == 0:
-            raise ValueError(
-                f"no loss depends on shared parameter {index} of shape {tuple(p.shape)} (unused, detached, or of "
-                "another model?)"
-            )
+            why = "unused, detached, or of another model?" if p.requires_grad else "it is frozen: requires_grad=False"
+            raise ValueError(f"no loss depends on shared parameter {index} of shape {tuple(p.shape)} ({why})")
     single = [index for index, p in enumerate(given) if counts[id(p)] == 1]
     if single and len(reached) > 1:
         warnings.warn(
             f"shared parameter(s) {', '.join(map(str, single))} are reached from one loss only: they belong to that "
             "task, and would better not be balanced",
             UserWarning,
-            stacklevel=2,
+            stacklevel=stacklevel,
         )
     return given
 
 
-def _reached(losses: Iterable[Tensor]) -> list[list[Tensor]]:
-    """The leaves of each loss."""
+def _reached(losses: Sequence[Tensor]) -> list[Reached]:
+    """What each loss reaches."""
+    if isinstance(losses, Tensor):
+        raise ValueError(
+            "the losses must be a sequence of scalars: in the one graph of a tensor each depends on every parameter"
+        )
     reached = []
     for task, loss in enumerate(losses):
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"the loss of task {task} must be a tensor, got {type(loss).__name__}")
         if not loss.requires_grad:
             raise RuntimeError(f"the loss of task {task} has no graph: it does not require grad")
-        found = leaves([loss])
-        if found is None:
+        found = walk([loss])
+        if found.hidden:
             raise RuntimeError(
                 f"the loss of task {task} goes through a re-entrant checkpoint, which hides its parameters: use "
                 "checkpoint(..., use_reentrant=False)"

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import dtensors
 from . import losses as loss_values
-from .graphs import leaves
+from .graphs import walk
 from .world import World
 
 
@@ -138,14 +138,14 @@ class HeadGradients:
     def search(self, losses: Sequence[Tensor]) -> None:
         """Watch the parameters in the graph of each loss."""
         for place, loss in enumerate(losses):
-            found = leaves([loss])
-            if found is None and not self._known:
+            found = walk([loss])
+            if found.hidden and not self._known:
                 raise RuntimeError(
                     "a re-entrant checkpoint hides which parameters its part of the graph has, and their gradients "
                     "could not be averaged: use checkpoint(..., use_reentrant=False), or attach the balancer to the "
                     "optimizer"
                 )
-            self._watch([p for p in found or () if isinstance(p, nn.Parameter)], f"loss {place}")
+            self._watch([p for p in found.leaves if not found.hidden and isinstance(p, nn.Parameter)], f"loss {place}")
 
     def _watch(self, parameters: Iterable[Tensor], where: str) -> None:
         """Set the ``.grad`` of these aside until the end of `averaging`."""

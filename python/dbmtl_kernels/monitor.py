@@ -65,7 +65,7 @@ class Monitor:
         # What a replayed CUDA graph changes is not seen here.
         if self._gramian is None or self._gramian[0] != steps.changes or steps.capturable:
             self._gramian = (steps.changes, self._balancer.buffer.gramian())
-        return self._gramian[1]
+        return self._gramian[1].clone()
 
     @property
     def cosine(self) -> Tensor:

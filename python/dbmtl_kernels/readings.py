@@ -8,15 +8,22 @@ from torch import Tensor
 from .monitor import Monitor
 from .placement import Buffer
 from .steps import Steps
+from .weightings import Weighting
 
 
 class Readings:
-    """The base of a balancer. Norms and weights are copies: later steps do not change what was read."""
+    """The base of a balancer. What it gives are copies: later steps do not change what was read."""
 
     num_tasks: int
     buffer: Buffer
     _steps: Steps
+    _weighting: Weighting
     _reported: torch.dtype
+
+    @property
+    def weighting(self) -> Weighting:
+        """What weighs the task gradients; another takes another balancer."""
+        return self._weighting
 
     @property
     def step(self) -> int:
@@ -39,7 +46,7 @@ class Readings:
     @property
     def nonfinite_steps(self) -> Tensor:
         """(K,) int64: in how many steps each task's gradient was not finite."""
-        return self.buffer.nonfinite_steps
+        return self.buffer.nonfinite_steps.clone()
 
     def monitor(self) -> Monitor:
         """Norms, weights, cosines and conflicts of the tasks, for a logger; see `Monitor`."""

@@ -27,6 +27,7 @@ class SplitTaskGradientBuffer:
         self.parts = list(parts)
         self.places = list(places)
         self.device = self.parts[0].device
+        self.narrow = self.parts[0].narrow
         self.early = all(part.early for part in self.parts)
 
     @property

@@ -158,7 +158,11 @@ class Steps:
             )
 
     def state(self) -> dict[str, Any]:
-        """Numbers of a checkpoint; no tensors."""
+        """What a checkpoint keeps: numbers, and of the losses a (K,) float64 tensor."""
+        known = self.losses if self.open else {}
+        losses = torch.zeros(len(self.seen), dtype=torch.float64)
+        for task, loss in known.items():
+            losses[task] = loss
         return {
             "step": self.count,
             "updates": self._host[1] if self._counts is None else int(self._counts[1]),
@@ -166,6 +170,8 @@ class Steps:
             "fresh": self.fresh,
             "seen": [int(x) for x in self.seen],
             "pending": sorted(self.pending),
+            "known": sorted(known),
+            "losses": losses,
             "loss_scale": None if self.loss_scale is None else float(self.loss_scale),
         }
 
@@ -183,4 +189,5 @@ class Steps:
         self.pending = {int(x) for x in state["pending"]}
         scale = state["loss_scale"]
         wide = torch.float32 if device.type == "mps" else torch.float64
+        self.losses = {int(t): state["losses"][int(t)].to(device, wide) for t in state["known"]}
         self.loss_scale = None if scale is None else torch.full((), float(scale), dtype=wide, device=device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -42,6 +44,14 @@ class UsesLosses(Protocol):
 
 
 @runtime_checkable
+class SeesTasks(Protocol):
+    """A weighting that wants to know of which tasks its Gramian is."""
+
+    def see(self, tasks: Sequence[int]) -> None:
+        """Called before each Gramian with the indices of its tasks, ascending."""
+
+
+@runtime_checkable
 class KeepsTasks(Protocol):
     """A weighting with something to remember of each task, that must know when tasks come and go."""
 
@@ -73,10 +83,13 @@ class EqualWeights:
 
     Args:
         total: the sum of the weights; by default the number of tasks, so that gradients are summed.
+
+    Raises:
+        ValueError: total is not finite.
     """
 
     def __init__(self, total: float | None = None) -> None:
-        self.total = total
+        self.total = None if total is None else _finite("total", total)
 
     def __call__(self, gramian: Tensor, /) -> Tensor:
         """See `Weighting`."""
@@ -101,10 +114,10 @@ class GradNorm(nn.Module):
     Attributes:
         weights: (K,) float64, of all tasks, for the next step.
         used: (K,) float64, those of the last step.
-        start: (K,) float64, the first finite losses; NaN for tasks not seen yet.
+        start: (K,) float64, the first losses that are finite and positive; NaN for tasks that had none yet.
 
     Raises:
-        ValueError, TypeError: num_tasks or lr.
+        ValueError, TypeError: an argument.
 
     Source: Chen et al., arXiv 1711.02257, Algorithm 1.
     """
@@ -116,13 +129,18 @@ class GradNorm(nn.Module):
     def __init__(self, num_tasks: int, alpha: float = 1.5, lr: float = 0.025) -> None:
         super().__init__()
         num_tasks = checks.check_num_tasks(num_tasks)
+        self.alpha, self.lr = _finite("alpha", alpha), _finite("lr", lr)
         if not lr > 0.0:
             raise ValueError(f"lr must be positive, got {lr}")
-        self.alpha, self.lr = alpha, lr
         self.register_buffer("weights", torch.ones(num_tasks, dtype=torch.float64))
         self.register_buffer("used", torch.ones(num_tasks, dtype=torch.float64))
         self.register_buffer("start", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
         self._seen: tuple[Tensor, Tensor] | None = None  # tasks and losses of the Gramian to come
+
+    @property
+    def num_tasks(self) -> int:
+        """K."""
+        return self.weights.numel()
 
     def observe(self, losses: Tensor, tasks: Sequence[int], again: bool) -> None:
         """See `UsesLosses`."""
@@ -133,7 +151,8 @@ class GradNorm(nn.Module):
         index = torch.as_tensor(list(tasks), device=self.start.device)
         values = losses.to(self.start.device, torch.float64)
         first = self.start[index]
-        self.start[index] = torch.where(first.isnan() & values.isfinite(), values, first)
+        usable = values.isfinite() & (values > 0.0)
+        self.start[index] = torch.where(first.isnan() & usable, values, first)
         self._seen = index, values
 
     def keep(self, tasks: Sequence[int | None]) -> None:
@@ -158,11 +177,19 @@ class GradNorm(nn.Module):
         return weights.to(gramian.device, gramian.dtype)
 
 
-def check_weighting(weighting: Weighting, capturable: bool) -> Weighting:
-    """Return the weighting; raise TypeError unless it can be called, ValueError if it cannot be captured."""
+def check_weighting(weighting: Weighting, num_tasks: int, capturable: bool) -> Weighting:
+    """Return the weighting, if it serves so many tasks.
+
+    Raises:
+        TypeError: it cannot be called.
+        ValueError: it was made for another number of tasks, or cannot be captured.
+    """
     if not callable(weighting) or isinstance(weighting, type):
         raise TypeError(f"weighting must be a callable from a Gramian to weights, got {weighting!r}")
-    if capturable and not isinstance(weighting, MaxNorm):
+    made_for = getattr(weighting, "num_tasks", num_tasks)
+    if isinstance(made_for, int) and made_for != num_tasks:
+        raise ValueError(f"{type(weighting).__name__} is for {made_for} tasks, the balancer for {num_tasks}")
+    if capturable and type(weighting) is not MaxNorm:
         raise ValueError(f"capturable=True needs MaxNorm: {type(weighting).__name__} is called with a sync")
     return weighting
 
@@ -176,20 +203,28 @@ def load_weighting(weighting: Any, state: dict[str, Any]) -> None:
     """Take over what `state_of_weighting` gave, also into one that has not run yet.
 
     Raises:
-        ValueError: it is of another weighting.
+        ValueError: it is of another weighting. Nothing is changed then.
     """
     if not hasattr(weighting, "load_state_dict"):
+        if state:
+            raise ValueError(f"the state is of a weighting that keeps {sorted(state)}, {_name(weighting)} keeps none")
         return
+    before = copy.deepcopy(state_of_weighting(weighting))
+    try:
+        _load(weighting, state)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        _load(weighting, before)
+        raise ValueError(f"the state is not one of {_name(weighting)}: {error}") from error
+
+
+def _load(weighting: Any, state: dict[str, Any]) -> None:
     if isinstance(weighting, nn.Module):
         reset = getattr(weighting, "reset", None)
         if callable(reset):
             reset()
         for name, value in state.items():
             _make_room(weighting, name, value)
-    try:
-        weighting.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"the state is of another weighting: {error}") from error
+    weighting.load_state_dict(state)
 
 
 def _make_room(module: nn.Module, name: str, value: Any) -> None:
@@ -198,3 +233,15 @@ def _make_room(module: nn.Module, name: str, value: Any) -> None:
     owner = dict(module.named_modules()).get(path)
     if owner is not None and buffer in owner._buffers and owner._buffers[buffer] is None:
         setattr(owner, buffer, torch.empty_like(value))
+
+
+def _name(weighting: Any) -> str:
+    return type(weighting).__name__
+
+
+def _finite(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)

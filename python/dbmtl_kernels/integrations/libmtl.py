@@ -21,16 +21,17 @@ NAME = "DB_MTL"
 class DB_MTL(nn.Module):  # noqa: N801 - LibMTL looks it up by this name
     """LibMTL's weighting ``DB_MTL``: the same arguments, the same gradients, one K x P matrix instead of three.
 
-    To be inherited together with an architecture, as LibMTL's trainer does, which supplies ``get_share_params()``,
-    ``task_num`` and ``rep_grad``. The engine is made at the first `backward`, when the model is on its device: all
-    shared parameters, frozen ones included, whose rows count as zeros and whose ``.grad`` is left alone.
+    To be inherited together with an architecture, as LibMTL's trainer does, which supplies ``get_share_params()`` and
+    ``task_num``. The engine is made at the first `backward`, when the model is on its device: all shared parameters,
+    frozen ones included, whose rows count as zeros.
 
     Other than the authors' code:
 
     - a task whose gradient is not finite sits out the step and starts afresh; theirs stays NaN for ever. (The trainer
       gives its losses as one tensor, in whose one graph a NaN reaches all tasks: then the step's gradient is zero.)
     - on a CPU a loss <= 0 raises; theirs gives NaN;
-    - a shared ``.grad`` that is not zero beforehand is added to; theirs counts it as the first task's.
+    - a shared ``.grad`` that is not zero beforehand is added to; theirs counts it as the first task's;
+    - the ``.grad`` of a parameter that was trained and then frozen is left alone; theirs goes on writing its average.
 
     The moving averages are float32, float64 where a shared parameter is. As in the authors' code they are not in the
     model's ``state_dict``; ``model.balancer.state_dict()`` has them.
@@ -42,7 +43,6 @@ class DB_MTL(nn.Module):  # noqa: N801 - LibMTL looks it up by this name
     """
 
     task_num: int
-    rep_grad: bool
     get_share_params: Callable[[], Iterable[Tensor]]
 
     def __init__(self) -> None:
@@ -68,12 +68,12 @@ class DB_MTL(nn.Module):  # noqa: N801 - LibMTL looks it up by this name
             ValueError: ``rep_grad=True``; an argument out of range; not K losses; see `DBMTL` for the rest.
             RuntimeError: the shared parameters are others than in the first call.
         """
-        if self.rep_grad:
+        if getattr(self, "rep_grad", False):
             raise ValueError("DB_MTL balances gradients of shared parameters: rep_grad=True is not supported")
         shared = list(self.get_share_params())
         if self.balancer is None:
             self.balancer = _engine(shared, self.task_num)
-        elif [id(p) for p in shared] != [id(p) for p in self.balancer.buffer.parameters]:
+        elif [id(p) for p in _trainable(shared)] != [id(p) for p in self.balancer.buffer.parameters]:
             raise RuntimeError("the shared parameters are others than in the first backward: call init_param()")
         self.balancer.set_beta(DB_beta, DB_beta_sigma)
         self.balancer.backward(losses)
@@ -81,15 +81,21 @@ class DB_MTL(nn.Module):  # noqa: N801 - LibMTL looks it up by this name
 
 
 def _engine(shared: list[Tensor], num_tasks: int) -> DBMTL:
-    frozen = [p for p in shared if not p.requires_grad]
-    wide = any(p.dtype == torch.float64 for p in shared)
-    for p in frozen:  # they may be thawed later: the engine must know them
-        p.requires_grad_(True)
+    parameters = _trainable(shared)
+    frozen = [p for p in parameters if not p.requires_grad]
+    wide = any(p.dtype == torch.float64 for p in parameters)
     try:
-        return DBMTL(shared, num_tasks, state_dtype=torch.float64 if wide else torch.float32)
+        for p in frozen:  # they may be thawed later: the engine must know them
+            p.requires_grad_(True)
+        return DBMTL(parameters, num_tasks, state_dtype=torch.float64 if wide else torch.float32)
     finally:
         for p in frozen:
             p.requires_grad_(False)
+
+
+def _trainable(shared: list[Tensor]) -> list[Tensor]:
+    """All but those whose dtype can have no gradient (quantised ones)."""
+    return [p for p in shared if p.is_floating_point()]
 
 
 def register() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class _MovingAverage(Weighting[Matrix], Stateful):
         self.backend = backend
         self.seed = checks.check_seed(seed)
         self.step = 0
-        self.register_buffer("ema", None, persistent=False)  # its shape is known late: see get_extra_state
+        self.ema = None  # not a buffer: a cast of the module around it must leave its dtype
         self._last: tuple[Tensor, int, Tensor] | None = None  # weights, their version, the vector they give
 
     def forward(self, matrix: Tensor, /) -> Tensor:
@@ -146,7 +147,9 @@ class DBMTLAggregator(WeightedAggregator, Stateful):
     `DBMTL` holds one in all.
 
     The state goes through ``state_dict`` and ``load_state_dict``, also into an aggregator that has seen no matrix yet,
-    and follows the matrix from device to device.
+    and follows the matrix from device to device. As elsewhere in PyTorch the state_dict refers to the live EMA:
+    ``copy.deepcopy`` it to keep a snapshot. Under a GradScaler the EMA would keep the scale, which changes: unscale
+    before ``jac_to_grad``, or use `DBMTL`.
 
     Args:
         beta: forgetting rate in [0, 1).
@@ -228,6 +231,12 @@ class _NashMTL(OnMatrix):
 
     def __init__(self, num_tasks: int, options: dict[str, Any]) -> None:
         super().__init__(NashMTL(num_tasks, **options).weighting)
+        self._options = options
+
+    @property
+    def num_tasks(self) -> int:
+        """K."""
+        return int(self._nash.n_tasks)
 
     @property
     def _nash(self) -> Any:
@@ -235,11 +244,14 @@ class _NashMTL(OnMatrix):
 
     def forward(self, gramian: Tensor, /) -> Tensor:
         """Tasks that are absent or not finite leave a smaller game, played without memory."""
-        nash, tasks = self._nash, gramian.shape[0]
-        if tasks == nash.n_tasks:
+        tasks = gramian.shape[0]
+        if tasks == self.num_tasks:
             return super().forward(gramian)
-        smaller = NashMTL(tasks, max_norm=nash.max_norm, optim_niter=nash.optim_niter)
-        return smaller.weighting(_square_root(gramian))
+        return NashMTL(tasks, **self._options).weighting(_square_root(gramian))
+
+    def keep(self, tasks: Sequence[int | None]) -> None:
+        """A game of other players begins anew; see `weightings.KeepsTasks`."""
+        self.weighting = NashMTL(len(tasks), **self._options).weighting
 
     def get_extra_state(self) -> dict[str, Any]:
         """The number of steps and the last weights, from which the next solution starts."""
@@ -272,34 +284,69 @@ def nash_mtl(num_tasks: int, **options: Any) -> OnMatrix:
     return _NashMTL(checks.check_num_tasks(num_tasks), options)
 
 
-class _GradVac(GradVacWeighting):
-    """GradVac; after loading, its targets are taken for what they are."""
+class _GradVac(Weighting[PSDMatrix], Stateful):
+    """TorchJD's GradVac, with targets for all pairs of tasks, of which it uses those that are there."""
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Nothing that the buffers lack."""
-        return {}
+    targets: Tensor
 
-    def set_extra_state(self, state: Any) -> None:
-        """Called when the buffers are loaded."""
-        targets = self._phi_t
-        self._state_key = None if targets is None else (len(targets), targets.dtype)
+    def __init__(self, num_tasks: int, beta: float, eps: float) -> None:
+        super().__init__()
+        self._torchjds = [GradVacWeighting(beta, eps)]  # in a list, for it not to be part of the state_dict
+        self._tasks: list[int] | None = None
+        self.register_buffer("targets", torch.zeros(num_tasks, num_tasks, dtype=torch.float64))
+
+    @property
+    def num_tasks(self) -> int:
+        """K."""
+        return self.targets.shape[0]
+
+    def see(self, tasks: Sequence[int]) -> None:
+        """See `weightings.SeesTasks`."""
+        self._tasks = list(tasks)
+
+    def keep(self, tasks: Sequence[int | None]) -> None:
+        """See `weightings.KeepsTasks`. The targets of a new task are zero, as all are at first."""
+        old, self.targets = self.targets, self.targets.new_zeros(len(tasks), len(tasks))
+        stayed = [(new, before) for new, before in enumerate(tasks) if before is not None]
+        for i, a in stayed:
+            for j, b in stayed:
+                self.targets[i, j] = old[a, b]
+
+    def forward(self, gramian: Tensor, /) -> Tensor:
+        """(k, k) Gramian of the tasks last seen, by default of all, to (k,) weights."""
+        tasks, self._tasks = self._tasks, None
+        index = torch.tensor(range(self.num_tasks) if tasks is None else tasks)
+        if len(index) != gramian.shape[0]:
+            raise ValueError(f"a Gramian of {gramian.shape[0]} tasks, and {len(index)} are known")
+        theirs: Any = self._torchjds[0]
+        mine = index[:, None], index
+        theirs._phi_t = self.targets[mine].to("cpu", gramian.dtype)
+        theirs._state_key = len(index), gramian.dtype
+        weights: Tensor = theirs(gramian)
+        self.targets[mine] = theirs._phi_t.to(self.targets)
+        return weights
+
+    def reset(self) -> None:
+        """Forget the targets."""
+        self.targets.zero_()
 
 
-def grad_vac(beta: float = 0.5, eps: float = 1e-8) -> GradVacWeighting:
+def grad_vac(num_tasks: int, beta: float = 0.5, eps: float = 1e-8) -> Weighting[PSDMatrix]:
     """TorchJD's GradVac as a weighting for `GradientBalancer`, which goes on where a checkpoint left it.
 
-    TorchJD's own forgets its targets when they are loaded. Both forget them at a step with fewer tasks.
+    TorchJD's own forgets its targets when they are loaded, and mixes up those of different tasks where some are absent.
 
     Args:
+        num_tasks: K.
         beta: decay of the targets, in [0, 1].
         eps: >= 0, added to denominators.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError, TypeError: an argument.
 
     Source: Wang et al., arXiv 2010.05874, Algorithm 1, as TorchJD has it.
     """
-    return _GradVac(beta, eps)
+    return _GradVac(checks.check_num_tasks(num_tasks), beta, eps)
 
 
 def _square_root(gramian: Tensor) -> Tensor:
