@@ -1,9 +1,9 @@
 """A small transformer with two heads, trained by the Hugging Face Trainer with balanced gradients.
 
 Sequences of symbols; one head tells which symbol is the most frequent (cross-entropy), the other how many different
-ones there are (squared error of a count: losses and gradients a hundred times as large). Nothing is downloaded. Trains,
-evaluates, and prints both losses before and after, and how the gradients were weighed. Exit status 0 only if both
-losses fell by a third.
+ones there are (squared error of a count, times 100: at first a loss several hundred times as large, and a gradient
+several thousand times). Nothing is downloaded. Trains, evaluates, and prints both losses before and after, and how the
+gradients were weighed. Exit status 0 only if both losses fell by a third.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """The Hugging Face Trainer and Accelerate against the same training as a plain loop; checkpoints, logs; two ranks."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import dbmtl_kernels as dbk
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from dbmtl_kernels.integrations.transformers import BalancedTrainer, BalancedTrainerMixin
+from dbmtl_kernels.integrations.transformers import BalancedTrainerMixin
 from dbmtl_kernels.integrations.wrappers import make_balancer
 from hf_job import (
     BATCH,
@@ -29,7 +31,15 @@ from hf_job import (
 from problems import assert_same_state
 from ranks import torchrun
 from torch import nn
-from transformers import BertConfig, Seq2SeqTrainer, TrainerCallback
+from torch.utils.data import Dataset
+from transformers import (
+    BertConfig,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+)
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "two_headed_transformer.py"
 
@@ -263,13 +273,121 @@ def test_training_twice(tmp_path):
     assert trainer.balancer.step == first.step == 4
 
 
+def test_each_training_begins_with_the_weighting_as_it_was_given(tmp_path):
+    weights = []
+    more = {"method": dbk.GradientBalancer, "balancer_options": {"weighting": dbk.GradNorm(2)}}
+    trainer = trainer_of(tmp_path, more=more, max_steps=4)
+    for _ in range(2):
+        trainer.model.load_state_dict(first_net().state_dict())
+        trainer.train()
+        weights.append(trainer.balancer.weights.tolist())
+    assert weights[0] == weights[1] != [1.0, 1.0]
+
+
+def test_a_balancer_of_an_earlier_training_is_let_go(tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=3)
+    earlier = []
+    for _ in range(3):
+        trainer.train()
+        earlier.append(weakref.ref(trainer.balancer))
+    gc.collect()
+    assert [balancer() is None for balancer in earlier] == [True, True, False]
+    assert trainer.balancer.step == 3
+
+
+def test_frozen_parameters_of_a_named_submodule_are_left_out(tmp_path):
+    net = first_net()
+    net.encoder.norm1.requires_grad_(False)
+    trainer = trainer_of(tmp_path, net, max_steps=3)
+    trainer.train()
+    assert len(trainer.balancer.buffer.parameters) == len(list(net.encoder.parameters())) - 2
+
+
+class Unlabelled(nn.Module):
+    """What it is to predict has no name that a Trainer takes for labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = first_net()
+
+    def forward(self, x, target_a, target_b):
+        return self.net(x, target_a, target_b)
+
+
+class Targets(Data):
+    def __getitem__(self, index):
+        x, a, b = super().__getitem__(index).values()
+        return {"x": x, "target_a": a, "target_b": b}
+
+
+def test_evaluation_without_labels(tmp_path):
+    options = {
+        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4,
+        "load_best_model_at_end": True, "per_device_eval_batch_size": 7,
+    }  # fmt: skip
+    trainer = trainer_of(
+        tmp_path, Unlabelled(), data=Targets(), shared="net.encoder", more={"eval_dataset": Targets(14)}, **options
+    )
+    trainer.train()
+    data = trainer.eval_dataset
+    with torch.no_grad():
+        found = trainer.model.eval()(**{k: torch.stack([data[i][k] for i in range(14)]) for k in data[0]})
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(sum(found["losses"])), rel=1e-5)
+    predicted = trainer.predict(data)
+    assert len(predicted.predictions) == 2
+    np.testing.assert_allclose(predicted.predictions[1], found["b"].numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_takes_the_losses_that_training_takes(tmp_path):
+    class Shapes(Net):
+        def forward(self, x, labels_a, labels_b):
+            out = super().forward(x, labels_a, labels_b)
+            first, second = out["losses"]
+            return {**out, "losses": [first.reshape(1), None if (labels_b > 0).all() else second.half()]}
+
+    trainer = trainer_of(tmp_path, first_net(Shapes), more={"eval_dataset": Data(8)}, max_steps=2)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0.0
+
+
+class Sequences(Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        tokens = torch.randint(2, 11, (6,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": tokens, "labels": tokens.flip(0)}
+
+
+class TwoDirections(nn.Module):
+    """A T5 that learns a sequence as it is and reversed."""
+
+    def __init__(self):
+        super().__init__()
+        self.t5 = T5ForConditionalGeneration(
+            T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        )
+
+    def forward(self, input_ids, labels):
+        outputs = [self.t5(input_ids=input_ids, labels=target) for target in (input_ids, labels)]
+        return {"losses": [out.loss for out in outputs], "logits": outputs[1].logits}
+
+
 def test_mixed_into_another_trainer(tmp_path):
     class Mixed(BalancedTrainerMixin, Seq2SeqTrainer):
         pass
 
-    assert issubclass(BalancedTrainer, BalancedTrainerMixin)
-    assert Mixed.training_step is BalancedTrainerMixin.training_step
-    assert Mixed.prediction_step is Seq2SeqTrainer.prediction_step
+    settings = Seq2SeqTrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=4, learning_rate=0.01, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Mixed(
+        TwoDirections(), settings, train_dataset=Sequences(), eval_dataset=Sequences(), shared="t5.encoder", num_tasks=2
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.balancer.step == 4
+    assert trainer.evaluate()["eval_loss"] < before
 
 
 # --- Accelerate ------------------------------------------------------------------------------------------------

@@ -15,8 +15,10 @@ import pytest
 import pytorch_lightning
 import torch
 from dbmtl_kernels.integrations.lightning import GradientBalancing
+from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.tuner import Tuner
 from lightning_job import BATCHES, Module, checkpointing, first_net, fit, loader, module_of, parameters, trainer_of
 from problems import assert_same_state
 from torch import nn
@@ -225,6 +227,17 @@ def test_other_methods_and_options(tmp_path):
     assert balancing.balancer.weights.tolist() == [1.0, 1.0]
 
 
+def test_each_fit_begins_with_the_weighting_as_it_was_given(tmp_path):
+    weighting = dbk.GradNorm(2)
+    balancing = GradientBalancing("net.trunk", 2, method=dbk.GradientBalancer, weighting=weighting)
+    weights = []
+    for _ in range(2):
+        trainer_of(pl, tmp_path, 1, balancing).fit(Module(), loader())
+        weights.append(balancing.balancer.weights.tolist())
+    assert weights[0] == weights[1] != [1.0, 1.0]
+    assert weighting.weights.tolist() == [1.0, 1.0]
+
+
 class Manual(Module):
     """Its own optimization, also a balancer attached to Lightning's optimizer by hand."""
 
@@ -282,6 +295,46 @@ def test_a_module_that_raises_is_left_as_it_was(tmp_path):
         with pytest.raises(KeyError, match="stop"):
             trainer_of(pl, tmp_path, 1, balancing).fit(module, loader())
         assert not hasattr(module, "balancer")
+
+
+def test_a_balancer_of_none_is_none_again(tmp_path):
+    module = Module()
+    module.balancer = None
+    fit(tmp_path, 1, module=module)
+    assert module.balancer is None
+
+
+def test_frozen_parameters_of_a_named_submodule_are_left_out(tmp_path):
+    module = Module()
+    module.net.trunk[0].requires_grad_(False)
+    before = module.net.trunk[0].weight.clone()
+    _, balancing, _ = fit(tmp_path, 1, module=module)
+    assert [p.shape for p in balancing.balancer.buffer.parameters] == [(5, 33), (5,)]
+    assert torch.equal(module.net.trunk[0].weight, before)
+
+
+def test_parameters_thawed_later_are_refused(tmp_path):
+    class Thaws(Module):
+        def on_train_epoch_start(self):
+            self.net.trunk[0].requires_grad_(self.current_epoch == 1)
+
+    module = Thaws()
+    module.net.trunk[0].requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"shared parameters of 'net\.trunk' were thawed after fitting had started"):
+        fit(tmp_path, 2, module=module)
+
+
+def test_finders_that_train_before_there_is_a_balancer_are_refused(tmp_path):
+    class WithData(Module):
+        batch_size = 12
+        train_dataloader = staticmethod(loader)
+
+    message = "Finder trains before GradientBalancing can make its balancer"
+    with pytest.raises(RuntimeError, match=f"BatchSize{message}"):
+        trainer_of(pl, tmp_path, 1, GradientBalancing("net.trunk", 2), BatchSizeFinder()).fit(WithData())
+    tuner = Tuner(trainer_of(pl, tmp_path, 1, GradientBalancing("net.trunk", 2)))
+    with pytest.raises(RuntimeError, match=f"LearningRate{message}"):
+        tuner.lr_find(Module(), loader())
 
 
 def test_an_unknown_submodule(tmp_path):
@@ -363,22 +416,21 @@ def ranks(tmp_path_factory):
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("wrapper", ["", "sharded"])
-@pytest.mark.parametrize("how", ["plain", "accumulated", "unused parameters", "resumed"])
-def test_two_ranks_do_what_one_does_with_the_whole_batch(ranks, wrapper, how, tmp_path):
-    if wrapper and how == "unused parameters":
-        how = "plain"  # an option of DistributedDataParallel
-    name = ", ".join(x for x in (wrapper, how) if x and not (wrapper and x == "plain"))
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "accumulated", "unused parameters", "resumed", "sharded", "sharded, accumulated", "sharded, resumed"],
+)
+def test_two_ranks_do_what_one_does_with_the_whole_batch(ranks, name, tmp_path):
     for found in ranks[1]:
         found = found[name]
-        alone, balancing, _ = fit(tmp_path, accumulate_grad_batches=3 if how == "accumulated" else 1)
+        alone, balancing, _ = fit(tmp_path, accumulate_grad_batches=3 if "accumulated" in name else 1)
         assert found["identical"]
         assert (torch.tensor(found["parameters"]) - parameters(alone)).abs().max() <= 1e-5
         assert found["norms"] == pytest.approx(balancing.balancer.norms.tolist(), rel=1e-5)
         cosine = balancing.balancer.monitor().cosine
         torch.testing.assert_close(torch.tensor(found["cosine"]), cosine, rtol=0, atol=1e-5)
         assert found["rows"] < 0.6 * balancing.balancer.buffer.rows.numel()
-        assert not found["left"][1]
+        assert not found["left"]
 
 
 @pytest.mark.parametrize("wrapper", ["", "sharded, "])

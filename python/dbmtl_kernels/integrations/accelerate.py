@@ -42,7 +42,8 @@ def prepare_balancer(
         accelerator: whose.
         model: what ``accelerator.prepare`` gave.
         optimizer: what it gave.
-        shared: a function from the unwrapped model to its shared parameters, or the name of a submodule that has them.
+        shared: a function from the unwrapped model to its shared parameters, or the name of a submodule that has them
+            all; those of it that are frozen are left out.
         num_tasks: K.
         method: the class of the balancer: `DBMTL`, or `GradientBalancer` with a ``weighting`` among the options.
         options: its other arguments.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..balancer import GradientBalancer
 from ..checkpoint import gathered
 from ..dbmtl import DBMTL
-from .wrappers import Shared, balancing, make_balancer
+from .wrappers import Shared, balancing, make_balancer, shared_parameters
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -33,12 +33,14 @@ class GradientBalancing(Callback):
     For automatic optimization, with any precision, accumulation and clipping. When fitting starts, and the module is on
     its device, the callback makes a balancer, attaches it to the optimizer, and puts it on the module as ``balancer``
     until fitting ends. Its state is in the Trainer's checkpoints. Of several ranks (``ddp``, or ``fully_shard`` with
-    ModelParallelStrategy) the training step runs inside `wrappers.balancing`.
+    ModelParallelStrategy) the training step runs inside `wrappers.balancing`. Outside of fitting (``trainer.validate``)
+    the module has no ``balancer``.
 
     An instance is a Callback of `lightning` or of `pytorch_lightning`, whichever was imported before it was made.
 
     Args:
-        shared: a function from the LightningModule to its shared parameters, or the name of a submodule that has them.
+        shared: a function from the LightningModule to its shared parameters, or the name of a submodule that has them
+            all; those of it that are frozen when fitting starts are left out.
         num_tasks: K.
         method: the class of the balancer: `DBMTL`, or `GradientBalancer` with a ``weighting`` among the options.
         log: log what `Monitor.as_dict` gives, as ``balancer/...``, every ``log_every_n_steps`` steps, through the
@@ -77,11 +79,25 @@ class GradientBalancing(Callback):
         self._resumed = False
         self._batch = ExitStack()
         self._logged = 0
+        self._had = False  # the module had a balancer of None
 
     @property
     def state_key(self) -> str:
         """See Lightning."""
         return type(self).__qualname__
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what would train before there is a balancer.
+
+        Raises:
+            RuntimeError: a LearningRateFinder or BatchSizeFinder, also one of a Tuner.
+        """
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if any(cls.__name__ in ("LearningRateFinder", "BatchSizeFinder") for cls in type(other).__mro__):
+                raise RuntimeError(
+                    f"{type(other).__name__} trains before GradientBalancing can make its balancer: run it on its own, "
+                    "without this callback, on the sum of the losses"
+                )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the balancer and attach it.
@@ -104,6 +120,7 @@ class GradientBalancing(Callback):
         if self._waiting is not None:
             self.load_state_dict({"balancer": self._waiting})
             self._waiting = None
+        self._had = getattr(pl_module, "balancer", self) is None
         pl_module.balancer = balancer  # type: ignore[assignment]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,8 +129,19 @@ class GradientBalancing(Callback):
             warnings.warn(f"no {self.state_key} in {trainer.ckpt_path}: the balancer begins anew", stacklevel=2)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep DistributedDataParallel from reducing gradients."""
+        """Keep DistributedDataParallel from reducing gradients.
+
+        Raises:
+            RuntimeError: a shared parameter was thawed after fitting had started, and is not known to the balancer.
+        """
         self._batch.close()
+        if batch_idx == 0 and self.balancer is not None:
+            known = {id(p) for p in self.balancer.buffer.parameters}
+            if any(id(p) not in known for p in shared_parameters(pl_module, self._given[0])):
+                raise RuntimeError(
+                    f"shared parameters of {self._given[0]!r} were thawed after fitting had started, and would not be "
+                    "balanced: thaw them before, or in another fit"
+                )
         if trainer.strategy.model is not None:
             self._batch.enter_context(balancing(trainer.strategy.model))
 
@@ -163,6 +191,8 @@ class GradientBalancing(Callback):
         if self.balancer is not None and getattr(pl_module, "balancer", None) is self.balancer:
             self._handle.remove()
             del pl_module.balancer
+            if self._had:
+                pl_module.balancer = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For processes that are spawned: pickle would not find a class that was made on demand."""

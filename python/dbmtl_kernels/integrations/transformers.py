@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from ..attachment import Attachment
 from ..balancer import GradientBalancer
 from ..checkpoint import gathered
 from ..dbmtl import DBMTL
-from ..losses import Given
+from ..losses import Given, TaskLosses
 from .wrappers import Shared, balancing, make_balancer
 
 if TYPE_CHECKING:
@@ -35,11 +36,12 @@ class BalancedTrainerMixin(Base):
     Several ranks under DistributedDataParallel or FSDP2 need nothing more.
 
     The training loss is that of ``balancer(losses)``, a sum of logs with `DBMTL`; the evaluation loss is the plain sum
-    of the losses.
+    of the losses, whatever the labels are called.
 
     Args:
         args: of the Trainer, as all others that are not named here.
-        shared: a function from the model to its shared parameters, or the name of a submodule that has them all.
+        shared: a function from the model to its shared parameters, or the name of a submodule that has them all; those
+            of it that are frozen when training starts are left out.
         num_tasks: K.
         method: the class of the balancer: `DBMTL`, or `GradientBalancer` with a ``weighting`` among the options.
         balancer_options: other arguments of ``method``.
@@ -74,7 +76,10 @@ class BalancedTrainerMixin(Base):
                 "compute_loss_func and label_smoothing_factor would not be used: override task_losses(model, inputs)"
             )
         self.model_accepts_loss_kwargs = False  # of others: the same as loss_is_scaled_for_ga
+        if not self.label_names:  # else the Trainer would take the losses for predictions
+            self.can_return_loss = True
         self.balancer: GradientBalancer | None = None
+        self._attachment: Attachment | None = None
         self._balancing = (shared, num_tasks, method, dict(balancer_options or {}))
         self._task_names, self._log_gramian = task_names, log_gramian
         self._resumed_from: str | None = None
@@ -107,7 +112,7 @@ class BalancedTrainerMixin(Base):
         """See the Trainer."""
         losses, outputs = self.task_losses(model, inputs)
         if not torch.is_grad_enabled():
-            loss = torch.stack([x.detach() for x in losses if x is not None]).sum()
+            loss = TaskLosses(losses, None, self._balancing[1], None).total()
         elif self.balancer is None:
             raise RuntimeError("compute_loss() for training before train() has made the balancer")
         else:
@@ -133,11 +138,12 @@ class BalancedTrainerMixin(Base):
             ValueError: the optimizer holds none of the shared parameters; a state of something else; whatever
                 ``method`` raises.
         """
+        self.end_balancing()
         self.balancer = None  # of an earlier training, or of one that ran out of memory
         assert self.model is not None
         assert self.optimizer is not None
         balancer = make_balancer(self.model, self.model_wrapped, *self._balancing)
-        balancer.attach(self.optimizer)
+        self._attachment = balancer.attach(self.optimizer)
         if self._resumed_from is not None:
             file = Path(self._resumed_from, FILE)
             if file.exists():
@@ -146,6 +152,12 @@ class BalancedTrainerMixin(Base):
                 warnings.warn(f"no {FILE} in {file.parent}: the balancer begins anew", stacklevel=2)
             self._resumed_from = None
         self.balancer = balancer
+
+    def end_balancing(self) -> None:
+        """Detach the balancer from the optimizer, which may live longer. Called when training ends."""
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -172,3 +184,7 @@ class _WhenTrainingBegins(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Make the balancer."""
         self._trainer.begin_balancing()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Let the optimizer forget it."""
+        self._trainer.end_balancing()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import dtensors
 from ..balancer import GradientBalancer
 
-# The shared parameters of a model: a function of it, or the name of a submodule that has them all.
+# The shared parameters of a model: a function of it, or the name of a submodule, of which all that require grad.
 Shared = Callable[[Any], Iterable[Tensor]] | str
 
 
@@ -29,10 +30,12 @@ def make_balancer(
     Args:
         module: the user's model, on its device.
         wrapped: the same, or what is around it.
-        shared: a function from ``module`` to its shared parameters, or the name of a submodule that has them all.
+        shared: a function from ``module`` to its shared parameters, or the name of a submodule that has them all; those
+            that are frozen are left out then.
         num_tasks: K.
         method: the class of the balancer.
-        options: its other arguments. Without a ``process_group`` that of a DistributedDataParallel is taken.
+        options: its other arguments. Without a ``process_group`` that of a DistributedDataParallel is taken. A
+            ``weighting`` is copied, so that each balancer begins with one as it was given.
 
     Raises:
         AttributeError: there is no submodule of that name.
@@ -40,8 +43,10 @@ def make_balancer(
             several ranks without DistributedDataParallel, and no ``process_group``.
         ValueError, TypeError: as ``method``.
     """
-    parameters = list(module.get_submodule(shared).parameters() if isinstance(shared, str) else shared(module))
+    parameters = shared_parameters(module, shared)
     given = dict(options)
+    if "weighting" in given:
+        given["weighting"] = copy.deepcopy(given["weighting"])
     if given.get("process_group") is None and not any(dtensors.is_dtensor(p) for p in parameters):
         inner = _compiled(wrapped)
         if isinstance(inner, DistributedDataParallel):
@@ -52,6 +57,13 @@ def make_balancer(
                 "DistributedDataParallel and of FSDP2 (fully_shard) can"
             )
     return method(parameters, num_tasks, **given)
+
+
+def shared_parameters(module: nn.Module, shared: Shared) -> list[Tensor]:
+    """What `make_balancer` gives to the balancer."""
+    if isinstance(shared, str):
+        return [p for p in module.get_submodule(shared).parameters() if p.requires_grad]
+    return list(shared(module))
 
 
 def balancing(wrapped: nn.Module) -> AbstractContextManager[Any]:
