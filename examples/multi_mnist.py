@@ -157,6 +157,13 @@ def find_failures(runs: dict[tuple[str, float], list[History]], results: dict[st
     return failures
 
 
+def exit_status(failures: list[str]) -> int:
+    """1 if there are any failures, which are told; else 0."""
+    for failure in failures:
+        print(f"not trained: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the demo.
 
@@ -175,10 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     print_results(console, results, args.lr)
     print_times(console, times)
     console.print(f"Picture: {args.out}. {time.perf_counter() - begin:.0f} s in all.", highlight=False)
-    failures = find_failures(runs, results)
-    for failure in failures:
-        print(f"not trained: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return exit_status(find_failures(runs, results))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 try:
     import multi_mnist_training
     from dbmtl_kernels.integrations.torchjd import grad_vac, nash_mtl
-    from multi_mnist import find_failures, parse_args, train_all
+    from multi_mnist import exit_status, find_failures, parse_args, train_all
     from multi_mnist_report import choose, print_results
     from multi_mnist_training import (
         DB_MTL,
@@ -79,10 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     results = choose(runs, args.lr)
     print_results(console, results, args.lr)
     console.print(f"{time.perf_counter() - begin:.0f} s in all.", highlight=False)
-    failures = find_failures(runs, results)
-    for failure in failures:
-        print(f"not trained: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return exit_status(find_failures(runs, results))
 
 
 if __name__ == "__main__":

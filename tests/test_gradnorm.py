@@ -159,6 +159,13 @@ def test_losses_are_needed():
     with pytest.raises(RuntimeError, match=r"GradNorm needs the losses, and those of task\(s\) \[0, 2\]"):
         balancer.balance()
     assert p.grad.tolist() == [7.0] * 6
+    p.grad = None
+    balancer.attach(torch.optim.SGD([p], lr=0.1))
+    balancer.backward(losses, retain_graph=True)
+    with balancer.task(1):
+        losses[1].backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"those of task\(s\) \[1\]"):
+        balancer.balance()
     with pytest.raises(RuntimeError, match="observe the losses"):
         dbk.GradNorm(K)(torch.eye(K))
 

@@ -186,6 +186,7 @@ class GradientBalancer(Changes, Readings):
                 with self._heads.sharing_logs(index, self.log_transform):
                     yield
                 self._finish(index, update)
+                self._steps.losses.pop(index, None)  # what is known is not that of this gradient
             self._steps.pending.add(index)
         except BaseException:
             with torch.no_grad():
