@@ -1,7 +1,6 @@
 """What `import dbmtl_kernels` brings with it, and how long it takes."""
 
 import json
-import statistics
 import subprocess
 import sys
 
@@ -30,8 +29,8 @@ def test_no_other_library_is_imported():
 
 @pytest.mark.performance
 def test_importing_takes_no_time():
-    """Seconds of this process's own: others may share the machine."""
-    seconds = statistics.median(run()[0] for _ in range(5))
+    """Seconds of this process's own, of which others on the machine can only make more: the least of five."""
+    seconds = min(run()[0] for _ in range(5))
     print(f"import dbmtl_kernels: {seconds:.3f} s beyond torch")
     assert seconds < 0.1
 
