@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from dbmtl_kernels.integrations.accelerate import balancing, prepare_balancer
 from dbmtl_kernels.integrations.transformers import BalancedTrainer
 from dbmtl_kernels.integrations.wrappers import make_balancer
+from ranks import told
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -153,17 +154,7 @@ def two_ranks(folder):
     results = {}
 
     def record(name, net, balancer):
-        mine = parameters(net)
-        others = [torch.empty_like(mine) for _ in range(2)]
-        dist.all_gather(others, mine)
-        results[name] = {
-            "identical": torch.equal(*others),
-            "parameters": mine.tolist(),
-            "cosine": balancer.monitor().cosine.tolist(),
-            "norms": balancer.norms.tolist(),
-            "rows": balancer.buffer.rows.numel(),
-            "step": balancer.step,
-        }
+        results[name] = told(parameters(net), balancer)
 
     def train(name, resume=None, **options):
         trainer = trainer_of(folder / name, batch=BATCH // 2, **options)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from dbmtl_kernels.integrations.lightning import GradientBalancing
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from ranks import leave
+from ranks import leave, told
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -89,12 +89,12 @@ def trainer_of(library, folder, epochs, *callbacks, **options):
     return library.Trainer(**given)
 
 
-def fit(folder, epochs=2, *callbacks, resume=None, module=None, rank=0, size=1, **options):
-    """The module and its callback, trained."""
+def fit(folder, epochs=2, *callbacks, resume=None, module=None, rank=0, size=1, validate=False, **options):
+    """The module and its callback, trained; with ``validate`` a validation after every epoch."""
     module = Module() if module is None else module
     balancing = GradientBalancing("net.trunk", 2)
     trainer = trainer_of(pl, folder, epochs, balancing, *callbacks, **options)
-    trainer.fit(module, loader(rank, size), ckpt_path=resume)
+    trainer.fit(module, loader(rank, size), loader(rank, size) if validate else None, ckpt_path=resume)
     return module, balancing, trainer
 
 
@@ -117,6 +117,14 @@ class Sharded(Module):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
 
+class ShardedWhole(Module):
+    """As a single unit, whose parameters stay gathered after a forward pass that no backward follows."""
+
+    def configure_model(self):
+        if not isinstance(self.net.trunk[0].weight, DTensor):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
 class Refused(Module):
     """Makes its own balancer, and nothing else that several ranks need."""
 
@@ -134,17 +142,7 @@ def two_ranks(folder):
 
     def job(name, epochs=2, *callbacks, **options):
         module, balancing, _ = fit(folder, epochs, *callbacks, rank=rank, size=2, **{**ranks, **options})
-        mine = parameters(module)
-        others = [torch.empty_like(mine) for _ in range(2)]
-        dist.all_gather(others, mine)
-        results[name] = {
-            "identical": torch.equal(*others),
-            "parameters": mine.tolist(),
-            "cosine": balancing.balancer.monitor().cosine.tolist(),
-            "norms": balancing.balancer.norms.tolist(),
-            "rows": balancing.balancer.buffer.rows.numel(),
-            "left": hasattr(module, "balancer"),
-        }
+        results[name] = {**told(parameters(module), balancing.balancer), "left": hasattr(module, "balancer")}
 
     job("plain")
     job("accumulated", accumulate_grad_batches=3)
@@ -152,11 +150,12 @@ def two_ranks(folder):
     job("saved", 1, checkpointing(folder / "ddp"), enable_checkpointing=True)
     job("resumed", 2, resume=folder / "ddp" / "epoch=0.ckpt")
 
-    def sharded():
-        return {"strategy": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), "module": Sharded()}
+    def sharded(cls=Sharded):
+        return {"strategy": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), "module": cls()}
 
     job("sharded", **sharded())
     job("sharded, accumulated", accumulate_grad_batches=3, **sharded())
+    job("sharded, validated", validate=True, **sharded(ShardedWhole))
     job("sharded, saved", 1, checkpointing(folder / "fsdp"), enable_checkpointing=True, **sharded())
     job("sharded, resumed", 2, resume=folder / "fsdp" / "epoch=0.ckpt", **sharded())
     try:

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 RUN = str(Path(__file__))  # runs a script and leaves as a rank should
 
 
@@ -31,6 +34,20 @@ def torchrun(ranks, script, *arguments, cwd=None, **more):
         command, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+
+
+def told(parameters, balancer):
+    """What a rank tells of its training; a collective."""
+    others = [torch.empty_like(parameters) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, parameters)
+    return {
+        "identical": all(torch.equal(parameters, other) for other in others),
+        "parameters": parameters.tolist(),
+        "cosine": balancer.monitor().cosine.tolist(),
+        "norms": balancer.norms.tolist(),
+        "rows": balancer.buffer.rows.numel(),
+        "step": balancer.step,
+    }
 
 
 def leave():

@@ -12,7 +12,6 @@ import torch
 from ranks import RUN, environment, free_port, torchrun
 
 HERE = Path(__file__).parent / "distributed"
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo and SIGKILL as on Linux")
 
 
 @pytest.fixture(scope="session")

@@ -418,7 +418,16 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    ["plain", "accumulated", "unused parameters", "resumed", "sharded", "sharded, accumulated", "sharded, resumed"],
+    [
+        "plain",
+        "accumulated",
+        "unused parameters",
+        "resumed",
+        "sharded",
+        "sharded, accumulated",
+        "sharded, resumed",
+        "sharded, validated",
+    ],
 )
 def test_two_ranks_do_what_one_does_with_the_whole_batch(ranks, name, tmp_path):
     for found in ranks[1]:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from ..balancer import GradientBalancer
 from ..checkpoint import gathered
 from ..dbmtl import DBMTL
-from .wrappers import Shared, balancing, make_balancer, shared_parameters
+from .wrappers import Shared, balancing, make_balancer
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from torch import Tensor
 else:
     Callback = object
 
@@ -79,6 +80,7 @@ class GradientBalancing(Callback):
         self._resumed = False
         self._batch = ExitStack()
         self._logged = 0
+        self._frozen: list[Tensor] = []  # those of the submodule named that were left out
         self._had = False  # the module had a balancer of None
 
     @property
@@ -120,6 +122,9 @@ class GradientBalancing(Callback):
         if self._waiting is not None:
             self.load_state_dict({"balancer": self._waiting})
             self._waiting = None
+        shared = self._given[0]
+        if isinstance(shared, str):  # now: after a forward pass FSDP's root module may hand out others
+            self._frozen = [p for p in pl_module.get_submodule(shared).parameters() if not p.requires_grad]
         self._had = getattr(pl_module, "balancer", self) is None
         pl_module.balancer = balancer  # type: ignore[assignment]
 
@@ -132,16 +137,15 @@ class GradientBalancing(Callback):
         """Keep DistributedDataParallel from reducing gradients.
 
         Raises:
-            RuntimeError: a shared parameter was thawed after fitting had started, and is not known to the balancer.
+            RuntimeError: a parameter of the submodule named was thawed after fitting had started, and is not known to
+                the balancer.
         """
         self._batch.close()
-        if batch_idx == 0 and self.balancer is not None:
-            known = {id(p) for p in self.balancer.buffer.parameters}
-            if any(id(p) not in known for p in shared_parameters(pl_module, self._given[0])):
-                raise RuntimeError(
-                    f"shared parameters of {self._given[0]!r} were thawed after fitting had started, and would not be "
-                    "balanced: thaw them before, or in another fit"
-                )
+        if batch_idx == 0 and any(p.requires_grad for p in self._frozen):
+            raise RuntimeError(
+                f"shared parameters of {self._given[0]!r} were thawed after fitting had started, and would not be "
+                "balanced: thaw them before, or in another fit"
+            )
         if trainer.strategy.model is not None:
             self._batch.enter_context(balancing(trainer.strategy.model))
 
@@ -186,6 +190,7 @@ class GradientBalancing(Callback):
 
     def _release(self, pl_module: LightningModule) -> None:
         self._batch.close()
+        self._frozen = []
         self._waiting = None
         self._fitting = False
         if self.balancer is not None and getattr(pl_module, "balancer", None) is self.balancer:

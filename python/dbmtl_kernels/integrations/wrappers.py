@@ -43,7 +43,11 @@ def make_balancer(
             several ranks without DistributedDataParallel, and no ``process_group``.
         ValueError, TypeError: as ``method``.
     """
-    parameters = shared_parameters(module, shared)
+    parameters: list[Tensor]
+    if isinstance(shared, str):
+        parameters = [p for p in module.get_submodule(shared).parameters() if p.requires_grad]
+    else:
+        parameters = list(shared(module))
     given = dict(options)
     if "weighting" in given:
         given["weighting"] = copy.deepcopy(given["weighting"])
@@ -57,13 +61,6 @@ def make_balancer(
                 "DistributedDataParallel and of FSDP2 (fully_shard) can"
             )
     return method(parameters, num_tasks, **given)
-
-
-def shared_parameters(module: nn.Module, shared: Shared) -> list[Tensor]:
-    """What `make_balancer` gives to the balancer."""
-    if isinstance(shared, str):
-        return [p for p in module.get_submodule(shared).parameters() if p.requires_grad]
-    return list(shared(module))
 
 
 def balancing(wrapped: nn.Module) -> AbstractContextManager[Any]:
