@@ -329,9 +329,19 @@ def test_finders_that_train_before_there_is_a_balancer_are_refused(tmp_path):
         batch_size = 12
         train_dataloader = staticmethod(loader)
 
+    class Plain(WithData):
+        """Its validation needs no balancer."""
+
+        val_dataloader = staticmethod(loader)
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val", sum(self.net(batch[0])))
+
     message = "Finder trains before GradientBalancing can make its balancer"
     with pytest.raises(RuntimeError, match=f"BatchSize{message}"):
         trainer_of(pl, tmp_path, 1, GradientBalancing("net.trunk", 2), BatchSizeFinder()).fit(WithData())
+    other = trainer_of(pl, tmp_path, 1, GradientBalancing("net.trunk", 2))
+    Tuner(other).scale_batch_size(Plain(), val_dataloaders=None, method="validate", steps_per_trial=1, max_trials=1)
     tuner = Tuner(trainer_of(pl, tmp_path, 1, GradientBalancing("net.trunk", 2)))
     with pytest.raises(RuntimeError, match=f"LearningRate{message}"):
         tuner.lr_find(Module(), loader())

@@ -73,7 +73,8 @@ class BalancedGradient:
         now = ~(sums < 0.999 * torch.finfo(buffer.narrow).max)
         before = torch.zeros_like(now) if steps.fresh else buffer.broken.clone()
         broken = before | now
-        used = [t for t, bad in enumerate(broken.tolist()) if steps.seen[t] and not bad]
+        bad = [task for task, is_bad in enumerate(broken.tolist()) if is_bad]
+        used = [task for task, is_seen in enumerate(steps.seen) if is_seen and task not in bad]
         weights = torch.zeros_like(buffer.weights)
         try:
             if used:
@@ -87,7 +88,7 @@ class BalancedGradient:
                 ours = _checked(ours, len(used), gramian, self._weighting).to(weights.dtype)
                 weights[index] = self._world.of_first(ours, "the weights")
         finally:  # also where the weighting raises: no NaN stays in a row
-            buffer.record(sums, weights, broken, now & ~before)
+            buffer.record(sums, weights, broken, now & ~before, bad)
 
     def _losses(self, tasks: list[int]) -> Tensor:
         missing = [t for t in tasks if t not in self._steps.losses]

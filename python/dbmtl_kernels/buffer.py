@@ -155,7 +155,7 @@ class TaskGradientBuffer:
             self.sumsq.masked_fill_(self.broken, 0.0)
         self._complete(flats)
 
-    def record(self, sums: Tensor, weights: Tensor, broken: Tensor, now: Tensor) -> None:
+    def record(self, sums: Tensor, weights: Tensor, broken: Tensor, now: Tensor, bad: Sequence[int]) -> None:
         """The books of a balance whose weights were computed elsewhere; rows of broken tasks are set to zero.
 
         Args:
@@ -163,15 +163,15 @@ class TaskGradientBuffer:
             weights: (K,) weights.
             broken: (K,) bool, tasks broken in this step.
             now: (K,) bool, those of them found just now.
+            bad: the broken ones' indices, so that nobody has to ask the device again.
         """
         self.norms.copy_(sums.sqrt())
         self.weights.copy_(weights)
         self.broken.copy_(broken)
         self.nonfinite_steps += now.to(self.device)
         self.sumsq.masked_fill_(self.broken, 0.0)
-        for row, bad in zip(self.rows, broken.tolist(), strict=True):
-            if bad:
-                row.zero_()
+        for task in bad:
+            self.rows[task].zero_()
 
     def combine(self, weights: Tensor, flats: Flats, accumulate: bool = False) -> None:
         """``sum_t weights[t] * rows[t]`` into one flat tensor per parameter dtype (see `new_flats`), in place."""

@@ -98,10 +98,10 @@ class SplitTaskGradientBuffer:
                 fresh=fresh, accumulate=accumulate, sums=total.to(part.device, copy=True),
             )  # fmt: skip
 
-    def record(self, sums: Tensor, weights: Tensor, broken: Tensor, now: Tensor) -> None:
+    def record(self, sums: Tensor, weights: Tensor, broken: Tensor, now: Tensor, bad: Sequence[int]) -> None:
         """See `TaskGradientBuffer.record`."""
         for part in self.parts:
-            part.record(sums, weights, broken, now)
+            part.record(sums, weights, broken, now, bad)
 
     def combine(self, weights: Tensor, flats: Flats, accumulate: bool = False) -> None:
         """See `TaskGradientBuffer.combine`."""

@@ -95,7 +95,9 @@ class GradientBalancing(Callback):
             RuntimeError: a LearningRateFinder or BatchSizeFinder, also one of a Tuner.
         """
         for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if any(cls.__name__ in ("LearningRateFinder", "BatchSizeFinder") for cls in type(other).__mro__):
+            if stage == "fit" and any(
+                cls.__name__ in ("LearningRateFinder", "BatchSizeFinder") for cls in type(other).__mro__
+            ):
                 raise RuntimeError(
                     f"{type(other).__name__} trains before GradientBalancing can make its balancer: run it on its own, "
                     "without this callback, on the sum of the losses"
@@ -160,7 +162,8 @@ class GradientBalancing(Callback):
         self._logged = step
         scalars = self.balancer.monitor().scalars(self._names, gramian=self._gramian)
         del scalars["step"]  # Lightning has its own
-        pl_module.log_dict({f"balancer/{name}": value.to(self.balancer.norms.dtype) for name, value in scalars.items()})
+        dtype = self.balancer.norms.dtype
+        pl_module.log_dict({f"balancer/{name}": value.to(dtype) for name, value in scalars.items()})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the module as it was."""
