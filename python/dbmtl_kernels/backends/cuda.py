@@ -88,9 +88,7 @@ def _where(device: torch.device, num_tasks: int) -> tuple[int, int, int]:
     return 0, found.data_ptr(), stream
 
 
-def balance_(
-    grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float
-) -> tuple[Tensor, Tensor]:
+def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float) -> tuple[Tensor, Tensor]:
     """See `functional.balance_`: one cooperative launch."""
     num_tasks, num_params = ema.shape
     device = ema.device

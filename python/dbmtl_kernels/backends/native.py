@@ -85,9 +85,7 @@ def advise_huge_pages(buffer: Tensor) -> None:
         loaded.dbmtl_advise_huge_pages(buffer.data_ptr(), num_bytes)
 
 
-def balance_(
-    grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float
-) -> tuple[Tensor, Tensor]:
+def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float) -> tuple[Tensor, Tensor]:
     """See `functional.balance_`."""
     num_tasks, num_params = ema.shape
     out = torch.empty(num_params, dtype=grads.dtype)
