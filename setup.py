@@ -171,7 +171,12 @@ class Wheel(bdist_wheel):
 
 def library(name: str, pattern: str, optional: bool) -> Extension:
     folder = Path("csrc", name)
-    headers = [*folder.glob("*.h"), *folder.glob("*.cuh"), *Path("csrc/common").glob("*.h"), Path("csrc/include/dbmtl.h")]
+    headers = [
+        *folder.glob("*.h"),
+        *folder.glob("*.cuh"),
+        *Path("csrc/common").glob("*.h"),
+        Path("csrc/include/dbmtl.h"),
+    ]
     return Extension(
         f"dbmtl_kernels.lib.libdbmtl_{name}",
         sources=[str(path) for path in sorted(folder.glob(pattern))],
