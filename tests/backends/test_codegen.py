@@ -1,4 +1,4 @@
-"""What the compiler makes of every Triton kernel, for three architectures, with no GPU: see codegen.py."""
+"""What the compiler makes of every Triton kernel, with no GPU: for sm_90, and in CI for sm_80 and sm_100 too."""
 
 import json
 import os
@@ -8,25 +8,24 @@ from pathlib import Path
 
 import pytest
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 90, 100) if os.environ.get("CI") else (90,)
 # Where an input's addresses or sizes rule out 128-bit accesses.
 SCALAR = ("dense, odd P", "accumulate, unaligned row")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compiled():
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "DBMTL_"))}
-    script = Path(__file__).parent / "codegen.py"
-    run = subprocess.run(
-        [sys.executable, str(script), *map(str, ARCHITECTURES)], env=environment, capture_output=True, text=True
-    )
+    script = Path(__file__).parents[1] / "support" / "codegen.py"
+    command = [sys.executable, str(script), *map(str, ARCHITECTURES)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
 
-@pytest.fixture(params=ARCHITECTURES)
-def reports(request, compiled):
-    return [report for report in compiled["reports"] if report["arch"] == request.param]
+@pytest.fixture
+def reports(compiled):
+    return compiled["reports"]
 
 
 def wide(access):
@@ -38,16 +37,15 @@ def count(report, kind, select):
 
 
 def test_every_kernel_is_compiled(compiled, reports):
-    assert sorted({report["kernel"] for report in reports}) == compiled["kernels"]
-    assert len(compiled["kernels"]) == 8
+    assert {(r["kernel"], r["arch"]) for r in reports} == {(k, a) for k in compiled["kernels"] for a in ARCHITECTURES}
+    assert len(compiled["kernels"]) == 6
 
 
 def test_registers_stay_within_the_bound_and_nothing_goes_to_local_memory(reports):
     for report in reports:
-        where = report["case"], report["kernel"]
+        where = report["case"], report["kernel"], report["arch"]
         assert report["registers"] <= report["limit"], where
-        assert report["local"] == 0, where
-        assert report["spills"] == 0, where
+        assert report["stack"] == 0, where  # where spilled registers would be
         assert not any(".local" in access for access in report["accesses"]), where
 
 
@@ -67,14 +65,13 @@ def test_the_main_path_moves_128_bits_at_a_time(reports):
         if kernel == "gramian_kernel":
             assert count(report, "cp.async", wide) > 0, case
             assert count(report, "ld.global", lambda access: True) == 0, case
-        else:
-            assert count(report, "evict_first", wide) > 0, case
-            assert count(report, "st.global", wide) > 0, case
-        if kernel in ("balance_kernel", "update_kernel", "combine_kernel", "combine_out_kernel", "balance_rows_kernel"):
+            continue
+        assert count(report, "evict_first", wide) > 0, case
+        assert count(report, "st.global", wide) > 0, case
+        if kernel != "accumulate_kernel":
             assert count(report, "evict_first", lambda access: not wide(access)) == 0, case
             # What else is loaded or stored one number at a time: sums, weights, counters, never a row.
-            narrow = count(report, "st.global", lambda access: not wide(access))
-            assert narrow <= 7, (case, report["accesses"])
+            assert count(report, "st.global", lambda access: not wide(access)) <= 7, (case, report["accesses"])
 
 
 def test_gathering_is_vectorised_for_each_dtype(reports):
@@ -85,30 +82,28 @@ def test_gathering_is_vectorised_for_each_dtype(reports):
         if report["kernel"] != "accumulate_kernel" or report["case"] in SCALAR or "mixed" in report["case"]:
             continue
         grad, state = report["case"].split()[1].strip(","), "bf16" if "bf16 state" in report["case"] else "fp32"
-        if grad == "fp64":
-            state = "fp64"
-        loads = elements * bits[grad] // 128
-        assert count(report, "evict_first", wide) == loads, report["accesses"]
-        stores = elements * bits[state] // 128
-        assert count(report, "st.global", wide) == 2 * stores, report["accesses"]  # gradients aligned, and not
+        state = "fp64" if grad == "fp64" else state
+        assert count(report, "evict_first", wide) == elements * bits[grad] // 128, report["accesses"]
+        stores = 2 * elements * bits[state] // 128  # gradients aligned, and not
+        assert count(report, "st.global", wide) == stores, report["accesses"]
 
 
 def test_what_cannot_be_aligned_is_not_taken_together(reports):
     """A vector access there would be a misaligned address."""
     for report in reports:
-        if report["case"] == "dense, odd P":
-            assert count(report, "evict_first", wide) == count(report, "st.global", wide) == 0
-        if report["case"] == "accumulate, unaligned row":
+        if report["case"] in SCALAR:
             assert count(report, "st.global", wide) == 0
+        if report["case"] == "dense, odd P":
+            assert count(report, "evict_first", wide) == 0
 
 
-def test_programs_meet_in_the_right_order(reports):
+def test_barriers_release_and_acquire_in_the_right_order(reports):
     """All threads of a program have stored before it counts itself in; others' stores are read past L1."""
     for report in reports:
-        events = report["meetings"]
+        kernel, events = report["kernel"], report["events"]
+        waits = report["cooperative"]
         arrivals = [i for i, event in enumerate(events) if event == "atom.global.gpu.acq_rel.add.u32"]
-        waits = report["kernel"] == "balance_kernel"
-        assert len(arrivals) == (report["kernel"] in ("balance_kernel", "accumulate_kernel", "balance_rows_kernel"))
+        assert len(arrivals) == (waits or kernel in ("accumulate_kernel", "balance_rows_kernel")), report["case"]
         for arrival in arrivals:
             before = [event for event in events[:arrival] if event in ("st.global", "bar.sync")]
             assert before[-1] == "bar.sync", report["case"]
@@ -121,20 +116,22 @@ def test_programs_meet_in_the_right_order(reports):
                 opened = len(after) - after[::-1].index("ld.global.gpu.acquire")
                 assert after[opened] == "bar.sync"
                 assert "ld.global.cg" not in events[: arrival + 1 + opened]
-            if report["kernel"] != "balance_rows_kernel":
+            if kernel != "balance_rows_kernel":
                 assert "ld.global.cg" in after
 
 
-def test_the_dense_op_alone_is_launched_cooperatively(reports):
-    for report in reports:
-        assert report["cooperative"] == (report["kernel"] == "balance_kernel")
+def test_the_one_launch_form_alone_is_cooperative(compiled, reports):
+    """And the driver is asked how much of it is resident: of its function, threads and bytes of shared memory."""
+    one = [report for report in reports if report["kernel"] == "balance_kernel" and "two" not in report["case"]]
+    assert [report for report in reports if report["cooperative"]] == one
+    assert len(compiled["asked"]) > 0
+    for name, function, threads, shared in compiled["asked"]:
+        assert (name, function) == ("cuOccupancyMaxActiveBlocksPerMultiprocessor", 77)
+        assert threads in (128, 256)
+        assert 0 <= shared <= 100 << 10
 
 
 def test_a_layout_compiles_a_handful_of_kernels(compiled):
-    """Twelve steps in which every number changes, gradients of two dtypes, parameters of five sizes."""
-    made, in_memory = compiled["specialisations"]
-    assert in_memory == {**dict.fromkeys(made, 0), "accumulate_kernel": 2}  # whose numbers lie in memory
-    assert made["accumulate_kernel"] == 2
-    assert made["balance_rows_kernel"] == 1
-    assert made["balance_kernel"] <= 1
-    assert sum(made.values()) <= 4
+    """12 steps in which every number changes, gradients of two dtypes, parameters of five sizes."""
+    made = {name: n for name, n in compiled["specialisations"].items() if n}
+    assert made == {"balance_kernel": 1, "accumulate_kernel": 2, "balance_rows_kernel": 1}
