@@ -1,6 +1,8 @@
 """The Triton backend: launches, bytes, bits, workspaces, refusals. No GPU is needed."""
 
+import pkgutil
 from importlib import import_module
+from types import SimpleNamespace
 
 import dbmtl_kernels as dbk
 import numpy as np
@@ -70,11 +72,11 @@ def nbytes(accesses, *tensors):
     return [*counts, sum(size * len(at) for at, size in accesses) - sum(counts)]
 
 
-def row_of(sizes, dtype, step=32, off=0, codes=(F32,)):
+def row_of(sizes, dtype, step=32, off=0, dtypes=(F32,)):
     """A row, segments on multiples of ``step`` elements, and a gradient of each, cut off by ``off`` elements."""
     starts = np.cumsum([0, *(-(-size // step) * step for size in sizes)])
     segments = torch.tensor([[int(start), size] for start, size in zip(starts, sizes, strict=False)])
-    grads = [torch.randn(size + off).to(codes[i % len(codes)])[off:] for i, size in enumerate(sizes)]
+    grads = [torch.randn(size + off).to(dtypes[i % len(dtypes)])[off:] for i, size in enumerate(sizes)]
     return torch.randn(int(starts[-1])).to(dtype), segments, grads
 
 
@@ -94,17 +96,12 @@ def same_bits(ours, theirs):
 
 
 def test_the_dense_op_is_one_launch_or_two(launched, monkeypatch):
-    grads = torch.randn(3, 5000)
-    results = []
     for form in (1, 2):
         monkeypatch.setenv(LAUNCHES, str(form))
-        ema = torch.ones(3, 5000)
-        results.append((*dbk.balance_(grads, ema, backend="triton"), ema))
+        dbk.balance_(torch.randn(3, 5000), torch.ones(3, 5000), backend="triton")
         assert [name for name, _ in launched] == ["balance_kernel"] * form
         assert all(grid > 1 for _, grid in launched) == (form == 2)
         launched.clear()
-    for one, two in zip(*results, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
 
 
 def test_an_engine_step_is_one_launch_a_task_and_one_more(launched):
@@ -136,10 +133,9 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_pytorch_launches_nothing_beside(launched, scaled):
-    row, segments, grads = row_of((300, 77), F32, codes=(F32, BF16))
-    sumsq, loss_scale = torch.zeros(1, dtype=F64), torch.tensor(8.0) if scaled else None
+def test_pytorch_launches_nothing_beside(launched):
+    row, segments, grads = row_of((300, 77), F32, dtypes=(F32, BF16))
+    sumsq, loss_scale = torch.zeros(1, dtype=F64), torch.tensor(8.0)
     step = balance_rows(torch.randn(2, 64), [torch.empty(64)], [0], loss_scale=loss_scale)
     with Operations() as operations:
         ops.accumulate_(row, sumsq, grads, segments, (0.9, 0.1), loss_scale, "triton")
@@ -155,14 +151,16 @@ def test_the_cooperative_grid_is_what_the_driver_can_hold(launches, monkeypatch)
     launches._dense_plan.cache_clear()
     monkeypatch.setattr(launches, "_launch", lambda kernel, grid, *args, **options: grids.append(grid))
     monkeypatch.setattr(launches.driver, "multiprocessors", lambda device: 10)
-    for resident, size in ((1, 1 << 22), (2, 1 << 22), (9, 1 << 22), (9, 5000)):
+
+    def run(resident, size):
         monkeypatch.setattr(launches, "_resident", {})
-        monkeypatch.setattr(launches.driver, "resident_programs", lambda *args, resident=resident: resident)
+        monkeypatch.setattr(launches.driver, "resident_programs", lambda *args: resident)
         launches.balance_(torch.zeros(2, size), torch.zeros(2, size), 0.9, 1e-8, "max", 0.0)
-    monkeypatch.setattr(launches, "_resident", {})
-    monkeypatch.setattr(launches.driver, "resident_programs", lambda *args: 0)
+
+    for resident, size in ((1, 1 << 22), (2, 1 << 22), (9, 1 << 22), (9, 5000)):
+        run(resident, size)
     with pytest.raises(RuntimeError, match="balance_kernel does not fit on cpu with 4 warps"):
-        launches.balance_(torch.zeros(2, 64), torch.zeros(2, 64), 0.9, 1e-8, "max", 0.0)
+        run(0, 64)
     launches._dense_plan.cache_clear()
     assert grids == [10, 20, 20, 5]
 
@@ -402,62 +400,51 @@ def test_an_interpreter_that_does_not_run_is_a_reason(launches, monkeypatch):
     assert "division by zero" in backend.missing(CPU)
 
 
-class Driver:
-    """Stands for libcuda: devices 40 and up, whose answer is given."""
-
-    def __init__(self, answer, status=0):
-        self.answer, self.status, self.asked = answer, status, []
-
-    def cuDeviceGet(self, handle, index):  # noqa: N802
-        handle._obj.value = 40 + index.value
-        return self.status
-
-    def cuDeviceGetAttribute(self, value, attribute, handle):  # noqa: N802
-        self.asked.append((attribute.value, handle.value))
-        value._obj.value = self.answer
-        return self.status
-
-
 def test_how_many_launches(launches, monkeypatch):
     """`resident_programs` is in test_codegen.py, where there is something to load."""
-    device, able = launches.driver, Driver(1)
-    monkeypatch.setattr(device, "_driver", lambda: able)
-    device._launches.cache_clear()
-    try:
-        assert device.launches(torch.device("cuda", 2)) == (1, "cooperative launch")
-        assert able.asked == [(95, 42)]
-        monkeypatch.setattr(device, "_driver", lambda: Driver(0))
-        assert device.launches(CUDA)[0] == 2
-        assert "cannot launch cooperatively" in device.launches(CUDA)[1]
-        monkeypatch.setenv(LAUNCHES, "1")
-        with pytest.raises(RuntimeError, match=r"DBMTL_TRITON_LAUNCHES=1.*cuda:0 cannot launch cooperatively"):
-            device.launches(CUDA)
-        monkeypatch.setenv(LAUNCHES, "2")
-        assert device.launches(CUDA)[0] == 2
-        monkeypatch.setenv(LAUNCHES, "three")
-        with pytest.raises(ValueError, match="must be 1 or 2, got 'three'"):
-            device.launches(CUDA)
-        monkeypatch.setattr(device, "_driver", lambda: Driver(1, status=100))
-        with pytest.raises(RuntimeError, match="cuDeviceGet failed with CUDA error 100"):
-            device.has_cooperative_launch(CUDA)
-    finally:
+    device = launches.driver
+
+    def answer(cooperative, status=0):
+        def ask(out, *args):  # cuDeviceGet(handle, index), cuDeviceGetAttribute(value, attribute, handle)
+            asked.append([arg.value for arg in args])
+            out._obj.value = 40 + args[0].value if len(args) == 1 else cooperative
+            return status
+
+        asked = []
+        library = SimpleNamespace(cuDeviceGet=ask, cuDeviceGetAttribute=ask)
+        monkeypatch.setattr(device, "_driver", lambda: library)
         device._launches.cache_clear()
+        return asked
+
+    asked = answer(1)
+    assert device.launches(torch.device("cuda", 2)) == (1, "cooperative launch")
+    assert asked == [[2], [95, 42]]
+    answer(0)
+    assert device.launches(CUDA) == (2, "the device cannot launch cooperatively")
+    for form, error, match in (
+        ("1", RuntimeError, "DBMTL_TRITON_LAUNCHES=1.*cuda:0 cannot launch cooperatively"),
+        ("three", ValueError, "must be 1 or 2, got 'three'"),
+    ):
+        monkeypatch.setenv(LAUNCHES, form)
+        with pytest.raises(error, match=match):
+            device.launches(CUDA)
+    monkeypatch.setenv(LAUNCHES, "2")
+    assert device.launches(CUDA) == (2, "DBMTL_TRITON_LAUNCHES=2")
+    answer(1, status=100)
+    with pytest.raises(RuntimeError, match="cuDeviceGet failed with CUDA error 100"):
+        device.has_cooperative_launch(CUDA)
+    device._launches.cache_clear()
 
 
 @pytest.mark.parametrize(
     "name",
-    [  # used by device.py
-        "triton.runtime.jit.JITFunction.warmup",
+    [
+        "triton.runtime.jit.JITFunction.warmup",  # device.py
         "triton.compiler.CompiledKernel.run",
-        # by these tests
-        "triton.runtime.interpreter.InterpreterBuilder.create_masked_load",
+        "triton.runtime:driver.set_active",  # tests/support/codegen.py
+        "triton.runtime.interpreter.InterpreterBuilder.create_masked_load",  # Traffic
         "triton.runtime.interpreter.InterpreterBuilder.create_masked_store",
-        "triton.runtime.driver.set_active",
     ],
 )
 def test_triton_has_what_it_does_not_document(name):
-    module, *path = name.split(".")
-    found = import_module(module)
-    for part in path:
-        found = getattr(found, part)
-    assert found is not None
+    assert pkgutil.resolve_name(name) is not None

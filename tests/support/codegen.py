@@ -26,29 +26,21 @@ KERNELS = {
     for kernel in (launches.balance_kernel, *vars(launches.row_kernels).values())
     if isinstance(kernel, triton.runtime.JITFunction) and kernel.__name__.endswith("_kernel")
 }
-FUNCTION = 77
 
 
-class Machine:
-    """Stands for the driver of a machine with a GPU of an architecture."""
-
-    def __init__(self, arch):
-        self.arch = arch
-        self.launcher_cls = lambda source, metadata: "launcher"
-        self.utils = SimpleNamespace(
+def machine(arch):
+    """Stands for the driver of a machine with a GPU of an architecture; every kernel that it loads is function 77."""
+    return SimpleNamespace(
+        get_current_device=lambda: arch,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        launcher_cls=lambda source, metadata: "launcher",
+        utils=SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 227 << 10},
-            load_binary=lambda *args: ("module", FUNCTION, 128, 0, 1024),
+            load_binary=lambda *args: ("module", 77, 128, 0, 1024),
             unload_module=lambda module: None,
-        )
-
-    def get_current_device(self):
-        return self.arch
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.arch, 32)
+        ),
+    )
 
 
 def balance(num_tasks, size, grad, state, scale="max", form=1):
@@ -69,9 +61,9 @@ def accumulate(dtypes, state, sizes=(8192, 77), loss_scale=None, step=32, task=0
     launches.accumulate_(row, sumsq, grads, segments, coefficients, loss_scale)
 
 
-def combine(num_tasks, size, state, out):
-    rows = torch.zeros(num_tasks, size, dtype=state)
-    launches.combine_out(rows, torch.ones(num_tasks), torch.zeros(size, dtype=out), False)
+def combine(num_tasks, size, dtype):
+    rows = torch.zeros(num_tasks, size, dtype=dtype)
+    launches.combine_out(rows, torch.ones(num_tasks), torch.zeros(size, dtype=dtype), False)
 
 
 def balance_rows(num_tasks, outs, state=F32, active=None, loss_scale=None):
@@ -83,41 +75,33 @@ def balance_rows(num_tasks, outs, state=F32, active=None, loss_scale=None):
     )
 
 
-def gramian(num_tasks, size, dtype):
-    launches.gramian(torch.zeros(num_tasks, size, dtype=dtype))
-
-
 CASES = {
     "dense": partial(balance, 3, 1 << 21, F32, F32),
     "dense small": partial(balance, 3, 1 << 16, F32, F32),
-    "dense K=1": partial(balance, 1, 1 << 16, F32, F32),
     "dense K=64 median": partial(balance, 64, 1 << 21, F32, F32, "median"),
-    "dense bf16": partial(balance, 3, 1 << 21, BF16, F32),
     "dense bf16, bf16 state": partial(balance, 11, 1 << 21, BF16, BF16),
     "dense fp16, bf16 state": partial(balance, 3, 1 << 21, F16, BF16),
     "dense fp64": partial(balance, 3, 1 << 21, F64, F64),
     "dense, two launches": partial(balance, 3, 1 << 21, F32, F32, form=2),
     "dense, odd P": partial(balance, 3, (1 << 21) + 1, F32, F32),
     "accumulate fp32": partial(accumulate, [F32], F32),
-    "accumulate bf16": partial(accumulate, [BF16], F32),
     "accumulate fp16, scaled": partial(accumulate, [F16], F32, loss_scale=torch.ones(())),
     "accumulate mixed": partial(accumulate, [F32, BF16, F16], F32),
     "accumulate fp32, bf16 state": partial(accumulate, [F32], BF16),
     "accumulate bf16, bf16 state": partial(accumulate, [BF16], BF16),
     "accumulate fp64": partial(accumulate, [F64], F64),
     "accumulate, unaligned row": partial(accumulate, [F32], F32, step=7),
-    "combine fp32": partial(combine, 3, 1 << 16, F32, F32),
-    "combine K=64": partial(combine, 64, 1 << 16, F32, F32),
-    "combine bf16": partial(combine, 11, 1 << 16, BF16, BF16),
+    "combine fp32": partial(combine, 3, 1 << 16, F32),
+    "combine bf16": partial(combine, 11, 1 << 16, BF16),
     "rows fp32": partial(balance_rows, 3, [F32]),
     "rows mixed, scaled, partial": partial(
         balance_rows, 11, [F32, BF16, F16], active=torch.ones(11, dtype=torch.bool), loss_scale=torch.ones(())
     ),
     "rows K=64": partial(balance_rows, 64, [F32]),
     "rows bf16": partial(balance_rows, 3, [BF16], BF16),
-    "gramian fp32": partial(gramian, 3, 1 << 16, F32),
-    "gramian K=64": partial(gramian, 64, 1 << 16, F32),
-    "gramian K=64 bf16": partial(gramian, 64, 1 << 16, BF16),
+    "gramian fp32": lambda: launches.gramian(torch.zeros(3, 1 << 16, dtype=F32)),
+    "gramian K=64": lambda: launches.gramian(torch.zeros(64, 1 << 16, dtype=F32)),
+    "gramian K=64 bf16": lambda: launches.gramian(torch.zeros(64, 1 << 16, dtype=BF16)),
 }
 
 
@@ -151,7 +135,7 @@ def report(case, arch, kernel, compiled, limit):
 def compile_cases(arch):
     """A report of each kernel that the cases launch."""
     reports = []
-    triton.runtime.driver.set_active(Machine(arch))
+    triton.runtime.driver.set_active(machine(arch))
     launches.driver.capability = lambda device: divmod(arch, 10)
     launches._dense_plan.cache_clear()
     for case, run in CASES.items():
@@ -176,9 +160,7 @@ def specialisations():
         for dtypes in ([F32], [BF16]):  # and gradients that come in two dtypes
             for size in (1000, 1008, 16, 1, 4096):  # of one parameter
                 for coefficients in ((0.9 / (step + 1), 0.1), store[step : step + 2]):
-                    accumulate(
-                        dtypes, BF16, (size, 512), loss_scale=scale, task=step % 4, coefficients=coefficients
-                    )  # fmt: skip
+                    accumulate(dtypes, BF16, (size, 512), scale, task=step % 4, coefficients=coefficients)
         balance_rows(3, [F32], BF16, loss_scale=scale)
         balance(3, 4096 + 16 * step, F32, F32)
     return {name: len(found) for name, found in made.items()}

@@ -146,9 +146,7 @@ def _cooperative_programs(device: torch.device, plan: _DensePlan, args: tuple[An
     return _programs(device, min(plan.tuning.programs, found), plan.tiles)
 
 
-def balance_(
-    grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float
-) -> tuple[Tensor, Tensor]:
+def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float) -> tuple[Tensor, Tensor]:
     """One cooperative launch, or two (`device.launches`)."""
     num_tasks, num_params = ema.shape
     device = ema.device
