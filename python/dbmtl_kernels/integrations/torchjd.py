@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import checks, ops
+from .. import ops, reference
 from ..functional import balance_
-from ..rounding import update_seed
-from ..validation import STATE_DTYPES, check_dtype
-from ..weighting import max_norm_weights
+from ..ops import arguments
 
 NEEDED = "0.18"
 
@@ -56,42 +54,37 @@ class _MovingAverage(Weighting[Matrix], Stateful):
         scale: str | float,
         state_dtype: torch.dtype,
         backend: str,
-        seed: int | None,
     ) -> None:
         super().__init__()
-        self.beta = checks.check_beta(beta)
-        self.beta_sigma = checks.check_beta_sigma(beta_sigma)
-        self.eps = checks.check_eps(eps)
-        self.scale = checks.check_scale(scale)
-        check_dtype("state_dtype", state_dtype, STATE_DTYPES)
+        self.beta = arguments.check_beta(beta)
+        self.beta_sigma = arguments.check_beta_sigma(beta_sigma)
+        self.eps = arguments.check_eps(eps)
+        self.scale = arguments.check_scale(scale)
+        arguments.check_dtype("state_dtype", state_dtype, arguments.STATE_DTYPES)
         self.state_dtype = state_dtype
         self.backend = backend
-        self.seed = checks.check_seed(seed)
         self.step = 0
         self.ema = None  # not a buffer: a cast of the module around it must leave its dtype
-        self._last: tuple[Tensor, int, Tensor] | None = None  # weights, their version, the vector they give
+        self._last: tuple[Tensor, Tensor] | None = None  # weights, and the vector they give
 
     def forward(self, matrix: Tensor, /) -> Tensor:
         """(m, n) to (m,) weights, float32 (float64 with a float64 EMA)."""
         ema = self._ema_for(matrix)
         grads = matrix.detach().to(torch.float64) if ema.dtype == torch.float64 else matrix.detach()
         step = self.step + 1
-        stochastic = self.seed is not None and ema.dtype == torch.bfloat16
-        vector, norms = balance_(
-            grads, ema, self.beta / step**self.beta_sigma, self.eps, self.scale, self.backend,
-            seed=update_seed(self.seed, step) if stochastic and self.seed is not None else None,
-        )  # fmt: skip
+        beta = self.beta / step**self.beta_sigma
+        vector, norms = balance_(grads, ema, beta, self.eps, self.scale, self.backend)
         self.ema, self.step = ema, step
-        weights = max_norm_weights(norms, self.eps, self.scale)
-        self._last = weights, _version(weights), vector.to(matrix.dtype)
+        weights = reference.weights(norms, self.eps, self.scale)
+        self._last = weights, vector.to(matrix.dtype)
         return weights
 
     def combine(self, weights: Tensor) -> Tensor:
-        """(n,) the rows of the EMA, weighted; what was computed already unless a hook changed the weights."""
+        """(n,) the rows of the EMA, weighted; what was computed already unless a hook returned other weights."""
         assert self._last is not None
         assert self.ema is not None
-        (ours, version, vector), self._last = self._last, None
-        if weights is ours and _version(weights) == version:
+        (ours, vector), self._last = self._last, None
+        if weights is ours:
             return vector
         return ops.combine(self.ema, weights.detach(), vector.dtype, self.backend)
 
@@ -142,7 +135,8 @@ class DBMTLAggregator(WeightedAggregator, Stateful):
         ema    = beta_k * ema + (1 - beta_k) * J         beta_k = beta / k ** beta_sigma; zeros at the start
         vector = weights @ ema                           weights = alpha / (norms of the rows of ema + eps)
 
-    The weights are those of the EMA's rows, not of the matrix's. One call of `balance_` a step; not differentiable. A
+    The weights are those of the EMA's rows, not of the matrix's. A forward hook on ``aggregator.weighting`` may return
+    other weights; one that edits them in place is not seen. One call of `balance_` a step; not differentiable. A
     row that is not finite gets weight 0 and starts afresh. TorchJD holds J twice and the EMA is a third K x P matrix:
     `DBMTL` holds one in all.
 
@@ -158,7 +152,6 @@ class DBMTLAggregator(WeightedAggregator, Stateful):
         scale: alpha: "max" (the method), "mean", "median", "min" of the norms, or a number.
         state_dtype: dtype of the EMA: float32, bfloat16 or float64. That of float64 matrices is float64.
         backend: "auto", or a backend by name.
-        seed: of the stochastic rounding of a bfloat16 EMA (`rounding`); None rounds it to nearest.
 
     Raises:
         ValueError, TypeError: an argument; called with a matrix of another shape or dtype than before.
@@ -176,9 +169,8 @@ class DBMTLAggregator(WeightedAggregator, Stateful):
         scale: str | float = "max",
         state_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
-        seed: int | None = 0,
     ) -> None:
-        super().__init__(_MovingAverage(beta, beta_sigma, eps, scale, state_dtype, backend, seed))
+        super().__init__(_MovingAverage(beta, beta_sigma, eps, scale, state_dtype, backend))
 
     def forward(self, matrix: Matrix, /) -> Tensor:
         """(m, n) to the balanced (n,) vector, in the dtype of the matrix."""
@@ -192,7 +184,7 @@ class DBMTLAggregator(WeightedAggregator, Stateful):
         w = self.weighting
         return (
             f"DBMTLAggregator(beta={w.beta}, beta_sigma={w.beta_sigma}, eps={w.eps}, scale={w.scale!r}, "
-            f"state_dtype={w.state_dtype}, backend={w.backend!r}, seed={w.seed})"
+            f"state_dtype={w.state_dtype}, backend={w.backend!r})"
         )
 
 
@@ -249,8 +241,8 @@ class _NashMTL(OnMatrix):
             return super().forward(gramian)
         return NashMTL(tasks, **self._options).weighting(_square_root(gramian))
 
-    def keep(self, tasks: Sequence[int | None]) -> None:
-        """A game of other players begins anew; see `weightings.KeepsTasks`."""
+    def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
+        """A game of other players begins anew; see `weightings.Weighting`."""
         self.weighting = NashMTL(len(tasks), **self._options).weighting
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -281,7 +273,7 @@ def nash_mtl(num_tasks: int, **options: Any) -> OnMatrix:
 
     Source: Navon et al., arXiv 2202.01017, Algorithm 1, as TorchJD has it.
     """
-    return _NashMTL(checks.check_num_tasks(num_tasks), options)
+    return _NashMTL(arguments.check_num_tasks(num_tasks), options)
 
 
 class _GradVac(Weighting[PSDMatrix], Stateful):
@@ -300,12 +292,12 @@ class _GradVac(Weighting[PSDMatrix], Stateful):
         """K."""
         return self.targets.shape[0]
 
-    def see(self, tasks: Sequence[int]) -> None:
-        """See `weightings.SeesTasks`."""
+    def begin(self, tasks: Sequence[int], losses: Mapping[int, Tensor], again: bool) -> None:
+        """See `weightings.Weighting`."""
         self._tasks = list(tasks)
 
-    def keep(self, tasks: Sequence[int | None]) -> None:
-        """See `weightings.KeepsTasks`. The targets of a new task are zero, as all are at first."""
+    def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
+        """See `weightings.Weighting`. The targets of a new task are zero, as all are at first."""
         old, self.targets = self.targets, self.targets.new_zeros(len(tasks), len(tasks))
         stayed = [(new, before) for new, before in enumerate(tasks) if before is not None]
         for i, a in stayed:
@@ -346,7 +338,7 @@ def grad_vac(num_tasks: int, beta: float = 0.5, eps: float = 1e-8) -> Weighting[
 
     Source: Wang et al., arXiv 2010.05874, Algorithm 1, as TorchJD has it.
     """
-    return _GradVac(checks.check_num_tasks(num_tasks), beta, eps)
+    return _GradVac(arguments.check_num_tasks(num_tasks), beta, eps)
 
 
 def _square_root(gramian: Tensor) -> Tensor:
@@ -362,8 +354,3 @@ def _square_root(gramian: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(wide / divisors.outer(divisors))
     root: Tensor = norms[:, None] * ((vectors * values.clamp(min=0.0).sqrt()) @ vectors.T)
     return root.to(gramian.device, gramian.dtype)
-
-
-def _version(tensor: Tensor) -> int:
-    """Counts in-place changes, where PyTorch does."""
-    return -1 if tensor.is_inference() else int(tensor._version)

@@ -1,0 +1,171 @@
+"""Steps: which step is open, which tasks have a gradient in it, and how the next gradient of a task counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import Coefficients
+
+
+class Steps:
+    """The bookkeeping of a balancer. A step is one update of the EMA, of one backward pass a task or of several.
+
+    Args:
+        num_tasks: K.
+        beta: forgetting rate.
+        beta_sigma: decay exponent; in step k, beta_k = beta / k ** beta_sigma.
+        device: None keeps count on the host. A device keeps it there, and with it the coefficients, so that a step
+            captured in a CUDA graph counts on when it is replayed.
+
+    Attributes:
+        open: a step has begun and not ended.
+        fresh: nothing was balanced yet in this step.
+        seen: for each task, whether it has a gradient in this step.
+        pending: the tasks entered with `GradientBalancer.task` since the last balance.
+        inside: the task whose context is open.
+        loss_scale: the factor that this step's gradients carry.
+        losses: the last loss of each task in this step, where it is known.
+        changes: how often any row was changed, as far as this host knows: a replayed CUDA graph does not count.
+        capturable: whether the count is kept on a device.
+    """
+
+    def __init__(self, num_tasks: int, beta: float, beta_sigma: float, device: torch.device | None) -> None:
+        self._beta, self._sigma = beta, beta_sigma
+        self.capturable = device is not None
+        self._count: int | Tensor = 0 if device is None else torch.zeros((), dtype=torch.int64, device=device)
+        self._beta_k: float | Tensor = beta  # of the step now open
+        self.open = False
+        self.fresh = True
+        self.seen = [False] * num_tasks
+        self.pending: set[int] = set()
+        self.inside: int | None = None
+        self.loss_scale: Tensor | None = None
+        self.losses: dict[int, Tensor] = {}
+        self.changes = 0
+
+    @property
+    def count(self) -> int:
+        """Number of steps begun; a sync if it is kept on a device."""
+        return int(self._count)
+
+    def count_on(self, device: torch.device) -> Tensor:
+        """`count` as one number on the device, without a sync."""
+        return self._count if isinstance(self._count, Tensor) else torch.full((), self._count, device=device)
+
+    def begin(self, factor: Tensor | None) -> bool:
+        """Gradients that carry ``factor`` are about to come: begin a step, unless one is open.
+
+        Returns:
+            whether one was begun.
+        """
+        self.changes += 1
+        if self.open:
+            if self.loss_scale is not None and is_zero(self.loss_scale):
+                self.loss_scale = factor  # nothing counted so far
+            return False
+        self.open = self.fresh = True
+        self.seen = [False] * len(self.seen)
+        self.losses = {}
+        self.loss_scale = factor
+        self._count += 1
+        self._set_beta_k()
+        return True
+
+    def undo_begin(self) -> None:
+        """The step that was just begun got no gradient: it does not count."""
+        self._count -= 1
+        self.end()
+
+    def coefficients(self, task: int) -> Coefficients:
+        """How a gradient of ``task`` counts in the open step: decay and gain."""
+        beta = self._beta_k
+        if isinstance(beta, Tensor):
+            return torch.stack([torch.ones_like(beta) if self.seen[task] else beta, 1.0 - beta])
+        return 1.0 if self.seen[task] else beta, 1.0 - beta
+
+    def balanced(self) -> None:
+        """The balanced gradient has been written."""
+        self.changes += 1
+        self.pending.clear()
+
+    def end(self) -> None:
+        """The step is over, whether anything came of it or not."""
+        self.open = False
+        self.pending.clear()
+
+    def set_beta(self, beta: float, beta_sigma: float) -> None:
+        """Change them from the next step on."""
+        self._beta, self._sigma = beta, beta_sigma
+
+    def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
+        """Let the tasks be these, None being a new one."""
+        self.changes += 1
+        self.seen = [task is not None and self.seen[task] for task in tasks]
+
+    def _set_beta_k(self) -> None:
+        count = self._count.to(torch.float64) if isinstance(self._count, Tensor) else self._count
+        self._beta_k = self._beta / count**self._sigma
+
+    def refuse_inside(self, what: str) -> None:
+        """Raise RuntimeError if the context of a task is open."""
+        if self.inside is not None:
+            raise RuntimeError(f"{what} inside the context of task({self.inside}); leave it first")
+
+    def refuse_entered(self, task: int) -> None:
+        """Raise RuntimeError if the task waits for a balance already."""
+        if task in self.pending:
+            raise RuntimeError(f"task {task} was entered already in this step; call balance() (or optimizer.step())")
+
+    def refuse_pending(self) -> None:
+        """Raise RuntimeError if any task waits for a balance."""
+        if self.pending:
+            raise RuntimeError(f"backward() while task(s) {sorted(self.pending)} wait for balance(); call it first")
+
+    def refuse_scaled(self) -> None:
+        """Raise RuntimeError if the optimizer would see the loss scale."""
+        if self.loss_scale is not None:
+            raise RuntimeError(
+                "optimizer.step() would see gradients that carry the loss scale: with a GradScaler, call "
+                "balancer.balance() before scaler.unscale_() and scaler.step()"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: numbers, and of the losses a (K,) float64 tensor."""
+        known = self.losses if self.open else {}
+        losses = torch.zeros(len(self.seen), dtype=torch.float64)
+        for task, loss in known.items():
+            losses[task] = loss
+        return {
+            "step": self.count,
+            "open": self.open,
+            "fresh": self.fresh,
+            "seen": [int(x) for x in self.seen],
+            "pending": sorted(self.pending),
+            "known": sorted(known),
+            "losses": losses,
+            "loss_scale": None if self.loss_scale is None else float(self.loss_scale),
+        }
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take over what `state` gave."""
+        self.changes += 1
+        count = int(state["step"])
+        self._count = self._count.fill_(count) if isinstance(self._count, Tensor) else count
+        self.open, self.fresh = bool(state["open"]), bool(state["fresh"])
+        if self.open:
+            self._set_beta_k()
+        self.seen = [bool(x) for x in state["seen"]]
+        self.pending = {int(x) for x in state["pending"]}
+        scale = state["loss_scale"]
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.losses = {int(t): state["losses"][int(t)].to(device, wide) for t in state["known"]}
+        self.loss_scale = None if scale is None else torch.full((), float(scale), dtype=wide, device=device)
+
+
+def is_zero(factor: Tensor) -> bool:
+    """Whether the factor is 0 (off a CPU it would take a sync to know)."""
+    return factor.device.type == "cpu" and float(factor) == 0.0

@@ -1,0 +1,188 @@
+"""ParameterLayout: a list of parameters laid out as segments of one padded flat row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.arguments import STATE_DTYPES
+from . import dtensors
+
+SEGMENT_BYTES = 128
+
+
+class Group(NamedTuple):
+    """Parameters of one dtype: columns [start, stop) of the row, a multiple of ``unit``.
+
+    The first ``columns`` of them are there however many shards the row has; the rest makes the shards equal.
+    """
+
+    dtype: torch.dtype
+    start: int
+    stop: int
+    columns: int
+    unit: int
+
+
+def check_parameters(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters as a list; raises as `ParameterLayout` does, but for their devices."""
+    parameters = list(parameters)
+    if not parameters:
+        raise ValueError("shared_parameters is empty (a generator that was already used up?)")
+    seen: dict[int, int] = {}
+    for index, p in enumerate(parameters):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"shared_parameters[{index}] must be a tensor, got {type(p).__name__}")
+        if id(p) in seen:
+            raise ValueError(f"shared_parameters[{index}] repeats shared_parameters[{seen[id(p)]}]")
+        seen[id(p)] = index
+        if not p.is_floating_point():
+            raise TypeError(f"shared_parameters[{index}] must be floating point, got {p.dtype}")
+        if not p.is_leaf:
+            raise ValueError(
+                f"shared_parameters[{index}] of shape {tuple(p.shape)} is not a leaf: gradients do not collect in it"
+            )
+        if not p.requires_grad:
+            raise ValueError(
+                f"shared_parameters[{index}] of shape {tuple(p.shape)} does not require grad; pass "
+                "[p for p in ... if p.requires_grad]"
+            )
+    return parameters
+
+
+class ParameterLayout:
+    """Where each parameter's gradient lies in a row of the task-gradient buffer.
+
+    Each parameter gets a segment that begins on a 128-byte boundary, in the state as in the balanced gradient.
+    Parameters are grouped by dtype, so that one flat tensor per dtype holds a row's worth of gradients; within a
+    group they keep the order in which they were given. Elements lie in the parameter's own memory order where it
+    is dense (so channels-last weights need no copy), else in logical order.
+
+    Of a DTensor only the local shard is laid out.
+
+    Args:
+        parameters: leaf tensors on one device, each once, floating point, requiring grad.
+        state_dtype: dtype of the rows.
+        shards: into how many equal parts every group of columns can be cut, at multiples of 128 bytes.
+
+    Attributes:
+        parameters: the tensors, as given.
+        segments: (n, 2) int64 on the CPU: offset and numel of each parameter, in the order given.
+        groups: one `Group` per parameter dtype.
+        row_numel: elements of a row, padding included.
+        numel: elements of all parameters.
+        permuted: whether any lies in another memory order than the logical one.
+        distributed: whether any is a DTensor.
+
+    Raises:
+        ValueError: empty, repeated, not a leaf, not requiring grad, several devices.
+        TypeError: not a tensor, not floating point, or a state dtype other than float32, bfloat16, float64.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], state_dtype: torch.dtype = torch.float32, shards: int = 1) -> None:
+        self.parameters = check_parameters(parameters)
+        for index, p in enumerate(self.parameters):
+            if p.device != self.parameters[0].device:
+                raise ValueError(
+                    f"the parameters of a layout must be on one device: [0] is on {self.parameters[0].device}, "
+                    f"[{index}] on {p.device}"
+                )
+        if state_dtype not in STATE_DTYPES:
+            raise TypeError(f"state_dtype must be float32, bfloat16 or float64, got {state_dtype}")
+        self.state_dtype = state_dtype
+        self.device = self.parameters[0].device
+        local = [dtensors.local(p) for p in self.parameters]
+        self.numel = sum(p.numel() for p in local)
+        self.permuted = any(not p.is_contiguous() for p in local)
+        self.distributed = any(dtensors.is_dtensor(p) for p in self.parameters)
+        self._known = [(p.shape, p.stride(), p.dtype) for p in local]
+        self.dense = [p.is_contiguous() or _is_permuted(p) for p in local]
+
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for index, p in enumerate(local):
+            by_dtype.setdefault(p.dtype, []).append(index)
+        offsets = [0] * len(self.parameters)
+        self.groups: list[Group] = []
+        end = 0
+        for dtype, members in by_dtype.items():
+            pad = SEGMENT_BYTES // min(state_dtype.itemsize, dtype.itemsize)
+            start = end = _round_up(end, pad)
+            for index in members:
+                offsets[index] = end
+                end = _round_up(end + local[index].numel(), pad)
+            columns = end - start
+            end = start + _round_up(columns, pad * shards)
+            self.groups.append(Group(dtype, start, end, columns, pad))
+        self.row_numel = end
+        self.segments = torch.tensor([[o, p.numel()] for o, p in zip(offsets, local, strict=True)], dtype=torch.int64)
+        self._subsets: dict[tuple[int, ...], Tensor] = {tuple(range(len(self.parameters))): self.segments}
+
+    def segments_of(self, indices: Sequence[int]) -> Tensor:
+        """The rows of `segments` of some parameters; remembered, as every step asks for the same ones."""
+        key = tuple(indices)
+        found = self._subsets.get(key)
+        if found is None:
+            if len(self._subsets) >= 1024:  # a model whose graph never repeats
+                self._subsets.clear()
+            found = self._subsets[key] = self.segments[list(indices)]
+        return found
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if a parameter has another dtype, device, shape or memory order than when this was made."""
+        device = self.device
+        for index, (p, (shape, strides, dtype)) in enumerate(zip(self.parameters, self._known, strict=True)):
+            if self.distributed:
+                p = dtensors.local(p)
+            if p.stride() != strides or p.dtype is not dtype or p.device != device or p.shape != shape:
+                raise RuntimeError(
+                    f"shared parameter {index} was {dtype} of shape {tuple(shape)} with strides {strides} on {device} "
+                    f"when the balancer was made, and is {p.dtype} of shape {tuple(p.shape)} with strides {p.stride()} "
+                    f"on {p.device}; make the balancer after model.to(...)"
+                )
+
+    def signature(self) -> list[list[Any]]:
+        """Dtype, shape and memory order of each parameter: what must agree for a state to fit."""
+        return [
+            [str(p.dtype), list(p.shape), _memory_order(dtensors.local(p)) if dense else list(range(p.dim()))]
+            for p, dense in zip(self.parameters, self.dense, strict=True)
+        ]
+
+    def in_row_order(self, index: int, grad: Tensor) -> Tensor:
+        """``grad`` of parameter ``index`` as a tensor whose logical order is the row's; a view where it can be."""
+        p = dtensors.local(self.parameters[index])
+        if p.is_contiguous() or not self.dense[index]:
+            return grad
+        if grad.stride() != p.stride():
+            grad = torch.empty_strided(p.shape, p.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
+        return grad.as_strided((grad.numel(),), (1,))
+
+    def views(self, flats: dict[torch.dtype, Tensor]) -> list[Tensor]:
+        """Each parameter's part of the flat tensors (one per group), in the parameter's shape and strides."""
+        starts = {group.dtype: group.start for group in self.groups}
+        out = []
+        for whole, dense, (offset, numel) in zip(self.parameters, self.dense, self.segments.tolist(), strict=True):
+            p = dtensors.local(whole)
+            begin = offset - starts[p.dtype]
+            part = flats[p.dtype][begin : begin + numel]
+            out.append(dtensors.like(whole, part.as_strided(p.shape, p.stride()) if dense else part.view(p.shape)))
+        return out
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _is_permuted(p: Tensor) -> bool:
+    """Whether ``p`` fills its memory without gaps or overlaps, in another order than the logical one."""
+    return p.permute(_memory_order(p)).is_contiguous()
+
+
+def _memory_order(p: Tensor) -> list[int]:
+    """Its dimensions, from the outermost in memory to the innermost."""
+    if p.is_contiguous():
+        return list(range(p.dim()))
+    strides = p.stride()
+    return sorted(range(p.dim()), key=lambda d: (-strides[d], -p.shape[d]))

@@ -1,0 +1,114 @@
+"""Where the rows are kept and who works on a batch together, from the parameters and the process group given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import dtensors
+from .layout import ParameterLayout, check_parameters
+from .ranks import Ranks
+from .rows import TaskGradientBuffer
+from .sharded import ShardedTaskGradientBuffer
+from .split import SplitTaskGradientBuffer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Buffer = TaskGradientBuffer | SplitTaskGradientBuffer
+
+UNNAMED = (
+    "a process group of {size} ranks is initialised and this DBMTL was given none: its replicas would train apart. "
+    "Pass process_group=torch.distributed.group.WORLD (or the group of the replicas) to balance the mean gradients of "
+    "all ranks, or process_group=False to leave each rank alone; parameters of fully_shard need neither"
+)
+
+
+def refuse_unnamed_group() -> None:
+    """Raise RuntimeError if there are other ranks, of which the balancer was told nothing."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError(UNNAMED.format(size=dist.get_world_size()))
+
+
+def is_distributed(parameters: list[Tensor]) -> bool:
+    """Whether the parameters themselves tell which ranks work together."""
+    return any(dtensors.is_dtensor(p) for p in parameters)
+
+
+def place(
+    parameters: Iterable[Tensor],
+    num_tasks: int,
+    state_dtype: torch.dtype,
+    backend: str,
+    process_group: ProcessGroup | bool | None,
+) -> tuple[Buffer, Ranks]:
+    """The buffer for these parameters, and the ranks whose losses and gradients are averaged.
+
+    Plain parameters of several ranks are replicas: their rows are sharded. DTensors keep the rows of their local
+    shards. Parameters that differ in device or mesh get a part each.
+
+    Raises:
+        ValueError, TypeError: parameters that cannot be balanced (see `ParameterLayout`).
+        TypeError: ``process_group`` is neither a group of this rank nor None nor False; parameters of FSDP1.
+        RuntimeError: there are several ranks, plain parameters, and no word about them; the ranks do not have the same.
+    """
+    given = check_parameters(parameters)
+    if any(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False) for p in given):
+        raise TypeError(
+            "shared_parameters are of FullyShardedDataParallel (FSDP1), which flattens them: use FSDP2's fully_shard"
+        )
+    ranks = _ranks(given, process_group)
+    devices = {str(p.device) for p in given}
+    if len(devices) > 1 and "meta" in devices:
+        raise ValueError(f"shared_parameters must hold data: they are on {', '.join(sorted(devices))}")
+    members: dict[Any, list[int]] = {}
+    for index, p in enumerate(given):
+        members.setdefault(dtensors.placement_key(p), []).append(index)
+    parts = [_part([given[i] for i in indices], num_tasks, state_dtype, backend, ranks) for indices in members.values()]
+    if len(parts) == 1:
+        return parts[0], ranks
+    members_of = {i: (n, own) for n, indices in enumerate(members.values()) for own, i in enumerate(indices)}
+    return SplitTaskGradientBuffer(parts, [members_of[i] for i in range(len(given))]), ranks
+
+
+def _ranks(parameters: list[Tensor], process_group: ProcessGroup | bool | None) -> Ranks:
+    if process_group is False:
+        if is_distributed(parameters):
+            raise ValueError(
+                "process_group=False would take the log of each rank's own loss, while fully_shard averages their "
+                "gradients: leave process_group away"
+            )
+        return Ranks()
+    if process_group is None:
+        if not is_distributed(parameters):
+            refuse_unnamed_group()
+            return Ranks()
+        meshes = [p.device_mesh for p in parameters if dtensors.is_dtensor(p)]
+        largest = max(meshes, key=lambda mesh: mesh.size())
+        return Ranks([largest.get_group(dim) for dim in range(largest.ndim)])
+    if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+        raise TypeError(
+            f"process_group must be a process group that this rank is in, None or False, got {process_group!r}"
+        )
+    return Ranks([process_group])
+
+
+def _part(
+    parameters: list[Tensor], num_tasks: int, state_dtype: torch.dtype, backend: str, ranks: Ranks
+) -> TaskGradientBuffer:
+    if dtensors.is_dtensor(parameters[0]) or ranks.size == 1:
+        spread = Ranks(dtensors.sharded_groups(parameters[0]))
+        return TaskGradientBuffer(ParameterLayout(parameters, state_dtype), num_tasks, backend, spread)
+    if len(ranks.groups) > 1:
+        raise ValueError(
+            f"shared_parameters has {len(parameters)} plain tensors among DTensors of a mesh of several dimensions; "
+            "give them to fully_shard too, or name the group of their replicas with process_group"
+        )
+    layout = ParameterLayout(parameters, state_dtype, shards=ranks.size)
+    mine = f"{num_tasks} tasks, a state of {state_dtype}, parameters {layout.signature()}"
+    ranks.check_same(mine, layout.device, f"the ranks make different balancers (this one: {mine})")
+    return ShardedTaskGradientBuffer(layout, num_tasks, backend, ranks.groups[0])

@@ -1,0 +1,200 @@
+"""ShardedTaskGradientBuffer: replicas of one model, each keeping the state of a part of every row."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import ops
+from ..ops import Coefficients
+from . import dtensors
+from .collect import RowCollector
+from .layout import ParameterLayout
+from .ranks import Ranks, naming
+from .rows import Flats, TaskGradientBuffer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Shard(NamedTuple):
+    """This rank's columns of a group of the layout: from ``start`` in a whole row, from ``local`` in one kept here."""
+
+    start: int
+    local: int
+    columns: int
+
+
+class Transit(NamedTuple):
+    """Room for a row on its way: collected here, summed over the ranks, then added to the state."""
+
+    whole: Tensor
+    mine: Tensor
+
+
+class Underway(NamedTuple):
+    """A row being reduced: what to wait for, and how it then counts."""
+
+    transit: Transit
+    task: int
+    works: list[Any]
+    coefficients: Coefficients
+    loss_scale: Tensor | None
+
+
+class ShardedTaskGradientBuffer(TaskGradientBuffer):
+    """Like its base for the mean of the ranks' gradients, of which each rank keeps K rows of P / N columns.
+
+    A task's gradient is collected into a whole row, reduce-scattered while the next backward pass runs, and updates the
+    state of this rank's columns. K sums of squares are all-reduced, the balanced gradient is all-gathered: the same
+    bits on every rank. Memory: K P / N of state, P for the balanced gradient, and one row (two on a CPU) in transit,
+    in float32 (float64 if a parameter or the state is).
+
+    Args:
+        layout: made with ``shards`` = the number of ranks.
+        num_tasks: K.
+        backend: "auto" or a backend by name.
+        group: the ranks that hold replicas.
+    """
+
+    def __init__(self, layout: ParameterLayout, num_tasks: int, backend: str, group: ProcessGroup) -> None:
+        self.group = group
+        self.rank, size = dist.get_rank(group), dist.get_world_size(group)
+        self.shards: list[Shard] = []
+        end = 0
+        for g in layout.groups:
+            columns = (g.stop - g.start) // size
+            self.shards.append(Shard(g.start + self.rank * columns, end, columns))
+            end += columns
+        super().__init__(layout, num_tasks, backend, Ranks([group]))
+        dtypes = (layout.state_dtype, *(g.dtype for g in layout.groups))
+        self._transit_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        self._free: deque[Transit] = deque()
+        self._underway: deque[Underway] = deque()
+        self._mesh: Any = None
+
+    def collect(self, task: int, coefficients: Coefficients, loss_scale: Tensor | None = None) -> RowCollector:
+        """See the base. The coefficients are used when the row has been reduced."""
+        return ShardedCollector(self, task, coefficients, loss_scale)
+
+    def sums(self) -> Tensor:
+        """See the base."""
+        self.settle()
+        return super().sums()
+
+    def settle(self) -> None:
+        """Wait for the rows on their way, and add them to the state."""
+        while self._underway:
+            self._arrive(self._underway.popleft())
+
+    def take_transit(self) -> Transit:
+        """Room for the next row. On a CPU there is room for two: collecting goes on during the pass."""
+        if self._free:
+            return self._free.popleft()
+        if len(self._underway) < (2 if self.early else 1):
+            whole = ops.allocate(self.layout.row_numel, dtype=self._transit_dtype, device=self.device, zero=True)
+            return Transit(whole, whole.new_empty(self._row_numel()))
+        self._arrive(self._underway.popleft())
+        return self._free.popleft()
+
+    def give_back(self, transit: Transit) -> None:
+        """A row that will not travel."""
+        self._free.append(transit)
+
+    def send(self, transit: Transit, task: int, coefficients: Coefficients, loss_scale: Tensor | None) -> None:
+        """Reduce-scatter a collected row, without waiting for it."""
+        works = []
+        for g, shard in zip(self.layout.groups, self.shards, strict=True):
+            mine = transit.mine[shard.local : shard.local + shard.columns]
+            whole = transit.whole[g.start : g.stop]
+            with naming(f"reduce-scatter of the gradient of task {task}"):
+                works.append(dist.reduce_scatter_tensor(mine, whole, group=self.group, async_op=True))
+        self._underway.append(Underway(transit, task, works, coefficients, loss_scale))
+
+    def _arrive(self, row: Underway) -> None:
+        with naming(f"reduce-scatter of the gradient of task {row.task}"):
+            for work in row.works:
+                work.wait()
+        sumsq = self.stats.sumsq[row.task : row.task + 1]
+        segments = self._measured_segments()
+        mine: list[Tensor | None] = [row.transit.mine]
+        ops.accumulate_(self.rows[row.task], sumsq, mine, segments, row.coefficients, row.loss_scale, self.backend)
+        self._free.append(row.transit)
+
+    def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
+        """See the base."""
+        self.settle()
+        super().reindex_tasks(tasks)
+
+    def _row_numel(self) -> int:
+        return sum(shard.columns for shard in self.shards)
+
+    def _outs(self, flats: Flats) -> list[Tensor]:
+        return [
+            flats[g.dtype][shard.start - g.start :][: shard.columns]
+            for g, shard in zip(self.layout.groups, self.shards, strict=True)
+        ]
+
+    def _starts(self) -> list[int]:
+        return [shard.local for shard in self.shards]
+
+    def _complete(self, flats: Flats) -> None:
+        for g, mine in zip(self.layout.groups, self._outs(flats), strict=True):
+            with naming("all-gather of the balanced gradient"):
+                dist.all_gather_into_tensor(flats[g.dtype], mine, group=self.group)
+
+    def _mesh_of_rows(self) -> Any:
+        if self._mesh is None:
+            from torch.distributed.device_mesh import DeviceMesh
+
+            self._mesh = DeviceMesh.from_group(self.group, self.device.type)
+        return self._mesh
+
+    def _saved_rows(self) -> dict[str, Tensor]:
+        out = {}
+        for index, (g, shard) in enumerate(zip(self.layout.groups, self.shards, strict=True)):
+            real = min(max(g.columns - self.rank * shard.columns, 0), shard.columns)
+            rows = self.rows[:, shard.local : shard.local + real].unflatten(1, (-1, g.unit))
+            out[str(index)] = dtensors.sharded_columns(rows, self._mesh_of_rows(), g.columns // g.unit)
+        return out
+
+    def _measured_segments(self) -> Tensor:
+        return torch.tensor([[0, self._row_numel()]])
+
+
+class ShardedCollector(RowCollector):
+    """Collects the mean's share of this rank into a row in transit, and sends it."""
+
+    def __init__(
+        self, buffer: ShardedTaskGradientBuffer, task: int, coefficients: Coefficients, loss_scale: Tensor | None
+    ) -> None:
+        self._buffer = buffer
+        self._sent = task, coefficients, loss_scale
+        self._transit: Transit | None = None  # taken when the first gradients go into it: a row may be on its way
+        scratch = torch.empty(1, dtype=torch.float64, device=buffer.device)
+        share = (0.0, 1.0 / buffer.spread.size)
+        super().__init__(buffer.layout, scratch, scratch, share, None, buffer.backend)
+
+    def finish(self, indices: list[int], grads: list[Tensor | None]) -> None:
+        """Returns while the row is still on its way; `ShardedTaskGradientBuffer.settle` waits."""
+        super().finish(indices, grads)
+        assert self._transit is not None
+        self._buffer.send(self._transit, *self._sent)
+        self._transit = None
+
+    def abandon(self) -> None:
+        """The state has nothing of it yet."""
+        if self._transit is not None:
+            self._buffer.give_back(self._transit)
+            self._transit = None
+
+    def _accumulate(self, indices: list[int], grads: list[Tensor | None], sumsq: Tensor, decayed: bool = False) -> None:
+        if self._transit is None:
+            self._transit = self._buffer.take_transit()
+            self._row = self._transit.whole
+        super()._accumulate(indices, grads, sumsq, decayed)

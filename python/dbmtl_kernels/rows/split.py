@@ -1,0 +1,162 @@
+"""SplitTaskGradientBuffer: shared parameters on several devices, or spread over ranks in several ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..ops import Coefficients, Stats
+from .collect import RowCollector
+from .rows import Flats, TaskGradientBuffer
+
+
+class SplitTaskGradientBuffer:
+    """Rows in several parts, each a buffer of its own; only sums of squares and weights cross between them.
+
+    It does what `TaskGradientBuffer` does, method by method; the stats are those of the first part (each part has the
+    same).
+
+    Args:
+        parts: the buffers.
+        members: for each parameter, in the order given by the user, its part and its index there.
+    """
+
+    def __init__(self, parts: Sequence[TaskGradientBuffer], members: Sequence[tuple[int, int]]) -> None:
+        self.parts = list(parts)
+        self.members = list(members)
+        self.device = self.parts[0].device
+        self.narrow = self.parts[0].narrow
+        self.early = all(part.early for part in self.parts)
+        self.local = all(part.local for part in self.parts)
+        self.parameters = [self.parts[part].parameters[index] for part, index in self.members]
+
+    @property
+    def stats(self) -> Stats:
+        """See `TaskGradientBuffer.stats`."""
+        return self.parts[0].stats
+
+    def check_unchanged(self) -> None:
+        """See `ParameterLayout.check_unchanged`."""
+        for part in self.parts:
+            part.check_unchanged()
+
+    def collect(self, task: int, coefficients: Coefficients, loss_scale: Tensor | None = None) -> SplitCollector:
+        """See `TaskGradientBuffer.collect`."""
+        collectors = []
+        for part in self.parts:
+            own = coefficients.to(part.device) if isinstance(coefficients, Tensor) else coefficients
+            scale = None if loss_scale is None else loss_scale.to(part.device)
+            collectors.append(part.collect(task, own, scale))
+        return SplitCollector(collectors, self.members)
+
+    def settle(self) -> None:
+        """See `TaskGradientBuffer.settle`."""
+        for part in self.parts:
+            part.settle()
+
+    def sums(self) -> Tensor:
+        """(K,) sums of squares of the whole rows."""
+        first, *others = [part.sums() for part in self.parts]
+        return sum((other.to(self.device) for other in others), first)
+
+    def balance(
+        self,
+        flats: Flats,
+        eps: float,
+        scale: str | float,
+        *,
+        active: Sequence[bool] | None = None,
+        loss_scale: Tensor | None = None,
+        fresh: bool = True,
+        accumulate: bool = False,
+    ) -> None:
+        """See `TaskGradientBuffer.balance`."""
+        total = self.sums()
+        for part, own in zip(self.parts, self._flats_of_parts(flats), strict=True):
+            part.balance(
+                own, eps, scale, active=active, loss_scale=None if loss_scale is None else loss_scale.to(part.device),
+                fresh=fresh, accumulate=accumulate, sums=total.to(part.device, copy=True),
+            )  # fmt: skip
+
+    def record(self, sums: Tensor, weights: Tensor, nonfinite: Tensor, now: Tensor, bad: Sequence[int]) -> None:
+        """See `TaskGradientBuffer.record`."""
+        for part in self.parts:
+            part.record(sums, weights, nonfinite, now, bad)
+
+    def combine(self, weights: Tensor, flats: Flats, accumulate: bool = False) -> None:
+        """See `TaskGradientBuffer.combine`."""
+        for part, own in zip(self.parts, self._flats_of_parts(flats), strict=True):
+            part.combine(weights.to(part.device), own, accumulate)
+
+    def new_flats(self) -> Flats:
+        """See `TaskGradientBuffer.new_flats`; the keys are (part, dtype)."""
+        return {(i, dtype): flat for i, part in enumerate(self.parts) for dtype, flat in part.new_flats().items()}
+
+    def views(self, flats: Flats) -> list[Tensor]:
+        """See `TaskGradientBuffer.views`."""
+        views = [part.views(own) for part, own in zip(self.parts, self._flats_of_parts(flats), strict=True)]
+        return [views[part][index] for part, index in self.members]
+
+    def gramian(self) -> Tensor:
+        """See `TaskGradientBuffer.gramian`."""
+        first, *others = [part.gramian() for part in self.parts]
+        return sum((other.to(self.device) for other in others), first)
+
+    def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
+        """See `TaskGradientBuffer.reindex_tasks`."""
+        for part in self.parts:
+            part.reindex_tasks(tasks)
+
+    def state(self) -> dict[str, Any]:
+        """See `TaskGradientBuffer.state`."""
+        return {f"part{i}": part.state() for i, part in enumerate(self.parts)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """See `TaskGradientBuffer.load`."""
+        for i, part in enumerate(self.parts):
+            part.load(state[f"part{i}"])
+
+    def signature(self) -> list[list[Any]]:
+        """See `ParameterLayout.signature`."""
+        signatures = [part.layout.signature() for part in self.parts]
+        return [signatures[part][index] for part, index in self.members]
+
+    def _flats_of_parts(self, flats: Flats) -> list[Flats]:
+        return [{dtype: flat for (p, dtype), flat in flats.items() if p == i} for i in range(len(self.parts))]
+
+
+class SplitCollector:
+    """Hands each gradient to the collector of its part; see `RowCollector`."""
+
+    def __init__(self, collectors: Sequence[RowCollector], members: Sequence[tuple[int, int]]) -> None:
+        self._collectors, self._members = collectors, members
+
+    @property
+    def fed(self) -> bool:
+        """Whether any part of the row was written to."""
+        return any(collector.fed for collector in self._collectors)
+
+    def add(self, indices: list[int], grads: list[Tensor | None]) -> None:
+        """Gradients of some parameters."""
+        for collector, (own, some) in zip(self._collectors, self._by_part(indices, grads), strict=True):
+            collector.add(own, some)
+
+    def finish(self, indices: list[int], grads: list[Tensor | None]) -> None:
+        """The rest, and the pass is over."""
+        for collector, (own, some) in zip(self._collectors, self._by_part(indices, grads), strict=True):
+            collector.finish(own, some)
+
+    def abandon(self) -> None:
+        """The pass failed."""
+        for collector in self._collectors:
+            collector.abandon()
+
+    def _by_part(self, indices: list[int], grads: list[Tensor | None]) -> list[tuple[list[int], list[Tensor | None]]]:
+        out: list[tuple[list[int], list[Tensor | None]]] = [([], []) for _ in self._collectors]
+        for index, grad in zip(indices, grads, strict=True):
+            part, own = self._members[index]
+            out[part][0].append(own)
+            out[part][1].append(grad)
+        return out
