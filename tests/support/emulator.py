@@ -6,7 +6,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Werror"]
 # Every block has the shared memory of its own CUDA threads' system thread; CUDA's own pragmas mean nothing here.
 EXTRA = ["-Wno-unknown-pragmas", "-Wno-unused-function", "-DDBMTL_EMULATED"]
