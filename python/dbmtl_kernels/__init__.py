@@ -1,14 +1,10 @@
 """Fused kernels for dual-balancing multi-task learning (DB-MTL), behind one line in a PyTorch training loop."""
 
 from . import reference
-from .balancer import GradientBalancer
-from .buffer import TaskGradientBuffer
-from .dbmtl import DBMTL
+from .balancer import DBMTL, GradientBalancer
+from .engine.graphs import find_shared_parameters
 from .functional import balance_, log_transform
-from .graphs import find_shared_parameters
-from .imtl import IMTLLoss
-from .layout import ParameterLayout
-from .weightings import EqualWeights, GradNorm, MaxNorm
+from .weightings import EqualWeights, GradNorm, IMTLLoss, MaxNorm
 
 __all__ = [
     "DBMTL",
@@ -17,8 +13,6 @@ __all__ = [
     "GradientBalancer",
     "IMTLLoss",
     "MaxNorm",
-    "ParameterLayout",
-    "TaskGradientBuffer",
     "balance_",
     "find_shared_parameters",
     "log_transform",

@@ -1,32 +1,29 @@
-"""GradientBalancer: what a user touches. Runs the K backward passes."""
+"""GradientBalancer and DBMTL: what a user touches. The work is done by `engine.step`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import checkpoint, checks, placement
-from . import losses as loss_values
-from .attachment import Attachment
-from .balanced import BalancedGradient
-from .changes import Changes
-from .gradients import Kept, SharedGradients
-from .heads import HeadGradients
-from .losses import Given, TaskLosses
-from .readings import Readings
-from .steps import Steps
-from .updates import Update
-from .weightings import Weighting, check_weighting
+from . import checkpoint
+from .engine.bookkeeping import Steps
+from .engine.graphs import check_shared_parameters, find_shared_parameters
+from .engine.losses import Given, TaskLosses
+from .engine.step import Engine
+from .monitor import Monitor
+from .ops import arguments
+from .rows import placement
+from .weightings import MaxNorm, Weighting, check_weighting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class GradientBalancer(Changes, Readings):
+class GradientBalancer:
     """Balances the gradients that K tasks have of shared parameters, by any weighting, in any PyTorch training loop.
 
     With theta the P shared parameters and K losses, in step k::
@@ -59,10 +56,9 @@ class GradientBalancer(Changes, Readings):
         eps: > 0, in the logarithm.
         log_transform: balance the logs of the losses given. False takes the losses as they are. With `task` the
             caller runs backward, on a ``log_transform(loss)`` or not.
-        state_dtype: dtype of the rows: float32, bfloat16 or float64. Memory held: (K + 1) P elements; of N replicas
+        state_dtype: dtype of the rows: float32, bfloat16 (rounded to nearest) or float64. Memory held: (K + 1) P elements; of N replicas
             each holds K P / N + 2 P (3 P on a CPU), of a sharded model K + 1 times its shard.
         backend: "auto", or a backend by name.
-        seed: of the stochastic rounding of a bfloat16 state (`rounding`); None rounds it to nearest.
         process_group: the ranks that hold replicas of these parameters, each with a part of the batch. None: there is
             only this process, or the parameters are DTensors, whose mesh tells. False: leave each rank alone.
         capturable: keep the step count and the coefficients on the device, so that a whole step can be captured in a
@@ -87,29 +83,21 @@ class GradientBalancer(Changes, Readings):
         log_transform: bool = False,
         state_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
-        seed: int | None = 0,
         process_group: ProcessGroup | bool | None = None,
         capturable: bool = False,
     ) -> None:
-        self.num_tasks = checks.check_num_tasks(num_tasks)
-        self.beta = checks.check_beta(beta)
-        self.beta_sigma = checks.check_beta_sigma(beta_sigma)
-        self.eps = checks.check_eps(eps)
-        self._weighting = check_weighting(weighting, self.num_tasks, capturable)
+        num_tasks = arguments.check_num_tasks(num_tasks)
+        self.beta, self.beta_sigma = arguments.check_beta(beta), arguments.check_beta_sigma(beta_sigma)
+        self.eps = arguments.check_eps(eps)
         self.log_transform = log_transform
-        checks.check_seed(seed)
-        self.seed = seed if state_dtype == torch.bfloat16 else None
-        self.buffer, self._world = placement.place(
-            shared_parameters, self.num_tasks, state_dtype, backend, process_group
-        )
-        self._alone = process_group is None and not placement.is_distributed(self.buffer.parameters)
-        device = self.buffer.device if capturable else None
-        self._steps = Steps(self.num_tasks, self.beta, self.beta_sigma, self.seed, device)
-        balanced = BalancedGradient(self.buffer, self._steps, self._weighting, self._world)
-        self._grads = SharedGradients(self.buffer, balanced, self._world)
-        self._heads = HeadGradients(self.buffer.parameters, self._world, self.buffer.device)
+        check_weighting(weighting, num_tasks, capturable)
+        rows, ranks = placement.place(shared_parameters, num_tasks, state_dtype, backend, process_group)
+        steps = Steps(num_tasks, self.beta, self.beta_sigma, rows.device if capturable else None)
+        alone = process_group is None and not placement.is_distributed(rows.parameters)
+        self._engine = Engine(rows, ranks, steps, weighting, alone)
         self._attachment: Attachment | None = None
-        self._reported = torch.float64 if state_dtype == torch.float64 else torch.float32
+
+    # --- a step -----------------------------------------------------------------------------------------------
 
     def __call__(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> Tensor:
         """A scalar whose ``backward()`` is the balanced backward.
@@ -134,28 +122,20 @@ class GradientBalancer(Changes, Readings):
             RuntimeError: one has no graph; a `task` context is open; several ranks of which the balancer was told
                 nothing, or a DistributedDataParallel outside its ``no_sync()``; a collective failed.
         """
-        present = TaskLosses(losses, tasks, self.num_tasks, self.eps if self.log_transform else None)
+        present = self._losses(losses, tasks)
         if not torch.is_grad_enabled():
             present.check_logarithms()
             return present.total()
-        self._share(present)
-        value = present.total()
-        anchor = torch.zeros((), dtype=value.dtype, device=value.device, requires_grad=True)
-
-        def run(factor: Tensor) -> None:
-            self._run(present, loss_values.factor_or_none(factor), retain_graph)
-
-        out: Tensor = loss_values.BalancedLoss.apply(anchor, value, run, retain_graph)  # type: ignore[no-untyped-call]
-        return out
+        self._engine.check(present)
+        return self._engine.loss(present, retain_graph)
 
     def backward(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> None:
         """``balancer(losses).backward()``, named. Arguments and errors as for `__call__`."""
-        present = TaskLosses(losses, tasks, self.num_tasks, self.eps if self.log_transform else None)
-        self._share(present)
-        self._run(present, None, retain_graph)
+        present = self._losses(losses, tasks)
+        self._engine.check(present)
+        self._engine.run(present, None, retain_graph)
 
-    @contextmanager
-    def task(self, index: int, *, loss_scale: float | Tensor | None = None) -> Iterator[None]:
+    def task(self, index: int, *, loss_scale: float | Tensor | None = None) -> AbstractContextManager[None]:
         """Whatever is backpropagated inside counts as the gradient of task ``index``.
 
         Run ``log_transform(loss).backward()`` inside, once or more, then the next task; then `balance` (or
@@ -170,33 +150,7 @@ class GradientBalancer(Changes, Readings):
             ValueError: the index is out of range.
             RuntimeError: the task was entered already since the last `balance`, or another context is open.
         """
-        index = checks.check_task(index, self.num_tasks)
-        self._steps.refuse_inside("task()")
-        self._steps.refuse_entered(index)
-        if self._alone:
-            placement.refuse_unnamed_group()
-        self._world.check_same(f"task {index}", self.buffer.device, f"the ranks are not all in task({index})")
-        scale = None if loss_scale is None else loss_values.factor_on(self.buffer.device, loss_scale)
-        update = self._update(index, None if scale is None else loss_values.factor_or_none(scale))
-        kept, balanced = self._take()
-        self._steps.inside = index
-        try:
-            touched = self._grads.touched
-            with self._heads.averaging(touched, self._candidates()):
-                with self._heads.sharing_logs(index, self.log_transform):
-                    yield
-                self._finish(index, update)
-                self._steps.losses.pop(index, None)  # what is known is not that of this gradient
-            self._steps.pending.add(index)
-        except BaseException:
-            with torch.no_grad():
-                update.abandon()
-            self._give_back(kept, balanced)
-            raise
-        else:
-            self._grads.put_back(kept)
-        finally:
-            self._steps.inside = None
+        return self._engine.task(arguments.check_task(index, self.num_tasks), loss_scale, self.log_transform)
 
     def balance(self) -> None:
         """Write the balanced gradient of the tasks entered with `task` to ``.grad``.
@@ -206,11 +160,7 @@ class GradientBalancer(Changes, Readings):
         Raises:
             RuntimeError: no task was entered since the last `balance`, or a `task` context is open.
         """
-        self._steps.refuse_inside("balance()")
-        if not self._steps.pending:
-            raise RuntimeError("balance() has nothing to balance: no task() was entered since the last step")
-        kept, _ = self._take()
-        self._write(kept)
+        self._engine.balance()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
         """Let ``optimizer.step()`` end a step, for gradient accumulation and for `task` without `balance`.
@@ -230,19 +180,95 @@ class GradientBalancer(Changes, Readings):
         """
         if self._attachment is not None:
             raise RuntimeError("already attached to an optimizer; call remove() on the handle that attach() returned")
-        hooks = (self._before_optimizer, self._end_step, self._detached)
-        self._attachment = Attachment(optimizer, self.buffer.parameters, *hooks)
+        self._attachment = Attachment(self, optimizer)
         return self._attachment
+
+    def _losses(self, losses: Given, tasks: Sequence[int] | None) -> TaskLosses:
+        return TaskLosses(losses, tasks, self.num_tasks, self.eps if self.log_transform else None)
+
+    # --- what it tells: copies, that later steps do not change ------------------------------------------------
+
+    @property
+    def num_tasks(self) -> int:
+        """K."""
+        return len(self._engine.steps.seen)
+
+    @property
+    def shared_parameters(self) -> list[Tensor]:
+        """The parameters that are balanced, in the order given."""
+        return list(self._engine.rows.parameters)
+
+    @property
+    def weighting(self) -> Weighting:
+        """What weighs the task gradients; another takes another balancer."""
+        return self._engine.weighting
+
+    @property
+    def step(self) -> int:
+        """Number of EMA updates begun; reading it is a sync if ``capturable``."""
+        return self._engine.steps.count
+
+    @property
+    def norms(self) -> Tensor:
+        """(K,) norms of the task gradients (their EMA) at the last balance, on the device, without a sync.
+
+        float32, or float64 with a float64 state. Not finite where the gradient was not.
+        """
+        return self.monitor().norms
+
+    @property
+    def weights(self) -> Tensor:
+        """(K,) weights of the task gradients at the last balance, on the device, without a sync."""
+        return self.monitor().weights
+
+    @property
+    def nonfinite_steps(self) -> Tensor:
+        """(K,) int64: in how many steps each task's gradient was not finite."""
+        return self.monitor().nonfinite_steps
+
+    def monitor(self) -> Monitor:
+        """Norms, weights, cosines and conflicts of the tasks, for a logger; see `Monitor`."""
+        return Monitor(self._engine.rows, self._engine.steps)
+
+    # --- what may change between steps ------------------------------------------------------------------------
+
+    def add_task(self) -> int:
+        """Make room for one task more, with a row of zeros; the others keep theirs. Returns its index, the last.
+
+        Raises:
+            RuntimeError: within a step.
+        """
+        self._engine.reindex_tasks([*range(self.num_tasks), None])
+        return self.num_tasks - 1
+
+    def remove_task(self, index: int) -> None:
+        """Forget a task; those after it move up by one, all keep their rows.
+
+        Raises:
+            RuntimeError: within a step.
+            ValueError: the index is out of range, or it is the last task.
+        """
+        index = arguments.check_task(index, self.num_tasks)
+        arguments.check_num_tasks(self.num_tasks - 1)
+        self._engine.reindex_tasks([task for task in range(self.num_tasks) if task != index])
+
+    def set_beta(self, beta: float, beta_sigma: float) -> None:
+        """Change the forgetting rate and its decay from the next step on; the count of steps goes on.
+
+        Raises:
+            ValueError: as for the class.
+        """
+        self.beta, self.beta_sigma = arguments.check_beta(beta), arguments.check_beta_sigma(beta_sigma)
+        self._engine.steps.set_beta(self.beta, self.beta_sigma)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on bit for bit. Tensors are references, as in PyTorch.
 
         Of several ranks the rows are DTensors: ``torch.distributed.checkpoint`` saves and loads them with any number.
         """
-        self.buffer.settle()
-        if self.buffer.local:  # of several ranks one alone may ask for its state
-            self._end_if_thrown_away()  # told by what is in .grad, which is not part of the state
-        return checkpoint.state_of(self.buffer, self._steps, self._grads, self.weighting)
+        return checkpoint.state_of(self._engine)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, copying into this balancer's tensors.
@@ -251,123 +277,123 @@ class GradientBalancer(Changes, Readings):
             ValueError: a state of another version, of other parameters (number, dtypes, shapes, memory order), number
                 of tasks or state dtype, or an incomplete one. Nothing is changed then.
         """
-        checkpoint.check(state, self.state_dict(), self.buffer)
-        checkpoint.load(state, self.buffer, self._steps, self._grads, self._weighting)
+        checkpoint.load(state, self._engine)
 
-    def _share(self, present: TaskLosses) -> None:
-        """Check losses that will be backpropagated; those of several ranks become the means."""
-        present.check_graphs()
-        self._check_ranks()
-        present.share(self._world, self.buffer.device)
-        present.check_logarithms()
 
-    def _check_ranks(self) -> None:
-        if self._alone:
-            placement.refuse_unnamed_group()
-        elif self._world.size > 1:
-            self._heads.refuse_synchronising_wrapper()
+class DBMTL(GradientBalancer):
+    """Dual-balancing multi-task learning (DB-MTL) for any PyTorch training loop.
 
-    def _candidates(self) -> list[Tensor]:
-        """Parameters that an attached optimizer would step."""
-        return [] if self._attachment is None else self._attachment.parameters()
+    In step k, with theta the P shared parameters and K losses::
 
-    def _run(self, present: TaskLosses, factor: Tensor | None, retain_graph: bool) -> None:
-        """A backward pass for each task, gathered into its row before the next, then the balanced gradient."""
-        self._steps.refuse_inside("backward()")
-        self._steps.refuse_pending()
-        kept, balanced = self._take()
-        last = len(present.tasks) - 1
-        update = self._update(present.tasks[0], factor)
-        try:
-            touched = self._grads.touched
-            with (
-                self._grads.handing_over() as follow,
-                self._heads.averaging(touched, self._candidates(), present.losses),
-            ):
-                for place, task in enumerate(present.tasks):
-                    update = self._update(task, factor)
-                    follow(update)
-                    present.backward(place, factor, retain_graph or place < last)
-                    self._finish(task, update)
-                    self._steps.losses[task] = present.values[place]
-                self._grads.check_released(len(present.tasks) == self.num_tasks)
-        except BaseException:
-            with torch.no_grad():
-                update.abandon()
-            self._give_back(kept, balanced)
-            raise
-        self._write(kept)
+        g_t  = grad_theta log(loss_t + eps)
+        m_t  = beta_k * m_t + (1 - beta_k) * g_t          beta_k = beta / k ** beta_sigma, m_t = 0 at the start
+        grad = alpha * sum_t m_t / (||m_t|| + eps)        alpha = max_t ||m_t||
 
-    @torch.no_grad()
-    def _take(self) -> tuple[Kept, bool]:
-        """Take every shared ``.grad`` away; a step whose gradients were thrown away ends here.
+    It is the `GradientBalancer` of the log-losses whose weighting is `MaxNorm`; see there for what a step is, for
+    several ranks, and for what happens to ``.grad`` and to other parameters.
 
-        Returns:
-            what must be added to, and whether ``.grad`` held a balanced gradient of this step besides.
+    Args:
+        shared_parameters: leaf tensors, dense, each once, requiring grad; P elements in all. Dtypes and devices may
+            differ. Those of ``fully_shard`` (DTensors) must be collected before the forward pass.
+        num_tasks: K >= 1.
+        beta: forgetting rate in [0, 1).
+        beta_sigma: decay exponent >= 0; 0 keeps beta constant.
+        eps: > 0, in the logarithm and added to the norms.
+        scale: alpha: "max" (the method), "mean", "median", "min", or a number.
+        log_transform: balance the logs of the losses given; False takes the losses as they are.
+        state_dtype: dtype of the EMA: float32, bfloat16 or float64.
+        backend: "auto", or a backend by name.
+        process_group: the ranks that hold replicas of these parameters; None or False as for `GradientBalancer`.
+        capturable: keep the step count and the coefficients on the device, for a CUDA graph.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `GradientBalancer`.
+
+    Source: arXiv 2308.12029, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        shared_parameters: Iterable[Tensor],
+        num_tasks: int,
+        *,
+        beta: float = 0.9,
+        beta_sigma: float = 0.5,
+        eps: float = 1e-8,
+        scale: str | float = "max",
+        log_transform: bool = True,
+        state_dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+        process_group: ProcessGroup | bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        super().__init__(
+            shared_parameters,
+            num_tasks,
+            weighting=MaxNorm(scale, eps),
+            beta=beta,
+            beta_sigma=beta_sigma,
+            eps=eps,
+            log_transform=log_transform,
+            state_dtype=state_dtype,
+            backend=backend,
+            process_group=process_group,
+            capturable=capturable,
+        )
+        self.scale = scale
+
+    @classmethod
+    def from_losses(
+        cls, losses: Sequence[Tensor], shared_parameters: Iterable[Tensor] | None = None, **options: Any
+    ) -> DBMTL:
+        """A balancer of what the losses of a first forward pass share; their graphs stay as they are.
+
+        Args:
+            losses: K scalars with a graph.
+            shared_parameters: by default those that `graphs.find_shared_parameters` finds; if given, the losses must
+                depend on each.
+            options: as for the class.
+
+        Raises:
+            ValueError: the losses share nothing, or do not depend on a parameter that was given.
+            ValueError, TypeError, RuntimeError: losses that `graphs.find_shared_parameters` refuses.
+
+        Warns:
+            UserWarning: a parameter that was given is reached from a single loss; see also there.
         """
-        self.buffer.check_unchanged()
-        balanced = self._grads.written
-        kept, dropped = self._grads.take()
-        if dropped:
-            self._end_step()
-        return kept, balanced and not dropped
+        if shared_parameters is None:
+            return cls(find_shared_parameters(losses, stacklevel=3), len(losses), **options)
+        return cls(check_shared_parameters(losses, shared_parameters, stacklevel=3), len(losses), **options)
 
-    @torch.no_grad()
-    def _give_back(self, kept: Kept, balanced: bool) -> None:
-        """After a failure: ``.grad`` as it was, as far as the rows still allow.
 
-        Rows that were fed before the failure stay fed. A step with nothing else in it ends, so that nothing counts
-        twice; in a longer one ``.grad`` is balanced anew. Not with several ranks, as the others may not have failed and
-        would not answer: there the step ends, and ``.grad`` has what others put there.
-        """
-        if balanced and self.buffer.local:
-            self._grads.put_back([None] * len(kept))
-            self._write(kept)
-        else:
-            self._grads.put_back(kept)
-            if not (self._steps.pending and self.buffer.local):
-                self._end_step()
+class Attachment:
+    """What `GradientBalancer.attach` returns: ``remove()`` detaches, and so does leaving it as a context manager."""
 
-    def _update(self, task: int, factor: Tensor | None) -> Update:
-        """The EMA update of one row; begins the step when the first gradient has come."""
-        return self.buffer.update(task, lambda: self._steps.coefficients(task, factor))
+    def __init__(self, balancer: GradientBalancer, optimizer: torch.optim.Optimizer) -> None:
+        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = inner  # of Lightning's and Accelerate's wrappers, that which they wrap
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in balancer.shared_parameters):
+            raise ValueError(f"{type(optimizer).__name__} holds none of the shared parameters")
+        self._balancer = balancer
+        engine = balancer._engine
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda *_: engine.before_optimizer()),
+            optimizer.register_step_post_hook(lambda *_: engine.end_step()),
+        ]
+        engine.attached = optimizer
 
-    @torch.no_grad()
-    def _finish(self, task: int, update: Update) -> None:
-        self._grads.hand_over(update)
-        self._steps.seen[task] = True
+    def remove(self) -> None:
+        """Detach; once is enough, more does no harm."""
+        for handle in self._handles:
+            handle.remove()
+        if self._handles:
+            self._handles = []
+            self._balancer._attachment = self._balancer._engine.attached = None
+            self._balancer._engine.end_step()
 
-    @torch.no_grad()
-    def _write(self, kept: Kept) -> None:
-        """Norms, weights, the balanced gradient, ``.grad``.
+    def __enter__(self) -> Attachment:
+        return self
 
-        Should the weighting raise, what was kept is put back and the step ends, as its rows are fed and would count
-        again.
-        """
-        self.buffer.settle()
-        try:
-            self._grads.write(kept)
-        except BaseException:
-            self._grads.put_back(kept)
-            self._end_step()
-            raise
-        self._steps.balanced()
-        if self._attachment is None:
-            self._end_step()
-
-    def _end_if_thrown_away(self) -> None:
-        if self._steps.open and self._grads.dropped():
-            self._end_step()
-
-    def _end_step(self) -> None:
-        self._steps.end()
-        self._grads.let_go()
-
-    def _before_optimizer(self) -> None:
-        if self._steps.pending:
-            self._steps.refuse_scaled()
-            self.balance()
-
-    def _detached(self) -> None:
-        self._attachment = None
-        self._end_step()
+    def __exit__(self, *_: object) -> None:
+        self.remove()

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import dtensors
-from .gradients import SharedGradients
-from .placement import Buffer
-from .steps import Steps
-from .weightings import Weighting, load_weighting, state_of_weighting
+from .engine.step import Engine
+from .rows import dtensors
 
 VERSION = 3
 
 
-def state_of(buffer: Buffer, steps: Steps, grads: SharedGradients, weighting: Weighting) -> dict[str, Any]:
+def state_of(engine: Engine) -> dict[str, Any]:
     """Tensors are references to the live ones. Nothing in it depends on the number of ranks but how DTensors lie."""
+    engine.rows.settle()
+    if engine.rows.local:  # of several ranks one alone may ask for its state
+        engine.end_if_dropped()  # told by what is in .grad, which is not part of the state
     return {
         "version": VERSION,
-        "parameters": buffer.signature(),
-        "steps": steps.state(),
-        "touched": [int(x) for x in grads.touched],
-        "written": grads.written,
-        "buffer": buffer.state(),
-        "weighting": state_of_weighting(weighting),
+        "parameters": engine.rows.signature(),
+        "steps": engine.steps.state(),
+        "touched": [int(x) for x in engine.grads.touched],
+        "written": engine.grads.written,
+        "buffer": engine.rows.state(),
+        "weighting": _state_of_weighting(engine.weighting),
     }
 
 
@@ -55,27 +56,30 @@ def gathered(state: dict[str, Any], keep: bool = True) -> dict[str, Any]:
     return out
 
 
-def load(state: dict[str, Any], buffer: Buffer, steps: Steps, grads: SharedGradients, weighting: Weighting) -> None:
-    """Copy a checked state into the live objects."""
-    load_weighting(weighting, state["weighting"])
-    buffer.load(state["buffer"])
-    steps.load(state["steps"], buffer.device)
-    gone = grads.resume([bool(x) for x in state["touched"]], bool(state["written"]))
-    if gone and not steps.pending:  # saved after a step that a GradScaler skipped, say
-        steps.end()
-
-
-def check(state: dict[str, Any], own: dict[str, Any], buffer: Buffer) -> None:
-    """Raise ValueError unless ``state`` is of the kind of ``own``, the balancer's own state_dict.
+def load(state: dict[str, Any], engine: Engine) -> None:
+    """Copy a state into the live objects, if it is of the kind of theirs.
 
     Compared are the version, the entries, the shared parameters, and the dtypes and shapes of all tensors.
+
+    Raises:
+        ValueError: it is not. Nothing is changed then.
     """
+    _check(state, state_of(engine), engine.rows.signature())
+    _load_weighting(engine.weighting, state["weighting"])
+    engine.rows.load(state["buffer"])
+    engine.steps.load(state["steps"], engine.rows.device)
+    gone = engine.grads.resume([bool(x) for x in state["touched"]], bool(state["written"]))
+    if gone and not engine.steps.pending:  # saved after a step that a GradScaler skipped, say
+        engine.steps.end()
+
+
+def _check(state: dict[str, Any], own: dict[str, Any], signature: list[list[Any]]) -> None:
     if state.get("version") != own["version"]:
         raise ValueError(f"state_dict has version {state.get('version')!r}, this is version {own['version']}")
     kept = state.get("weighting", {})  # what one that has not run lacks, one that has must not ask for
     own = {**own, "weighting": {key: value for key, value in own["weighting"].items() if key in kept}}
     _check_present(state, own, "")
-    check_signature(buffer.signature(), state["parameters"])
+    check_signature(signature, state["parameters"])
     _check_tensors(state, own, "")
     if len(state["touched"]) != len(own["touched"]):
         raise ValueError(f"state_dict has {len(state['touched'])} entries of touched, not {len(own['touched'])}")
@@ -125,3 +129,48 @@ def _check_tensors(state: dict[str, Any], own: dict[str, Any], prefix: str) -> N
                     f"state_dict has {name} of shape {tuple(theirs.shape)}, this balancer of {tuple(mine.shape)} "
                     "(other num_tasks?)"
                 )
+
+
+def _state_of_weighting(weighting: Any) -> dict[str, Any]:
+    """What a checkpoint keeps of a weighting: the state_dict of one that has any."""
+    return dict(weighting.state_dict()) if hasattr(weighting, "state_dict") else {}
+
+
+def _load_weighting(weighting: Any, state: dict[str, Any]) -> None:
+    """Take over what `_state_of_weighting` gave, also into one that has not run yet.
+
+    Raises:
+        ValueError: it is of another weighting. Nothing is changed then.
+    """
+    if not hasattr(weighting, "load_state_dict"):
+        if state:
+            raise ValueError(f"the state is of a weighting that keeps {sorted(state)}, {_name(weighting)} keeps none")
+        return
+    before = copy.deepcopy(_state_of_weighting(weighting))
+    try:
+        _load_into(weighting, state)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        _load_into(weighting, before)
+        raise ValueError(f"the state is not one of {_name(weighting)}: {error}") from error
+
+
+def _load_into(weighting: Any, state: dict[str, Any]) -> None:
+    if isinstance(weighting, nn.Module):
+        reset = getattr(weighting, "reset", None)
+        if callable(reset):
+            reset()
+        for name, value in state.items():
+            _make_room(weighting, name, value)
+    weighting.load_state_dict(state)
+
+
+def _make_room(module: nn.Module, name: str, value: Any) -> None:
+    """For a buffer that a module makes when it first runs, as several of TorchJD's do."""
+    path, _, buffer = name.rpartition(".")
+    owner = dict(module.named_modules()).get(path)
+    if owner is not None and buffer in owner._buffers and owner._buffers[buffer] is None:
+        setattr(owner, buffer, torch.empty_like(value))
+
+
+def _name(weighting: Any) -> str:
+    return type(weighting).__name__

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import losses as loss_values
 from . import ops as ops  # registers what is called below
-from .checks import check_scale
+from .engine import losses as loss_values
+from .ops.arguments import check_scale
 
 
 def balance_(
@@ -17,8 +17,6 @@ def balance_(
     eps: float = 1e-8,
     scale: str | float = "max",
     backend: str = "auto",
-    *,
-    seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Balance a K x P matrix of task gradients; ``ema`` is updated in place.
 
@@ -34,8 +32,6 @@ def balance_(
         eps: added to the norms, > 0.
         scale: alpha: "max", "mean", "median", "min", or a number.
         backend: "auto", or a backend by name ("native", "triton", "eager"): works or raises.
-        seed: round a bfloat16 ema stochastically with the random numbers of this seed (any int64; give every step
-            its own), the same bits on every backend; None rounds to nearest. See `rounding`.
 
     Returns:
         ``grad`` (P,) in the dtype of grads and ``norms`` (K,), the norms of the new ema, in float32 (float64 with
@@ -52,7 +48,7 @@ def balance_(
     scale = check_scale(scale)
     name, constant = (scale, 0.0) if isinstance(scale, str) else ("constant", scale)
     with torch.no_grad():
-        grad, norms = torch.ops.dbmtl_kernels.balance_(grads, ema, beta, eps, name, constant, seed, backend)
+        grad, norms = torch.ops.dbmtl_kernels.balance_(grads, ema, beta, eps, name, constant, backend)
     return grad, norms
 
 

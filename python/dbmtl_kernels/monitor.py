@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .readings import Readings
+from .engine.bookkeeping import Steps
+from .rows.placement import Buffer
 
 
 class ScalarWriter(Protocol):
@@ -28,32 +28,33 @@ class Monitor:
     `conflicts`, is a collective: **every rank must read it**; the rest each rank may read alone.
 
     Args:
-        balancer: whose.
+        rows: the task gradients.
+        steps: the bookkeeping.
     """
 
-    def __init__(self, balancer: Readings) -> None:
-        self._balancer = balancer
+    def __init__(self, rows: Buffer, steps: Steps) -> None:
+        self._rows, self._steps = rows, steps
         self._gramian: tuple[int, Tensor] | None = None  # of which change of the rows, and what it was
 
     @property
     def norms(self) -> Tensor:
         """(K,) norms; see `GradientBalancer.norms`."""
-        return self._balancer.norms
+        return self._rows.stats.norms.to(self._rows.narrow, copy=True)
 
     @property
     def weights(self) -> Tensor:
         """(K,) weights; see `GradientBalancer.weights`."""
-        return self._balancer.weights
+        return self._rows.stats.weights.to(self._rows.narrow, copy=True)
 
     @property
     def nonfinite_steps(self) -> Tensor:
         """(K,) int64: in how many steps each task's gradient was not finite."""
-        return self._balancer.nonfinite_steps
+        return self._rows.stats.nonfinite_steps.clone()
 
     @property
     def step(self) -> int:
         """Number of steps begun; reading it is a sync if ``capturable``."""
-        return self._balancer.step
+        return self._steps.count
 
     @property
     def gramian(self) -> Tensor:
@@ -61,10 +62,10 @@ class Monitor:
 
         The row and column of a task whose gradient was not finite in the last step are 0.
         """
-        steps = self._balancer._steps
+        steps = self._steps
         # What a replayed CUDA graph changes is not seen here.
         if self._gramian is None or self._gramian[0] != steps.changes or steps.capturable:
-            self._gramian = (steps.changes, self._balancer.buffer.gramian())
+            self._gramian = (steps.changes, self._rows.gramian())
         return self._gramian[1].clone()
 
     @property
@@ -74,7 +75,7 @@ class Monitor:
         In the dtype of `gramian`; NaN where that overflowed.
         """
         gramian = self.gramian
-        wide = gramian.to(self._balancer.buffer.norms.dtype)
+        wide = gramian.to(self._rows.stats.norms.dtype)
         norms = wide.diagonal().clamp(min=0.0).sqrt()
         product = norms.outer(norms)
         cosine = torch.where(product == 0.0, 0.0, wide / product).clamp(-1.0, 1.0)
@@ -103,8 +104,8 @@ class Monitor:
         Raises:
             ValueError: ``names`` are not K, or two are the same.
         """
-        tags, values = zip(*self._entries(_checked(names, self._balancer.num_tasks), gramian), strict=True)
-        wide = self._balancer.buffer.norms.dtype
+        tags, values = zip(*self._entries(_checked(names, len(self._steps.seen)), gramian), strict=True)
+        wide = self._rows.stats.norms.dtype
         packed = torch.cat([value.reshape(-1).to(wide) for value in values])
         return {prefix + tag: x for tag, x in zip([t for own in tags for t in own], packed.tolist(), strict=True)}
 
@@ -136,12 +137,12 @@ class Monitor:
     def scalars(self, names: Sequence[str] | None = None, *, gramian: bool = False) -> dict[str, Tensor]:
         """As `as_dict`, but scalars on the device, without a sync."""
         out: dict[str, Tensor] = {}
-        for tags, values in self._entries(_checked(names, self._balancer.num_tasks), gramian):
+        for tags, values in self._entries(_checked(names, len(self._steps.seen)), gramian):
             out.update(zip(tags, values.reshape(-1).unbind(), strict=True))
         return out
 
     def _entries(self, names: Sequence[str], gramian: bool) -> Iterator[tuple[list[str], Tensor]]:
-        yield ["step"], self._balancer._steps.count_on(self._balancer.buffer.device)
+        yield ["step"], self._steps.count_on(self._rows.device)
         yield [f"norm/{name}" for name in names], self.norms
         yield [f"weight/{name}" for name in names], self.weights
         yield [f"nonfinite_steps/{name}" for name in names], self.nonfinite_steps

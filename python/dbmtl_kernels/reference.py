@@ -1,4 +1,4 @@
-"""DB-MTL in plain PyTorch: out of place, any float dtype, never tuned.
+"""DB-MTL in plain PyTorch: any float dtype, any device, never tuned, without a sync.
 
 Imports nothing from the rest of the package, so that it can judge it. Source of every formula: Lin et al.,
 "Dual-Balancing for Multi-Task Learning", arXiv 2308.12029, Algorithm 1.
@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accumulate", "balance", "combine", "gramian", "weights"]
+__all__ = ["accumulate", "balance", "combine", "gramian", "nonfinite", "weights"]
+
+# No weight is larger: times the zeros of a task without gradient it still gives zero.
+LARGEST_WEIGHT = torch.finfo(torch.float32).max
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -17,35 +20,54 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
-def weights(norms: Tensor, eps: float = 1e-8, scale: str | float = "max") -> Tensor:
+def weights(norms: Tensor, eps: float = 1e-8, scale: str | float = "max", active: Tensor | None = None) -> Tensor:
     """Weights ``alpha / (norms + eps)`` that bring every task gradient to the length alpha.
 
     Args:
         norms: (K,) norms of the task gradients. A norm that is not finite gets weight 0 and no say in alpha.
         eps: added to the norms.
-        scale: alpha: "max", "mean", "median" (mean of the two middle ones if K is even), "min", or a number.
+        scale: alpha: "max" (the method), "mean", "median" (mean of the two middle ones if K is even), "min" of the
+            norms, or a number (the paper's alpha strategies).
+        active: (K,) bool; the others get weight 0 and no say in alpha.
 
     Returns:
-        (K,) in the dtype of ``norms``. One task (K = 1) is left as it is: its weight is exactly 1, unless
-        ``scale`` is a number.
+        (K,) in the dtype of ``norms``, none above the largest float32. One task (K = 1) is left as it is: its weight is
+        exactly 1, unless ``scale`` is a number.
     """
-    finite = torch.isfinite(norms)
-    ok = norms[finite]
-    if isinstance(scale, str):
-        if norms.numel() == 1:
-            return finite.to(norms.dtype)
-        if ok.numel() == 0:
-            return torch.zeros_like(norms)
-        alpha = {
-            "max": lambda: ok.max(),
-            "mean": lambda: ok.mean(),
-            "median": lambda: ok.quantile(0.5),
-            "min": lambda: ok.min(),
-        }[scale]()
+    use = torch.isfinite(norms) if active is None else active & torch.isfinite(norms)
+    zero = norms.new_zeros(())
+    if isinstance(scale, str) and norms.numel() == 1:
+        return use.to(norms.dtype)
+    if not isinstance(scale, str):
+        alpha = norms.new_full((), scale)
+    elif scale == "max":
+        alpha = torch.where(use, norms, zero).amax()
+    elif scale == "min":
+        alpha = torch.where(use, norms, torch.inf).amin()
+    elif scale == "mean":
+        alpha = torch.where(use, norms, zero).sum() / use.sum().clamp(min=1)
     else:
-        alpha = torch.as_tensor(scale, dtype=norms.dtype, device=norms.device)
-    bounded = (alpha / (norms + eps)).clamp(max=torch.finfo(torch.float32).max)
-    return torch.where(finite, bounded, torch.zeros_like(norms))
+        alpha = torch.nanquantile(torch.where(use, norms, torch.nan), 0.5)
+    return torch.where(use, (alpha / (norms + eps)).clamp(max=LARGEST_WEIGHT), zero)
+
+
+def nonfinite(
+    sumsq: Tensor, before: Tensor, fresh: bool, largest: float = torch.finfo(torch.float64).max
+) -> tuple[Tensor, Tensor]:
+    """Which tasks have a gradient that is not finite in this step. Such a task sits out the whole step.
+
+    Args:
+        sumsq: (K,) sums of squares of the task gradients.
+        before: (K,) bool, the tasks found earlier; of an earlier step if ``fresh``.
+        fresh: this is the first look in the step.
+        largest: a sum above it counts as not finite.
+
+    Returns:
+        (K,) bool: those of this step, and those of them that were found just now.
+    """
+    now = ~(sumsq <= largest)
+    found = now if fresh else before | now
+    return found, now if fresh else now & ~before
 
 
 def accumulate(row: Tensor, grad: Tensor, decay: float, gain: float) -> tuple[Tensor, Tensor]:
@@ -56,9 +78,8 @@ def accumulate(row: Tensor, grad: Tensor, decay: float, gain: float) -> tuple[Te
 
 def combine(rows: Tensor, weights: Tensor) -> Tensor:
     """``sum_t weights[t] * rows[t]``: (P,) from (K, P) and (K,). A row whose weight is 0 is left out."""
-    wide = _wide(rows)
-    used = weights != 0
-    return (weights[used, None].to(wide.dtype) * wide[used]).sum(dim=0)
+    wide = torch.where(weights[:, None] != 0, _wide(rows), 0.0)
+    return weights.to(wide.dtype) @ wide
 
 
 def gramian(rows: Tensor) -> Tensor:

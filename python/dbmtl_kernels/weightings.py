@@ -1,24 +1,40 @@
-"""Weightings: from the K x K Gramian of the task gradients to K weights. Ours, and what any other must be."""
+"""Weightings: from the K x K Gramian of the task gradients to K weights. Ours, and what any other must be.
+
+A weighting is any callable from a Gramian to weights; ten lines make one::
+
+    class InverseNorms:  # every task gradient counts with length 1
+        def __call__(self, gramian):
+            return 1.0 / gramian.diagonal().sqrt()
+
+    balancer = GradientBalancer(parameters, num_tasks=3, weighting=InverseNorms())
+"""
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from . import checks
-from .weighting import max_norm_weights
+from . import reference
+from .ops.arguments import check_eps, check_finite, check_num_tasks, check_scale
 
 
 class Weighting(Protocol):
     """Any callable from a Gramian to weights; TorchJD's weightings are such.
 
     It sees the tasks that have a finite gradient in the step, in the order of their indices. Of several ranks each
-    calls it, and the weights of the first count, so that random ones agree.
+    calls it, and the weights of the first count, so that random ones agree. It may have besides:
+
+    - ``begin(tasks, losses, again)``, called before each Gramian with what it is of: the indices of the tasks,
+      ascending; a mapping from task to its last loss in the step (a scalar without a graph, a mean over the ranks, no
+      logarithm taken; `GradientBalancer.task` knows none); and whether the step was weighed before and has more
+      gradients now, so that what was learnt from fewer should not stay.
+    - ``reindex_tasks(tasks)``, called when tasks come and go: the tasks now are these of the former ones, in this order,
+      None being a new one.
+    - ``num_tasks``, an int: the only number of tasks it serves.
+    - ``state_dict()`` and ``load_state_dict(state)``: what goes into a checkpoint.
     """
 
     def __call__(self, gramian: Tensor, /) -> Tensor:
@@ -26,37 +42,6 @@ class Weighting(Protocol):
 
         The balanced gradient is ``sum_t weights[t] * gradient[t]``.
         """
-
-
-@runtime_checkable
-class UsesLosses(Protocol):
-    """A weighting that wants to see the losses of a step before its Gramian; `DBMTL.task` cannot give them."""
-
-    def observe(self, losses: Tensor, tasks: Sequence[int], again: bool) -> None:
-        """Called before each Gramian, of which it tells the tasks and their losses.
-
-        Args:
-            losses: (k,) without a graph, means over the ranks, no logarithm taken; in a step of several backward
-                passes each task's last.
-            tasks: their indices, ascending.
-            again: the step was weighed before and has more gradients now; what was learnt from fewer should not stay.
-        """
-
-
-@runtime_checkable
-class SeesTasks(Protocol):
-    """A weighting that wants to know of which tasks its Gramian is."""
-
-    def see(self, tasks: Sequence[int]) -> None:
-        """Called before each Gramian with the indices of its tasks, ascending."""
-
-
-@runtime_checkable
-class KeepsTasks(Protocol):
-    """A weighting with something to remember of each task, that must know when tasks come and go."""
-
-    def keep(self, tasks: Sequence[int | None]) -> None:
-        """Let the tasks be these of the former ones, in this order, None being a new one."""
 
 
 class MaxNorm:
@@ -70,12 +55,12 @@ class MaxNorm:
     """
 
     def __init__(self, scale: str | float = "max", eps: float = 1e-8) -> None:
-        self.scale = checks.check_scale(scale)
-        self.eps = checks.check_eps(eps)
+        self.scale = check_scale(scale)
+        self.eps = check_eps(eps)
 
     def __call__(self, gramian: Tensor, /) -> Tensor:
         """See `Weighting`."""
-        return max_norm_weights(gramian.diagonal().clamp(min=0.0).sqrt(), self.eps, self.scale)
+        return reference.weights(gramian.diagonal().clamp(min=0.0).sqrt(), self.eps, self.scale)
 
 
 class EqualWeights:
@@ -89,7 +74,7 @@ class EqualWeights:
     """
 
     def __init__(self, total: float | None = None) -> None:
-        self.total = None if total is None else _finite("total", total)
+        self.total = None if total is None else check_finite("total", total)
 
     def __call__(self, gramian: Tensor, /) -> Tensor:
         """See `Weighting`."""
@@ -128,8 +113,8 @@ class GradNorm(nn.Module):
 
     def __init__(self, num_tasks: int, alpha: float = 1.5, lr: float = 0.025) -> None:
         super().__init__()
-        num_tasks = checks.check_num_tasks(num_tasks)
-        self.alpha, self.lr = _finite("alpha", alpha), _finite("lr", lr)
+        num_tasks = check_num_tasks(num_tasks)
+        self.alpha, self.lr = check_finite("alpha", alpha), check_finite("lr", lr)
         if not lr > 0.0:
             raise ValueError(f"lr must be positive, got {lr}")
         self.register_buffer("weights", torch.ones(num_tasks, dtype=torch.float64))
@@ -142,21 +127,32 @@ class GradNorm(nn.Module):
         """K."""
         return self.weights.numel()
 
-    def observe(self, losses: Tensor, tasks: Sequence[int], again: bool) -> None:
-        """See `UsesLosses`."""
+    def begin(self, tasks: Sequence[int], losses: Mapping[int, Tensor], again: bool) -> None:
+        """See `Weighting`.
+
+        Raises:
+            RuntimeError: the loss of a task is not known.
+        """
+        missing = [task for task in tasks if task not in losses]
+        if missing:
+            raise RuntimeError(
+                f"the weighting GradNorm needs the losses, and those of task(s) {missing} are not known: use "
+                "balancer(losses) instead of task()"
+            )
         if again:
             self.weights.copy_(self.used)
         else:
             self.used.copy_(self.weights)
-        index = torch.as_tensor(list(tasks), device=self.start.device)
-        values = losses.to(self.start.device, torch.float64)
+        device = self.start.device
+        index = torch.tensor(list(tasks), dtype=torch.int64, device=device)
+        values = torch.stack([losses[task].to(device, torch.float64) for task in tasks])
         first = self.start[index]
         usable = values.isfinite() & (values > 0.0)
         self.start[index] = torch.where(first.isnan() & usable, values, first)
         self._seen = index, values
 
-    def keep(self, tasks: Sequence[int | None]) -> None:
-        """See `KeepsTasks`. A new task begins with weight 1; then all are scaled to the sum K."""
+    def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
+        """See `Weighting`. A new task begins with weight 1; then all are scaled to the sum K."""
         for name, new in (("weights", 1.0), ("used", 1.0), ("start", torch.nan)):
             old = getattr(self, name)
             setattr(self, name, torch.stack([old.new_tensor(new) if t is None else old[t] for t in tasks]))
@@ -165,7 +161,7 @@ class GradNorm(nn.Module):
     def forward(self, gramian: Tensor, /) -> Tensor:
         """See `Weighting`."""
         if self._seen is None:
-            raise RuntimeError("GradNorm must observe the losses before it weighs")
+            raise RuntimeError("GradNorm must see the losses (begin) before it weighs")
         (index, losses), self._seen = self._seen, None
         norms = gramian.diagonal().clamp(min=0.0).sqrt().to(self.used.device, torch.float64)
         weights = self.used[index]
@@ -175,6 +171,42 @@ class GradNorm(nn.Module):
         updated = updated * weights.sum() / updated.sum()
         self.weights[index] = torch.where(targets.isfinite().all(), updated, weights)
         return weights.to(gramian.device, gramian.dtype)
+
+
+class IMTLLoss(nn.Module):
+    """Impartial multi-task learning, the loss side (IMTL-L): ``exp(s_t) * loss_t - s_t`` with learnable s_t.
+
+    Give the results to a balancer with ``log_transform=False``, and ``parameters()`` to the optimizer. The minimiser is
+    ``s_t = -log(loss_t)``, where the gradient of the shared parameters is that of ``log(loss_t)``: the log
+    transformation is this method with s_t at its best in every step. The constant -1 makes the minimum itself
+    ``log(loss_t)``.
+
+    Args:
+        num_tasks: K.
+
+    Attributes:
+        scales: (K,) float32, the s_t; zeros at the start.
+
+    Source: Liu et al., "Towards Impartial Multi-task Learning" (ICLR 2021), section 3.2; arXiv 2308.12029, section on
+    the equivalence.
+    """
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__()
+        self.scales = nn.Parameter(torch.zeros(check_num_tasks(num_tasks)))
+
+    def forward(self, losses: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """K scalars, or None where a task is absent, to as many, in float32 at least.
+
+        Raises:
+            ValueError: the number of losses is not K.
+        """
+        if len(losses) != self.scales.numel():
+            raise ValueError(f"expected {self.scales.numel()} losses, got {len(losses)}")
+        return [
+            None if loss is None else torch.exp(s) * loss.to(torch.promote_types(loss.dtype, s.dtype)) - s - 1.0
+            for loss, s in zip(losses, self.scales, strict=True)
+        ]
 
 
 def check_weighting(weighting: Weighting, num_tasks: int, capturable: bool) -> Weighting:
@@ -192,56 +224,3 @@ def check_weighting(weighting: Weighting, num_tasks: int, capturable: bool) -> W
     if capturable and type(weighting) is not MaxNorm:
         raise ValueError(f"capturable=True needs MaxNorm: {type(weighting).__name__} is called with a sync")
     return weighting
-
-
-def state_of_weighting(weighting: Any) -> dict[str, Any]:
-    """What a checkpoint keeps of a weighting: the state_dict of one that has any."""
-    return dict(weighting.state_dict()) if hasattr(weighting, "state_dict") else {}
-
-
-def load_weighting(weighting: Any, state: dict[str, Any]) -> None:
-    """Take over what `state_of_weighting` gave, also into one that has not run yet.
-
-    Raises:
-        ValueError: it is of another weighting. Nothing is changed then.
-    """
-    if not hasattr(weighting, "load_state_dict"):
-        if state:
-            raise ValueError(f"the state is of a weighting that keeps {sorted(state)}, {_name(weighting)} keeps none")
-        return
-    before = copy.deepcopy(state_of_weighting(weighting))
-    try:
-        _load(weighting, state)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        _load(weighting, before)
-        raise ValueError(f"the state is not one of {_name(weighting)}: {error}") from error
-
-
-def _load(weighting: Any, state: dict[str, Any]) -> None:
-    if isinstance(weighting, nn.Module):
-        reset = getattr(weighting, "reset", None)
-        if callable(reset):
-            reset()
-        for name, value in state.items():
-            _make_room(weighting, name, value)
-    weighting.load_state_dict(state)
-
-
-def _make_room(module: nn.Module, name: str, value: Any) -> None:
-    """For a buffer that a module makes when it first runs, as several of TorchJD's do."""
-    path, _, buffer = name.rpartition(".")
-    owner = dict(module.named_modules()).get(path)
-    if owner is not None and buffer in owner._buffers and owner._buffers[buffer] is None:
-        setattr(owner, buffer, torch.empty_like(value))
-
-
-def _name(weighting: Any) -> str:
-    return type(weighting).__name__
-
-
-def _finite(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)

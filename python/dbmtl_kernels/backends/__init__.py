@@ -1,18 +1,21 @@
-"""Which implementation serves a tensor. A backend is a module with the functions of `Backend`."""
+"""Kernels: which implementation serves a tensor, and the implementations.
+
+In: tensors and numbers that `ops` has checked. Out: tensors updated in place. Knows no parameters, tasks or steps.
+"""
 
 from __future__ import annotations
 
 import os
 import warnings
 from functools import cache
-from types import ModuleType
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from . import cuda, eager, native, triton
-from .engine_step import EngineStep
+from . import eager, triton
+from .arguments import BalanceRows, Coefficients
+from .c_library import cuda, native
 
 NAMES = ("native", "triton", "cuda", "eager")
 # For each type of device, the first that can serve; "auto" says why if it is the last.
@@ -25,7 +28,7 @@ class Backend(Protocol):
 
     @staticmethod
     def balance_(
-        grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float, seed: int | None
+        grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float
     ) -> tuple[Tensor, Tensor]:
         """See `functional.balance_`."""
 
@@ -35,11 +38,8 @@ class Backend(Protocol):
         sumsq: Tensor,
         grads: list[Tensor | None],
         segments: Tensor,
-        decay: float,
-        gain: float,
+        coefficients: Coefficients,
         loss_scale: Tensor | None,
-        seed: int | None,
-        coefficients: Tensor | None,
     ) -> None:
         """See `ops.accumulate_`."""
 
@@ -48,7 +48,7 @@ class Backend(Protocol):
         """See `ops.combine_out`."""
 
     @staticmethod
-    def balance_rows_(step: EngineStep) -> None:
+    def balance_rows_(step: BalanceRows) -> None:
         """See `ops.balance_rows_`."""
 
     @staticmethod
@@ -70,8 +70,8 @@ class Backend(Protocol):
 
 def get(name: str) -> Backend:
     """The backend called ``name``, whether it can serve or not."""
-    modules: dict[str, ModuleType] = {"native": native, "triton": triton, "cuda": cuda, "eager": eager}
-    return cast(Backend, modules[name])
+    found: dict[str, Any] = {"native": native, "triton": triton, "cuda": cuda, "eager": eager}
+    return cast(Backend, found[name])
 
 
 def resolve(name: str, device: torch.device, num_tasks: int = 1, gramian: bool = False) -> Backend:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine_step import EngineStep
+from .arguments import BalanceRows
 
 ABI_VERSION = 4
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -105,10 +105,10 @@ def gradient_arguments(grads: list[Tensor | None]) -> tuple[Any, bytes]:
     return addresses, bytes([0 if g is None or g.dtype is f32 else codes[g.dtype] for g in grads])
 
 
-def step_arguments(step: EngineStep, loss_scale: Tensor | None) -> list[Any]:
+def step_arguments(step: BalanceRows, loss_scale: Tensor | None) -> list[Any]:
     """Everything of a step but where it runs."""
     n = len(step.outs)
-    books = (step.sumsq, step.broken, step.nonfinite_steps, step.norms, step.weights)
+    books = (step.stats.sumsq, step.stats.nonfinite, step.stats.nonfinite_steps, step.stats.norms, step.stats.weights)
     return [
         *rows_arguments(step.rows),
         *[x.data_ptr() for x in books],

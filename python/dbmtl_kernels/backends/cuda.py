@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import abi, eager
-from .engine_step import EngineStep
+from . import abi
+from .arguments import BalanceRows, Coefficients
 
 SERVES = "cuda"  # the type of device; tests run the kernels emulated on "cpu"
 
@@ -89,7 +89,7 @@ def _where(device: torch.device, num_tasks: int) -> tuple[int, int, int]:
 
 
 def balance_(
-    grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float, seed: int | None
+    grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float
 ) -> tuple[Tensor, Tensor]:
     """See `functional.balance_`: one cooperative launch."""
     num_tasks, num_params = ema.shape
@@ -101,7 +101,7 @@ def balance_(
             _library().dbmtl_balance(
                 *abi.rows_arguments(grads)[:3], *abi.rows_arguments(ema)[:3], out.data_ptr(), abi.DTYPES[out.dtype],
                 norms.data_ptr(), num_tasks, num_params, beta, eps, abi.SCALES[scale], constant,
-                *abi.seed_arguments(seed), *_where(device, num_tasks),
+                0, 0, *_where(device, num_tasks),
             )
         )  # fmt: skip
     return out, norms
@@ -112,22 +112,21 @@ def accumulate_(
     sumsq: Tensor,
     grads: list[Tensor | None],
     segments: Tensor,
-    decay: float,
-    gain: float,
+    coefficients: Coefficients,
     loss_scale: Tensor | None,
-    seed: int | None,
-    coefficients: Tensor | None,
 ) -> None:
     """See `ops.accumulate_`: one launch for each thousand parameters (with an older driver, each hundred)."""
     device = row.device
+    held = coefficients if isinstance(coefficients, Tensor) else torch.tensor(coefficients, dtype=torch.float64)
+    held = torch.cat([held, held[:1]]).to(row.device)
     total = sumsq if sumsq.dtype == torch.float64 else torch.empty(1, dtype=torch.float64, device=device)
     factor = _known(loss_scale, device)  # a name, as only its address is passed on
     with _on(device):
         _check(
             _library().dbmtl_accumulate(
                 row.data_ptr(), abi.DTYPES[row.dtype], len(grads), segments.data_ptr(),
-                *abi.gradient_arguments(grads), decay, gain, *abi.scale_arguments(factor), total.data_ptr(),
-                *abi.seed_arguments(seed), abi.pointer(coefficients), *_where(device, 1),
+                *abi.gradient_arguments(grads), 1.0, 1.0, *abi.scale_arguments(factor), total.data_ptr(),
+                0, 0, held.data_ptr(), *_where(device, 1),
             )
         )  # fmt: skip
     if total is not sumsq:
@@ -152,12 +151,9 @@ def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) ->
         )  # fmt: skip
 
 
-def balance_rows_(step: EngineStep) -> None:
+def balance_rows_(step: BalanceRows) -> None:
     """See `ops.balance_rows_`: one launch for all of it."""
     device = step.rows.device
-    if any(x.dtype != torch.float64 for x in (step.sumsq, step.norms, step.weights)):  # nobody's books but a stranger's
-        eager.balance_rows_(step, combine_out)
-        return
     factor = _known(step.loss_scale, device)
     with _on(device):
         arguments = abi.step_arguments(step, factor)

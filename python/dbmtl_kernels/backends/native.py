@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import abi, eager
-from .engine_step import EngineStep
+from . import abi
+from .arguments import BalanceRows, Coefficients
 
 # Fresh memory of this size and more is worth a system call for huge pages.
 HUGE_BYTES = 8 << 20
@@ -86,7 +86,7 @@ def advise_huge_pages(buffer: Tensor) -> None:
 
 
 def balance_(
-    grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float, seed: int | None
+    grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float
 ) -> tuple[Tensor, Tensor]:
     """See `functional.balance_`."""
     num_tasks, num_params = ema.shape
@@ -97,7 +97,7 @@ def balance_(
         _library().dbmtl_balance(
             *abi.rows_arguments(grads)[:3], *abi.rows_arguments(ema)[:3], out.data_ptr(), abi.DTYPES[out.dtype],
             norms.data_ptr(), num_tasks, num_params, beta, eps, abi.SCALES[scale], constant,
-            *abi.seed_arguments(seed), *_where(),
+            0, 0, *_where(),
         )
     )  # fmt: skip
     return out, norms
@@ -108,19 +108,18 @@ def accumulate_(
     sumsq: Tensor,
     grads: list[Tensor | None],
     segments: Tensor,
-    decay: float,
-    gain: float,
+    coefficients: Coefficients,
     loss_scale: Tensor | None,
-    seed: int | None,
-    coefficients: Tensor | None,
 ) -> None:
     """See `ops.accumulate_`."""
+    held = coefficients if isinstance(coefficients, Tensor) else torch.tensor(coefficients, dtype=torch.float64)
+    held = torch.cat([held, held[:1]]).to(row.device)
     total = sumsq if sumsq.dtype == torch.float64 else torch.empty(1, dtype=torch.float64)
     _check(
         _library().dbmtl_accumulate(
             row.data_ptr(), abi.DTYPES[row.dtype], len(grads), segments.data_ptr(), *abi.gradient_arguments(grads),
-            decay, gain, *abi.scale_arguments(_floating(loss_scale)), total.data_ptr(), *abi.seed_arguments(seed),
-            abi.pointer(coefficients), *_where(),
+            1.0, 1.0, *abi.scale_arguments(_floating(loss_scale)), total.data_ptr(), 0, 0,
+            held.data_ptr(), *_where(),
         )
     )  # fmt: skip
     if total is not sumsq:
@@ -143,11 +142,8 @@ def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) ->
     )  # fmt: skip
 
 
-def balance_rows_(step: EngineStep) -> None:
+def balance_rows_(step: BalanceRows) -> None:
     """See `ops.balance_rows_`."""
-    if any(x.dtype != torch.float64 for x in (step.sumsq, step.norms, step.weights)):  # nobody's books but a stranger's
-        eager.balance_rows_(step, combine_out)
-        return
     factor = _floating(step.loss_scale)  # a name, as only its address is passed on
     _check(_library().dbmtl_balance_rows(*abi.step_arguments(step, factor), *_where()))
 

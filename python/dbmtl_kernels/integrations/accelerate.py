@@ -9,9 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..balancer import GradientBalancer
+from ..balancer import DBMTL, GradientBalancer
 from ..checkpoint import gathered
-from ..dbmtl import DBMTL
 from .wrappers import Shared, balancing, make_balancer
 
 __all__ = ["SavedBalancer", "balancing", "prepare_balancer"]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..dbmtl import DBMTL
+from ..balancer import DBMTL
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,7 +73,7 @@ class DB_MTL(nn.Module):  # noqa: N801 - LibMTL looks it up by this name
         shared = list(self.get_share_params())
         if self.balancer is None:
             self.balancer = _engine(shared, self.task_num)
-        elif [id(p) for p in _trainable(shared)] != [id(p) for p in self.balancer.buffer.parameters]:
+        elif [id(p) for p in _trainable(shared)] != [id(p) for p in self.balancer.shared_parameters]:
             raise RuntimeError("the shared parameters are others than in the first backward: call init_param()")
         self.balancer.set_beta(DB_beta, DB_beta_sigma)
         self.balancer.backward(losses)

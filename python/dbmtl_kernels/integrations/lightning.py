@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from ..balancer import GradientBalancer
+from ..balancer import DBMTL, GradientBalancer
 from ..checkpoint import gathered
-from ..dbmtl import DBMTL
 from .wrappers import Shared, balancing, make_balancer
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ class GradientBalancing(Callback):
         wrapped = trainer.strategy.model
         assert wrapped is not None
         self.balancer = balancer = make_balancer(pl_module, wrapped, *self._given)
-        held = {id(p) for p in balancer.buffer.parameters}
+        held = {id(p) for p in balancer.shared_parameters}
         optimizers = [o for o in trainer.optimizers if any(id(p) in held for g in o.param_groups for p in g["params"])]
         self._handle = balancer.attach((optimizers or trainer.optimizers)[0])
         self._fitting, self._resumed, self._saves, self._logged = True, False, trainer.is_global_zero, 0

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, ops
+from .. import ops, reference
 from ..functional import balance_
-from ..rounding import update_seed
-from ..validation import STATE_DTYPES, check_dtype
-from ..weighting import max_norm_weights
+from ..ops import arguments
+from ..weightings import Weighting as AnyWeighting
 
 NEEDED = "0.18"
 
@@ -56,17 +55,15 @@ class _MovingAverage(Weighting[Matrix], Stateful):
         scale: str | float,
         state_dtype: torch.dtype,
         backend: str,
-        seed: int | None,
     ) -> None:
         super().__init__()
-        self.beta = checks.check_beta(beta)
-        self.beta_sigma = checks.check_beta_sigma(beta_sigma)
-        self.eps = checks.check_eps(eps)
-        self.scale = checks.check_scale(scale)
-        check_dtype("state_dtype", state_dtype, STATE_DTYPES)
+        self.beta = arguments.check_beta(beta)
+        self.beta_sigma = arguments.check_beta_sigma(beta_sigma)
+        self.eps = arguments.check_eps(eps)
+        self.scale = arguments.check_scale(scale)
+        arguments.check_dtype("state_dtype", state_dtype, arguments.STATE_DTYPES)
         self.state_dtype = state_dtype
         self.backend = backend
-        self.seed = checks.check_seed(seed)
         self.step = 0
         self.ema = None  # not a buffer: a cast of the module around it must leave its dtype
         self._last: tuple[Tensor, int, Tensor] | None = None  # weights, their version, the vector they give
@@ -76,13 +73,10 @@ class _MovingAverage(Weighting[Matrix], Stateful):
         ema = self._ema_for(matrix)
         grads = matrix.detach().to(torch.float64) if ema.dtype == torch.float64 else matrix.detach()
         step = self.step + 1
-        stochastic = self.seed is not None and ema.dtype == torch.bfloat16
-        vector, norms = balance_(
-            grads, ema, self.beta / step**self.beta_sigma, self.eps, self.scale, self.backend,
-            seed=update_seed(self.seed, step) if stochastic and self.seed is not None else None,
-        )  # fmt: skip
+        beta = self.beta / step**self.beta_sigma
+        vector, norms = balance_(grads, ema, beta, self.eps, self.scale, self.backend)
         self.ema, self.step = ema, step
-        weights = max_norm_weights(norms, self.eps, self.scale)
+        weights = reference.weights(norms, self.eps, self.scale)
         self._last = weights, _version(weights), vector.to(matrix.dtype)
         return weights
 
@@ -158,7 +152,6 @@ class DBMTLAggregator(WeightedAggregator, Stateful):
         scale: alpha: "max" (the method), "mean", "median", "min" of the norms, or a number.
         state_dtype: dtype of the EMA: float32, bfloat16 or float64. That of float64 matrices is float64.
         backend: "auto", or a backend by name.
-        seed: of the stochastic rounding of a bfloat16 EMA (`rounding`); None rounds it to nearest.
 
     Raises:
         ValueError, TypeError: an argument; called with a matrix of another shape or dtype than before.
@@ -176,9 +169,8 @@ class DBMTLAggregator(WeightedAggregator, Stateful):
         scale: str | float = "max",
         state_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
-        seed: int | None = 0,
     ) -> None:
-        super().__init__(_MovingAverage(beta, beta_sigma, eps, scale, state_dtype, backend, seed))
+        super().__init__(_MovingAverage(beta, beta_sigma, eps, scale, state_dtype, backend))
 
     def forward(self, matrix: Matrix, /) -> Tensor:
         """(m, n) to the balanced (n,) vector, in the dtype of the matrix."""
@@ -192,7 +184,7 @@ class DBMTLAggregator(WeightedAggregator, Stateful):
         w = self.weighting
         return (
             f"DBMTLAggregator(beta={w.beta}, beta_sigma={w.beta_sigma}, eps={w.eps}, scale={w.scale!r}, "
-            f"state_dtype={w.state_dtype}, backend={w.backend!r}, seed={w.seed})"
+            f"state_dtype={w.state_dtype}, backend={w.backend!r})"
         )
 
 
@@ -281,7 +273,7 @@ def nash_mtl(num_tasks: int, **options: Any) -> OnMatrix:
 
     Source: Navon et al., arXiv 2202.01017, Algorithm 1, as TorchJD has it.
     """
-    return _NashMTL(checks.check_num_tasks(num_tasks), options)
+    return _NashMTL(arguments.check_num_tasks(num_tasks), options)
 
 
 class _GradVac(Weighting[PSDMatrix], Stateful):
@@ -346,7 +338,7 @@ def grad_vac(num_tasks: int, beta: float = 0.5, eps: float = 1e-8) -> Weighting[
 
     Source: Wang et al., arXiv 2010.05874, Algorithm 1, as TorchJD has it.
     """
-    return _GradVac(checks.check_num_tasks(num_tasks), beta, eps)
+    return _GradVac(arguments.check_num_tasks(num_tasks), beta, eps)
 
 
 def _square_root(gramian: Tensor) -> Tensor:

@@ -11,12 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from ..attachment import Attachment
-from ..balancer import GradientBalancer
+from ..balancer import DBMTL, Attachment, GradientBalancer
 from ..checkpoint import gathered
-from ..dbmtl import DBMTL
-from ..losses import Given, TaskLosses
-from .wrappers import Shared, balancing, make_balancer
+from .wrappers import Shared, balancing, make_balancer, sum_of_losses
 
 if TYPE_CHECKING:
     Base = Trainer
@@ -85,7 +82,7 @@ class BalancedTrainerMixin(Base):
         self._resumed_from: str | None = None
         self.add_callback(_WhenTrainingBegins(self))
 
-    def task_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Given, Any]:
+    def task_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Sequence[Tensor | None] | Tensor, Any]:
         """The K losses, and the outputs for an evaluation. To be overridden by other models.
 
         Args:
@@ -112,7 +109,7 @@ class BalancedTrainerMixin(Base):
         """See the Trainer."""
         losses, outputs = self.task_losses(model, inputs)
         if not torch.is_grad_enabled():
-            loss = TaskLosses(losses, None, self._balancing[1], None).total()
+            loss = sum_of_losses(losses)
         elif self.balancer is None:
             raise RuntimeError("compute_loss() for training before train() has made the balancer")
         else:

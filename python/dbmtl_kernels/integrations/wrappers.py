@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import dtensors
-from ..balancer import GradientBalancer
+from ..balancer import DBMTL, GradientBalancer
 
 # The shared parameters of a model: a function of it, or the name of a submodule, of which all that require grad.
 Shared = Callable[[Any], Iterable[Tensor]] | str
@@ -51,7 +52,7 @@ def make_balancer(
     given = dict(options)
     if "weighting" in given:
         given["weighting"] = copy.deepcopy(given["weighting"])
-    if given.get("process_group") is None and not any(dtensors.is_dtensor(p) for p in parameters):
+    if given.get("process_group") is None and not any(isinstance(p, DTensor) for p in parameters):
         inner = _compiled(wrapped)
         if isinstance(inner, DistributedDataParallel):
             given["process_group"] = inner.process_group
@@ -61,6 +62,12 @@ def make_balancer(
                 "DistributedDataParallel and of FSDP2 (fully_shard) can"
             )
     return method(parameters, num_tasks, **given)
+
+
+def sum_of_losses(losses: Sequence[Tensor | None] | Tensor) -> Tensor:
+    """The plain sum of K losses for an evaluation, float32 at least, without a graph."""
+    present = [loss.detach().reshape(()) for loss in losses if loss is not None]
+    return torch.stack([x.to(present[0].device, torch.promote_types(x.dtype, torch.float32)) for x in present]).sum()
 
 
 def balancing(wrapped: nn.Module) -> AbstractContextManager[Any]:

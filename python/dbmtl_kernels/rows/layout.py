@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.arguments import STATE_DTYPES
 from . import dtensors
 
 SEGMENT_BYTES = 128
@@ -73,6 +74,8 @@ class ParameterLayout:
         groups: one `Group` per parameter dtype.
         row_numel: elements of a row, padding included.
         numel: elements of all parameters.
+        permuted: whether any lies in another memory order than the logical one.
+        distributed: whether any is a DTensor.
 
     Raises:
         ValueError: empty, repeated, not a leaf, not requiring grad, several devices.
@@ -87,15 +90,15 @@ class ParameterLayout:
                     f"the parameters of a layout must be on one device: [0] is on {self.parameters[0].device}, "
                     f"[{index}] on {p.device}"
                 )
-        if state_dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        if state_dtype not in STATE_DTYPES:
             raise TypeError(f"state_dtype must be float32, bfloat16 or float64, got {state_dtype}")
         self.state_dtype = state_dtype
         self.device = self.parameters[0].device
         local = [dtensors.local(p) for p in self.parameters]
         self.numel = sum(p.numel() for p in local)
         self.permuted = any(not p.is_contiguous() for p in local)
-        self._strides = [p.stride() for p in local]
-        self._dtypes = [p.dtype for p in local]
+        self.distributed = any(dtensors.is_dtensor(p) for p in self.parameters)
+        self._known = [(p.shape, p.stride(), p.dtype) for p in local]
         self.dense = [p.is_contiguous() or _is_permuted(p) for p in local]
 
         by_dtype: dict[torch.dtype, list[int]] = {}
@@ -127,14 +130,16 @@ class ParameterLayout:
         return found
 
     def check_unchanged(self) -> None:
-        """Raise RuntimeError if a parameter's dtype, device or memory order is another than when this was made."""
-        for index, (whole, strides, dtype) in enumerate(zip(self.parameters, self._strides, self._dtypes, strict=True)):
-            p = dtensors.local(whole)
-            if p.stride() != strides or p.dtype is not dtype or p.device != self.device:
+        """Raise RuntimeError if a parameter's dtype, device, shape or memory order is another than when this was made."""
+        device = self.device
+        for index, (p, (shape, strides, dtype)) in enumerate(zip(self.parameters, self._known, strict=True)):
+            if self.distributed:
+                p = dtensors.local(p)
+            if p.stride() != strides or p.dtype is not dtype or p.device != device or p.shape != shape:
                 raise RuntimeError(
-                    f"shared parameter {index} was {dtype} with strides {strides} on {self.device} when the balancer "
-                    f"was made, and is {p.dtype} with strides {p.stride()} on {p.device}; make the balancer after "
-                    "model.to(...)"
+                    f"shared parameter {index} was {dtype} of shape {tuple(shape)} with strides {strides} on {device} when "
+                    f"the balancer was made, and is {p.dtype} of shape {tuple(p.shape)} with strides {p.stride()} on "
+                    f"{p.device}; make the balancer after model.to(...)"
                 )
 
     def signature(self) -> list[list[Any]]:

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import dtensors
-from .buffer import TaskGradientBuffer
 from .layout import ParameterLayout, check_parameters
+from .ranks import Ranks
+from .rows import TaskGradientBuffer
 from .sharded import ShardedTaskGradientBuffer
 from .split import SplitTaskGradientBuffer
-from .world import World
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,7 +45,7 @@ def place(
     state_dtype: torch.dtype,
     backend: str,
     process_group: ProcessGroup | bool | None,
-) -> tuple[Buffer, World]:
+) -> tuple[Buffer, Ranks]:
     """The buffer for these parameters, and the ranks whose losses and gradients are averaged.
 
     Plain parameters of several ranks are replicas: their rows are sharded. DTensors keep the rows of their local
@@ -61,54 +61,54 @@ def place(
         raise TypeError(
             "shared_parameters are of FullyShardedDataParallel (FSDP1), which flattens them: use FSDP2's fully_shard"
         )
-    world = _world(given, process_group)
+    ranks = _ranks(given, process_group)
     devices = {str(p.device) for p in given}
     if len(devices) > 1 and "meta" in devices:
         raise ValueError(f"shared_parameters must hold data: they are on {', '.join(sorted(devices))}")
     members: dict[Any, list[int]] = {}
     for index, p in enumerate(given):
         members.setdefault(dtensors.placement_key(p), []).append(index)
-    parts = [_part([given[i] for i in indices], num_tasks, state_dtype, backend, world) for indices in members.values()]
+    parts = [_part([given[i] for i in indices], num_tasks, state_dtype, backend, ranks) for indices in members.values()]
     if len(parts) == 1:
-        return parts[0], world
-    places = {i: (n, own) for n, indices in enumerate(members.values()) for own, i in enumerate(indices)}
-    return SplitTaskGradientBuffer(parts, [places[i] for i in range(len(given))]), world
+        return parts[0], ranks
+    members_of = {i: (n, own) for n, indices in enumerate(members.values()) for own, i in enumerate(indices)}
+    return SplitTaskGradientBuffer(parts, [members_of[i] for i in range(len(given))]), ranks
 
 
-def _world(parameters: list[Tensor], process_group: ProcessGroup | bool | None) -> World:
+def _ranks(parameters: list[Tensor], process_group: ProcessGroup | bool | None) -> Ranks:
     if process_group is False:
         if is_distributed(parameters):
             raise ValueError(
                 "process_group=False would take the log of each rank's own loss, while fully_shard averages their "
                 "gradients: leave process_group away"
             )
-        return World()
+        return Ranks()
     if process_group is None:
         if not is_distributed(parameters):
             refuse_unnamed_group()
-            return World()
+            return Ranks()
         meshes = [p.device_mesh for p in parameters if dtensors.is_dtensor(p)]
         largest = max(meshes, key=lambda mesh: mesh.size())
-        return World([largest.get_group(dim) for dim in range(largest.ndim)])
+        return Ranks([largest.get_group(dim) for dim in range(largest.ndim)])
     if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
         raise TypeError(
             f"process_group must be a process group that this rank is in, None or False, got {process_group!r}"
         )
-    return World([process_group])
+    return Ranks([process_group])
 
 
 def _part(
-    parameters: list[Tensor], num_tasks: int, state_dtype: torch.dtype, backend: str, world: World
+    parameters: list[Tensor], num_tasks: int, state_dtype: torch.dtype, backend: str, ranks: Ranks
 ) -> TaskGradientBuffer:
-    if dtensors.is_dtensor(parameters[0]) or world.size == 1:
-        spread = World(dtensors.sharded_groups(parameters[0]))
+    if dtensors.is_dtensor(parameters[0]) or ranks.size == 1:
+        spread = Ranks(dtensors.sharded_groups(parameters[0]))
         return TaskGradientBuffer(ParameterLayout(parameters, state_dtype), num_tasks, backend, spread)
-    if len(world.groups) > 1:
+    if len(ranks.groups) > 1:
         raise ValueError(
             f"shared_parameters has {len(parameters)} plain tensors among DTensors of a mesh of several dimensions; "
             "give them to fully_shard too, or name the group of their replicas with process_group"
         )
-    layout = ParameterLayout(parameters, state_dtype, shards=world.size)
+    layout = ParameterLayout(parameters, state_dtype, shards=ranks.size)
     mine = f"{num_tasks} tasks, a state of {state_dtype}, parameters {layout.signature()}"
-    world.check_same(mine, layout.device, f"the ranks make different balancers (this one: {mine})")
-    return ShardedTaskGradientBuffer(layout, num_tasks, backend, world.groups[0])
+    ranks.check_same(mine, layout.device, f"the ranks make different balancers (this one: {mine})")
+    return ShardedTaskGradientBuffer(layout, num_tasks, backend, ranks.groups[0])

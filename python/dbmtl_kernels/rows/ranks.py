@@ -1,4 +1,4 @@
-"""World: the ranks that work on one batch together, and the few numbers they tell each other."""
+"""Ranks: those that work on one batch together, and the few numbers they tell each other."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .. import ops
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,7 +31,7 @@ def naming(what: str) -> Iterator[None]:
         ) from error
 
 
-class World:
+class Ranks:
     """Ranks that exchange numbers, along one process group or along several (the dimensions of a mesh).
 
     Args:
@@ -88,7 +90,7 @@ class World:
         entries = [torch.zeros((), dtype=torch.float64, device=device)] * num_tasks
         for task, value in zip(tasks, values, strict=True):
             entries[task] = value.to(device, torch.float64)
-        message = torch.cat([torch.stack(entries), _signed(repr(list(tasks)), device)])
+        message = torch.cat([torch.stack(entries), _checksum(repr(list(tasks)), device)])
         total = self.sum(message, "the losses")
         self._same(total[num_tasks:], f"the ranks give different tasks (this one {list(tasks)})")
         mean = total / self.size
@@ -96,9 +98,9 @@ class World:
 
     def check_same(self, what: str, device: torch.device, complaint: str) -> None:
         """Raise RuntimeError, on every rank, unless all say the same; off a CPU see `mean_losses`."""
-        self.union(what, [], device, complaint)
+        self.any_rank(what, [], device, complaint)
 
-    def union(self, what: str, flags: Sequence[bool], device: torch.device, complaint: str) -> list[bool]:
+    def any_rank(self, what: str, flags: Sequence[bool], device: torch.device, complaint: str) -> list[bool]:
         """Flags that are set on any rank; read, with a sync, only where one is not set here.
 
         Raises:
@@ -106,7 +108,7 @@ class World:
         """
         if self.size == 1:
             return list(flags)
-        message = torch.cat([_signed(what, device), _on(tuple(map(float, flags)), device)])
+        message = torch.cat([_checksum(what, device), _numbers_on(tuple(map(float, flags)), device)])
         total = self.sum(message, "a check that all ranks do the same")
         self._same(total[:2], complaint)
         return list(flags) if all(flags) else [x > 0 for x in total[2:].tolist()]
@@ -121,14 +123,13 @@ class World:
             torch._assert_async(equal, f"DBMTL: {complaint}")
 
 
-def _signed(text: str, device: torch.device) -> Tensor:
+def _checksum(text: str, device: torch.device) -> Tensor:
     """16 bits that stand for a text, and their square; sums of up to 1,000 of them are exact."""
     number = zlib.crc32(text.encode()) & 0xFFFF
-    return _on((float(number), float(number**2)), device)
+    return _numbers_on((float(number), float(number**2)), device)
 
 
 @lru_cache(maxsize=4096)
-def _on(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+def _numbers_on(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     """Numbers on a device, without a sync; kept, so that a captured graph that copied them finds them again."""
-    host = torch.tensor(numbers, dtype=torch.float64)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    return ops.upload(numbers, torch.float64, device)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import dtensors
+from ..rows import dtensors
+from ..rows.ranks import Ranks
 from . import losses as loss_values
 from .graphs import walk
-from .world import World
 
 
 class Head(NamedTuple):
@@ -34,13 +34,13 @@ class HeadGradients:
 
     Args:
         shared: the shared parameters.
-        world: the ranks.
+        ranks: whose gradients are averaged.
         device: where the ranks compare notes.
     """
 
-    def __init__(self, shared: Sequence[Tensor], world: World, device: torch.device) -> None:
+    def __init__(self, shared: Sequence[Tensor], ranks: Ranks, device: torch.device) -> None:
         self._shared = {id(p) for p in shared}
-        self._world = world
+        self._ranks = ranks
         self._device = device
         self._wrappers: list[weakref.ref[DistributedDataParallel]] | None = None
         self._heads: dict[int, Head] = {}  # by id
@@ -75,7 +75,7 @@ class HeadGradients:
         Raises:
             RuntimeError: the ranks' heads differ; a head is hidden in a re-entrant checkpoint.
         """
-        if self._world.size == 1:
+        if self._ranks.size == 1:
             yield
             return
         self._heads = {}
@@ -104,7 +104,7 @@ class HeadGradients:
             RuntimeError: at the end, if one was ``expected`` and none was taken, or nothing told what the heads are;
                 a DistributedDataParallel outside its ``no_sync()``.
         """
-        if self._world.size == 1:
+        if self._ranks.size == 1:
             yield
             return
         taken = False
@@ -114,7 +114,7 @@ class HeadGradients:
             taken = True
             self.refuse_synchronising_wrapper()
             self.search([loss])
-            mean = self._world.sum(loss.detach(), f"the loss of task {task}") / self._world.size
+            mean = self._ranks.sum(loss.detach(), f"the loss of task {task}") / self._ranks.size
             out: Tensor = loss_values.LogOfMean.apply(loss, mean, eps)  # type: ignore[no-untyped-call]
             return out
 
@@ -137,7 +137,7 @@ class HeadGradients:
 
     def search(self, losses: Sequence[Tensor]) -> None:
         """Watch the parameters in the graph of each loss."""
-        for place, loss in enumerate(losses):
+        for index, loss in enumerate(losses):
             found = walk([loss])
             if found.hidden and not self._known:
                 raise RuntimeError(
@@ -145,7 +145,7 @@ class HeadGradients:
                     "could not be averaged: use checkpoint(..., use_reentrant=False), or attach the balancer to the "
                     "optimizer"
                 )
-            self._watch([p for p in found.leaves if not found.hidden and isinstance(p, nn.Parameter)], f"loss {place}")
+            self._watch([p for p in found.leaves if not found.hidden and isinstance(p, nn.Parameter)], f"loss {index}")
 
     def _watch(self, parameters: Iterable[Tensor], where: str) -> None:
         """Set the ``.grad`` of these aside until the end of `averaging`."""
@@ -160,7 +160,7 @@ class HeadGradients:
         heads = [(head, head.parameter.grad) for head in self._heads.values() if head.parameter.grad is not None]
         mine = repr([(head.found, str(grad.dtype), tuple(grad.shape)) for head, grad in heads])
         complaint = f"the ranks have gradients of different heads (this one of {[tuple(g.shape) for _, g in heads]})"
-        touched[:] = self._world.union(mine, touched, self._device, complaint)
+        touched[:] = self._ranks.any_rank(mine, touched, self._device, complaint)
         by_kind: dict[Any, list[Tensor]] = {}
         for head, grad in heads:
             if grad.layout != torch.strided:
@@ -171,8 +171,8 @@ class HeadGradients:
             wide = torch.promote_types(grad.dtype, torch.float32)  # the sum of many half precision ones might overflow
             by_kind.setdefault((grad.device, wide), []).append(grad)
         for (_, wide), grads in by_kind.items():
-            flat = torch.cat([grad.reshape(-1).to(wide) for grad in grads]) / self._world.size
-            total = self._world.sum(flat, "the gradients of the heads")
+            flat = torch.cat([grad.reshape(-1).to(wide) for grad in grads]) / self._ranks.size
+            total = self._ranks.sum(flat, "the gradients of the heads")
             for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
         for p, before, _ in self._heads.values():

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .buffer import Flats, TaskGradientBuffer
-from .updates import Coefficients, Update
+from ..ops import Coefficients, Stats
+from .collect import RowCollector
+from .rows import Flats, TaskGradientBuffer
 
 
 class SplitTaskGradientBuffer:
     """Rows in several parts, each a buffer of its own; only sums of squares and weights cross between them.
 
-    It does what `TaskGradientBuffer` does, method by method; norms, weights and books are those of the first part
-    (each part has the same).
+    It does what `TaskGradientBuffer` does, method by method; the stats are those of the first part (each part has the
+    same).
 
     Args:
         parts: the buffers.
-        places: for each parameter, in the order given by the user, its part and its index there.
+        members: for each parameter, in the order given by the user, its part and its index there.
     """
 
-    def __init__(self, parts: Sequence[TaskGradientBuffer], places: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, parts: Sequence[TaskGradientBuffer], members: Sequence[tuple[int, int]]) -> None:
         self.parts = list(parts)
-        self.places = list(places)
+        self.members = list(members)
         self.device = self.parts[0].device
         self.narrow = self.parts[0].narrow
         self.early = all(part.early for part in self.parts)
+        self.parameters = [self.parts[part].parameters[index] for part, index in self.members]
 
     @property
     def local(self) -> bool:
@@ -36,38 +38,23 @@ class SplitTaskGradientBuffer:
         return all(part.local for part in self.parts)
 
     @property
-    def parameters(self) -> list[Tensor]:
-        """The shared parameters, as given."""
-        return [self.parts[part].parameters[index] for part, index in self.places]
-
-    @property
-    def norms(self) -> Tensor:
-        """(K,) norms of the last `balance`."""
-        return self.parts[0].norms
-
-    @property
-    def weights(self) -> Tensor:
-        """(K,) weights of the last `balance`."""
-        return self.parts[0].weights
-
-    @property
-    def broken(self) -> Tensor:
-        """(K,) bool, tasks whose gradient was not finite in the step of the last `balance`."""
-        return self.parts[0].broken
-
-    @property
-    def nonfinite_steps(self) -> Tensor:
-        """(K,) int64, in how many steps that was so."""
-        return self.parts[0].nonfinite_steps
+    def stats(self) -> Stats:
+        """See `TaskGradientBuffer.stats`."""
+        return self.parts[0].stats
 
     def check_unchanged(self) -> None:
         """See `ParameterLayout.check_unchanged`."""
         for part in self.parts:
             part.check_unchanged()
 
-    def update(self, task: int, begin: Callable[[], Coefficients]) -> Update:
-        """See `TaskGradientBuffer.update`."""
-        return SplitUpdate(self, task, begin)
+    def collect(self, task: int, coefficients: Coefficients, loss_scale: Tensor | None = None) -> SplitCollector:
+        """See `TaskGradientBuffer.collect`."""
+        collectors = []
+        for part in self.parts:
+            own = coefficients.to(part.device) if isinstance(coefficients, Tensor) else coefficients
+            scale = None if loss_scale is None else loss_scale.to(part.device)
+            collectors.append(part.collect(task, own, scale))
+        return SplitCollector(collectors, self.members)
 
     def settle(self) -> None:
         """See `TaskGradientBuffer.settle`."""
@@ -98,10 +85,10 @@ class SplitTaskGradientBuffer:
                 fresh=fresh, accumulate=accumulate, sums=total.to(part.device, copy=True),
             )  # fmt: skip
 
-    def record(self, sums: Tensor, weights: Tensor, broken: Tensor, now: Tensor, bad: Sequence[int]) -> None:
+    def record(self, sums: Tensor, weights: Tensor, nonfinite: Tensor, now: Tensor, bad: Sequence[int]) -> None:
         """See `TaskGradientBuffer.record`."""
         for part in self.parts:
-            part.record(sums, weights, broken, now, bad)
+            part.record(sums, weights, nonfinite, now, bad)
 
     def combine(self, weights: Tensor, flats: Flats, accumulate: bool = False) -> None:
         """See `TaskGradientBuffer.combine`."""
@@ -115,17 +102,17 @@ class SplitTaskGradientBuffer:
     def views(self, flats: Flats) -> list[Tensor]:
         """See `TaskGradientBuffer.views`."""
         views = [part.views(own) for part, own in zip(self.parts, self._flats_of_parts(flats), strict=True)]
-        return [views[part][index] for part, index in self.places]
+        return [views[part][index] for part, index in self.members]
 
     def gramian(self) -> Tensor:
         """See `TaskGradientBuffer.gramian`."""
         first, *others = [part.gramian() for part in self.parts]
         return sum((other.to(self.device) for other in others), first)
 
-    def keep(self, tasks: Sequence[int | None]) -> None:
-        """See `TaskGradientBuffer.keep`."""
+    def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
+        """See `TaskGradientBuffer.reindex_tasks`."""
         for part in self.parts:
-            part.keep(tasks)
+            part.reindex_tasks(tasks)
 
     def state(self) -> dict[str, Any]:
         """See `TaskGradientBuffer.state`."""
@@ -139,47 +126,34 @@ class SplitTaskGradientBuffer:
     def signature(self) -> list[list[Any]]:
         """See `ParameterLayout.signature`."""
         signatures = [part.layout.signature() for part in self.parts]
-        return [signatures[part][index] for part, index in self.places]
+        return [signatures[part][index] for part, index in self.members]
 
     def _flats_of_parts(self, flats: Flats) -> list[Flats]:
         return [{dtype: flat for (p, dtype), flat in flats.items() if p == i} for i in range(len(self.parts))]
 
 
-class SplitUpdate:
-    """An `Update` of a row in several parts."""
+class SplitCollector:
+    """Hands each gradient to the collector of its part; see `RowCollector`."""
 
-    def __init__(self, buffer: SplitTaskGradientBuffer, task: int, begin: Callable[[], Coefficients]) -> None:
-        self._buffer = buffer
-        self._begin = begin
-        self._coefficients: Coefficients | None = None
-        self._updates = [part.update(task, self._coefficients_on(part.device)) for part in buffer.parts]
+    def __init__(self, collectors: Sequence[RowCollector], members: Sequence[tuple[int, int]]) -> None:
+        self._collectors, self._members = collectors, members
+
+    @property
+    def fed(self) -> bool:
+        """Whether any part of the row was written to."""
+        return any(collector.fed for collector in self._collectors)
 
     def add(self, index: int, grad: Tensor) -> None:
-        """See `Update`."""
-        part, own = self._buffer.places[index]
-        self._updates[part].add(own, grad)
+        """The gradient of parameter ``index``."""
+        part, own = self._members[index]
+        self._collectors[part].add(own, grad)
 
-    def finish(self, grads: list[Tensor | None]) -> None:
-        """See `Update`."""
-        lists: list[list[Tensor | None]] = [[None] * len(part.parameters) for part in self._buffer.parts]
-        for (part, own), grad in zip(self._buffer.places, grads, strict=True):
-            lists[part][own] = grad
-        for update, own_grads in zip(self._updates, lists, strict=True):
-            update.finish(own_grads)
+    def finish(self) -> None:
+        """The pass is over."""
+        for collector in self._collectors:
+            collector.finish()
 
     def abandon(self) -> None:
-        """See `Update`."""
-        for update in self._updates:
-            update.abandon()
-
-    def _coefficients_on(self, device: torch.device) -> Callable[[], Coefficients]:
-        def begin() -> Coefficients:
-            if self._coefficients is None:
-                self._coefficients = self._begin()
-            scale, numbers = self._coefficients.loss_scale, self._coefficients.device
-            return self._coefficients._replace(
-                loss_scale=None if scale is None else scale.to(device),
-                device=None if numbers is None else numbers.to(device),
-            )
-
-        return begin
+        """The pass failed."""
+        for collector in self._collectors:
+            collector.abandon()

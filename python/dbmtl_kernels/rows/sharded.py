@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import dtensors, ops
-from .buffer import Flats, TaskGradientBuffer, allocate
+from .. import ops
+from ..ops import Coefficients
+from . import dtensors
+from .collect import RowCollector
 from .layout import ParameterLayout
-from .rounding import update_seed
-from .updates import Coefficients, RowUpdate, Update
-from .world import World, naming
+from .ranks import Ranks, naming
+from .rows import Flats, TaskGradientBuffer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,7 +31,7 @@ class Shard(NamedTuple):
 
 
 class Transit(NamedTuple):
-    """Room for a row on its way: gathered here, summed over the ranks, then added to the state."""
+    """Room for a row on its way: collected here, summed over the ranks, then added to the state."""
 
     whole: Tensor
     mine: Tensor
@@ -43,12 +44,13 @@ class Underway(NamedTuple):
     task: int
     works: list[Any]
     coefficients: Coefficients
+    loss_scale: Tensor | None
 
 
 class ShardedTaskGradientBuffer(TaskGradientBuffer):
     """Like its base for the mean of the ranks' gradients, of which each rank keeps K rows of P / N columns.
 
-    A task's gradient is gathered into a whole row, reduce-scattered while the next backward pass runs, and updates the
+    A task's gradient is collected into a whole row, reduce-scattered while the next backward pass runs, and updates the
     state of this rank's columns. K sums of squares are all-reduced, the balanced gradient is all-gathered: the same
     bits on every rank. Memory: K P / N of state, P for the balanced gradient, and one row (two on a CPU) in transit,
     in float32 (float64 if a parameter or the state is).
@@ -69,16 +71,16 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
             columns = (g.stop - g.start) // size
             self.shards.append(Shard(g.start + self.rank * columns, end, columns))
             end += columns
-        super().__init__(layout, num_tasks, backend, World([group]))
+        super().__init__(layout, num_tasks, backend, Ranks([group]))
         dtypes = (layout.state_dtype, *(g.dtype for g in layout.groups))
         self._transit_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self._free: deque[Transit] = deque()
         self._underway: deque[Underway] = deque()
         self._mesh: Any = None
 
-    def update(self, task: int, begin: Callable[[], Coefficients]) -> Update:
+    def collect(self, task: int, coefficients: Coefficients, loss_scale: Tensor | None = None) -> RowCollector:
         """See the base. The coefficients are used when the row has been reduced."""
-        return ShardedUpdate(self, task, begin)
+        return ShardedCollector(self, task, coefficients, loss_scale)
 
     def sums(self) -> Tensor:
         """See the base."""
@@ -91,11 +93,11 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
             self._arrive(self._underway.popleft())
 
     def take_transit(self) -> Transit:
-        """Room for the next row. On a CPU there is room for two: gathering goes on during the pass."""
+        """Room for the next row. On a CPU there is room for two: collecting goes on during the pass."""
         if self._free:
             return self._free.popleft()
         if len(self._underway) < (2 if self.early else 1):
-            whole = allocate(self.layout.row_numel, dtype=self._transit_dtype, device=self.device, zero=True)
+            whole = ops.allocate(self.layout.row_numel, dtype=self._transit_dtype, device=self.device, zero=True)
             return Transit(whole, whole.new_empty(self._row_numel()))
         self._arrive(self._underway.popleft())
         return self._free.popleft()
@@ -104,33 +106,30 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
         """A row that will not travel."""
         self._free.append(transit)
 
-    def send(self, transit: Transit, task: int, coefficients: Coefficients) -> None:
-        """Reduce-scatter a gathered row, without waiting for it."""
+    def send(self, transit: Transit, task: int, coefficients: Coefficients, loss_scale: Tensor | None) -> None:
+        """Reduce-scatter a collected row, without waiting for it."""
         works = []
         for g, shard in zip(self.layout.groups, self.shards, strict=True):
             mine = transit.mine[shard.local : shard.local + shard.columns]
             whole = transit.whole[g.start : g.stop]
             with naming(f"reduce-scatter of the gradient of task {task}"):
                 works.append(dist.reduce_scatter_tensor(mine, whole, group=self.group, async_op=True))
-        self._underway.append(Underway(transit, task, works, coefficients))
+        self._underway.append(Underway(transit, task, works, coefficients, loss_scale))
 
     def _arrive(self, row: Underway) -> None:
         with naming(f"reduce-scatter of the gradient of task {row.task}"):
             for work in row.works:
                 work.wait()
-        c = row.coefficients
-        seed = None if c.seed is None else update_seed(c.seed, self.rank)  # other random numbers on every rank
-        sumsq = self.sumsq[row.task : row.task + 1]
-        ops.accumulate_(
-            self.rows[row.task], sumsq, [row.transit.mine], self._measured_segments(), c.decay, c.gain, c.loss_scale,
-            seed, self.backend, c.device,
-        )  # fmt: skip
+        sumsq = self.stats.sumsq[row.task : row.task + 1]
+        segments = self._measured_segments()
+        mine: list[Tensor | None] = [row.transit.mine]
+        ops.accumulate_(self.rows[row.task], sumsq, mine, segments, row.coefficients, row.loss_scale, self.backend)
         self._free.append(row.transit)
 
-    def keep(self, tasks: Sequence[int | None]) -> None:
+    def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
         """See the base."""
         self.settle()
-        super().keep(tasks)
+        super().reindex_tasks(tasks)
 
     def _row_numel(self) -> int:
         return sum(shard.columns for shard in self.shards)
@@ -168,43 +167,34 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
         return torch.tensor([[0, self._row_numel()]])
 
 
-class ShardedUpdate:
-    """An `Update` that gathers the mean's share of this rank into a row in transit, and sends it."""
+class ShardedCollector(RowCollector):
+    """Collects the mean's share of this rank into a row in transit, and sends it."""
 
-    def __init__(self, buffer: ShardedTaskGradientBuffer, task: int, begin: Callable[[], Coefficients]) -> None:
+    def __init__(
+        self, buffer: ShardedTaskGradientBuffer, task: int, coefficients: Coefficients, loss_scale: Tensor | None
+    ) -> None:
         self._buffer = buffer
-        self._task = task
-        self._begin = begin
-        self._coefficients: Coefficients | None = None
-        self._transit: Transit | None = None
-        self._gather: RowUpdate | None = None
+        self._sent = task, coefficients, loss_scale
+        self._transit: Transit | None = None  # taken when the first gradients go into it: a row may be on its way
+        scratch = torch.empty(1, dtype=torch.float64, device=buffer.device)
+        share = (0.0, 1.0 / buffer.spread.size)
+        super().__init__(buffer.layout, scratch, scratch, share, None, buffer.backend, buffer.early)
 
-    def add(self, index: int, grad: Tensor) -> None:
-        """See `Update`."""
-        self._gathering().add(index, grad)
-
-    def finish(self, grads: list[Tensor | None]) -> None:
-        """See `Update`. Returns while the row is still on its way; `ShardedTaskGradientBuffer.settle` waits."""
-        self._gathering().finish(grads)
+    def finish(self) -> None:
+        """Returns while the row is still on its way; `ShardedTaskGradientBuffer.settle` waits."""
+        super().finish()
         assert self._transit is not None
-        assert self._coefficients is not None
-        self._buffer.send(self._transit, self._task, self._coefficients)
+        self._buffer.send(self._transit, *self._sent)
         self._transit = None
 
     def abandon(self) -> None:
-        """See `Update`. The state has nothing of it yet."""
+        """The state has nothing of it yet."""
         if self._transit is not None:
             self._buffer.give_back(self._transit)
             self._transit = None
 
-    def _gathering(self) -> RowUpdate:
-        if self._gather is None:
-            buffer = self._buffer
-            self._coefficients = self._begin()
-            self._transit = buffer.take_transit()
-            scratch = torch.empty(1, dtype=torch.float64, device=buffer.device)
-            share = Coefficients(0.0, 1.0 / buffer.spread.size)
-            self._gather = RowUpdate(
-                buffer.layout, self._transit.whole, scratch, lambda: share, buffer.backend, buffer.early
-            )
-        return self._gather
+    def _accumulate(self, indices: list[int], grads: list[Tensor | None], sumsq: Tensor, decayed: bool = False) -> None:
+        if self._transit is None:
+            self._transit = self._buffer.take_transit()
+            self._row = self._transit.whole
+        super()._accumulate(indices, grads, sumsq, decayed)

@@ -1,4 +1,4 @@
-"""The losses of a step: what they must be, where each backward pass starts, the scalar a user calls."""
+"""The losses of a step: what they must be, and where each backward pass starts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
-from .world import World
+from ..ops.arguments import check_tasks
+from ..rows.ranks import Ranks
 
 # What PyTorch says of several backward passes over one graph, and what helps.
 ADVICE = {
@@ -45,8 +45,7 @@ class TaskLosses:
     """
 
     def __init__(self, losses: Given, tasks: Sequence[int] | None, num_tasks: int, log_eps: float | None) -> None:
-        self._log_eps = log_eps
-        self._num_tasks = num_tasks
+        self._log_eps, self._num_tasks = log_eps, num_tasks
         if isinstance(losses, Tensor):
             if losses.dim() != 1:
                 raise ValueError(f"losses given as a tensor must have shape ({num_tasks},), got {tuple(losses.shape)}")
@@ -55,19 +54,28 @@ class TaskLosses:
             given = list(losses)
         else:
             raise TypeError(f"losses must be a sequence of scalars or a 1-D tensor, got {type(losses).__name__}")
-        indices = _check_tasks(tasks, len(given), num_tasks)
-        present = [(task, loss) for task, loss in zip(indices, given, strict=True) if loss is not None]
-        if not present:
+        indices = check_tasks(tasks, len(given), num_tasks)
+        self.tasks: list[int] = []
+        self.losses: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for task, loss in zip(indices, given, strict=True):
+            if loss is None:
+                continue
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"the loss of task {task} must be a tensor, got {type(loss).__name__}")
+            if loss.numel() != 1:
+                raise ValueError(f"the loss of task {task} must be a scalar, got shape {tuple(loss.shape)}")
+            if not loss.is_floating_point():
+                raise TypeError(f"the loss of task {task} must be floating point, got {loss.dtype}")
+            self.tasks.append(task)
+            self.losses.append(loss)
+            self.values.append(loss.detach().reshape(()).to(torch.promote_types(loss.dtype, torch.float32)))
+        if not self.tasks:
             raise ValueError("every loss is None: a step needs at least one task")
-        for task, loss in present:
-            _check_loss(task, loss)
-        self.tasks = [task for task, _ in present]
-        self.losses = [loss for _, loss in present]
-        self.values = [_wide(loss) for loss in self.losses]
 
-    def share(self, world: World, device: torch.device) -> None:
+    def share(self, ranks: Ranks, device: torch.device) -> None:
         """Make ``values`` the means over the ranks; one all-reduce on ``device``, no sync."""
-        self.values = world.mean_losses(self.values, self.tasks, self._num_tasks, device)
+        self.values = ranks.mean_losses(self.values, self.tasks, self._num_tasks, device)
 
     def check_logarithms(self) -> None:
         """Raise ValueError naming the first task whose loss has no logarithm (seen on a CPU only)."""
@@ -94,61 +102,32 @@ class TaskLosses:
             values = [torch.log(v + self._log_eps) for v in values]
         return torch.stack([v.to(values[0].device) for v in values]).sum()
 
-    def root(self, place: int, factor: Tensor | None) -> Tensor:
+    def root(self, index: int, factor: Tensor | None) -> Tensor:
         """A scalar whose gradient is that of factor * log(loss + eps), to call backward on without arguments.
 
         The factor multiplies the loss, for a ``grad_tensors`` would make torch import sympy: 40 MB and 0.4 s.
         """
-        loss = self.losses[place]
+        loss = self.losses[index]
         with torch.no_grad():
             if self._log_eps is None:
                 start = torch.ones_like(loss)
             else:
-                start = (self.values[place] + self._log_eps).reciprocal().view_as(loss)
+                start = (self.values[index] + self._log_eps).reciprocal().view_as(loss)
             if factor is not None:
                 start = start * factor.to(start.device)
             start = start.to(loss.dtype)
         with torch.enable_grad():
             return (loss * start).reshape(())
 
-    def backward(self, place: int, factor: Tensor | None, retain_graph: bool) -> None:
+    def backward(self, index: int, factor: Tensor | None, retain_graph: bool) -> None:
         """Backpropagate `root`; explains what PyTorch says of a compiled graph that was run through once already."""
         try:
-            self.root(place, factor).backward(retain_graph=retain_graph)
+            self.root(index, factor).backward(retain_graph=retain_graph)
         except RuntimeError as error:
             advice = next((advice for words, advice in ADVICE.items() if words in str(error)), None)
-            if advice is None or "DBMTL" in str(error):  # gathering early, one of our own collectives may have failed
+            if advice is None or "DBMTL" in str(error):  # collecting early, one of our own collectives may have failed
                 raise
-            raise RuntimeError(f"backward pass of task {self.tasks[place]}: {advice}") from error
-
-
-def _check_tasks(tasks: Sequence[int] | None, count: int, num_tasks: int) -> list[int]:
-    if tasks is None:
-        if count != num_tasks:
-            raise ValueError(
-                f"expected {num_tasks} losses (num_tasks), got {count}; None stands for an absent task, or name those "
-                "present with tasks=[...]"
-            )
-        return list(range(num_tasks))
-    indices = [checks.check_task(t, num_tasks) for t in tasks]
-    if len(indices) != count:
-        raise ValueError(f"expected {len(indices)} losses (tasks={indices}), got {count}")
-    if len(set(indices)) != len(indices):
-        raise ValueError(f"tasks={indices} names a task twice")
-    return indices
-
-
-def _check_loss(task: int, loss: Tensor) -> None:
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"the loss of task {task} must be a tensor, got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(f"the loss of task {task} must be a scalar, got shape {tuple(loss.shape)}")
-    if not loss.is_floating_point():
-        raise TypeError(f"the loss of task {task} must be floating point, got {loss.dtype}")
-
-
-def _wide(loss: Tensor) -> Tensor:
-    return loss.detach().reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
+            raise RuntimeError(f"backward pass of task {self.tasks[index]}: {advice}") from error
 
 
 def factor_or_none(factor: Tensor) -> Tensor | None:
@@ -159,36 +138,6 @@ def factor_or_none(factor: Tensor) -> Tensor | None:
 def factor_on(device: torch.device, factor: float | Tensor) -> Tensor:
     """The factor as a tensor on the device; a number gets there without a wait."""
     return factor.to(device) if isinstance(factor, Tensor) else torch.full((), float(factor), device=device)
-
-
-def is_zero(factor: Tensor) -> bool:
-    """Whether the factor is 0 (off a CPU it would take a sync to know)."""
-    return factor.device.type == "cpu" and float(factor) == 0.0
-
-
-class BalancedLoss(torch.autograd.Function):
-    """Hands the incoming gradient to ``run``; the losses' graphs are not part of the outer graph."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, value: Tensor, run: Callable[[Tensor], None], retain_graph: bool) -> Tensor:
-        """The value, cut off from the losses."""
-        ctx.run = run
-        ctx.retain_graph = retain_graph
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
-        """Run the backward passes once (more often with retain_graph)."""
-        run = ctx.run
-        if run is None:
-            raise RuntimeError(
-                "backward() through this balanced loss a second time: its graphs are freed; pass retain_graph=True to "
-                "balancer(losses)"
-            )
-        if not ctx.retain_graph:
-            ctx.run = None
-        run(grads[0])
-        return None, None, None, None
 
 
 # Inside the context of a `task` of several ranks: what `functional.log_transform` does with a widened loss and eps.

@@ -1,0 +1,107 @@
+"""BalancedGradient: the rows of the open step to a balanced gradient that carries the caller's factor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..rows.placement import Buffer
+from ..rows.ranks import Ranks
+from ..rows.rows import Flats
+from ..weightings import MaxNorm, Weighting
+from .bookkeeping import Steps
+
+
+class BalancedGradient:
+    """Computes the balanced gradient of the step now open.
+
+    Args:
+        rows: the task gradients.
+        steps: which tasks have a say, and the factor.
+        weighting: `MaxNorm` is computed by the kernels, without a Gramian and without a sync; any other is called with
+            the Gramian of the tasks that have a finite gradient, which takes a sync to know.
+        ranks: those whose weights must agree.
+    """
+
+    def __init__(self, rows: Buffer, steps: Steps, weighting: Weighting, ranks: Ranks) -> None:
+        self._rows, self._steps, self._weighting, self._ranks = rows, steps, weighting, ranks
+
+    def compute(self, flats: Flats, accumulate: bool) -> None:
+        """Norms, weights, stats, and the balanced gradient into ``flats``, added to what is there if ``accumulate``."""
+        steps, weighting = self._steps, self._weighting
+        if type(weighting) is MaxNorm:
+            self._rows.balance(
+                flats, weighting.eps, weighting.scale, active=steps.seen, loss_scale=steps.loss_scale,
+                fresh=steps.fresh, accumulate=accumulate,
+            )  # fmt: skip
+        else:
+            self._weigh()
+            self._rows.combine(self._scaled_weights(), flats, accumulate)
+        steps.fresh = False
+
+    def recompute(self) -> list[Tensor]:
+        """Once more what `compute` gave last, as a new tensor for each parameter."""
+        flats = self._rows.new_flats()
+        self._rows.combine(self._scaled_weights(), flats)
+        return self._rows.views(flats)
+
+    def overflow(self) -> Tensor:
+        """(K,) bool: the tasks whose overflow a GradScaler must see, as NaN in the balanced gradient.
+
+        Factors up to 1 are those of accumulation, where nobody looks for it.
+        """
+        nonfinite, scale = self._rows.stats.nonfinite, self._steps.loss_scale
+        return torch.zeros_like(nonfinite) if scale is None else nonfinite & (scale.to(nonfinite.device) > 1)
+
+    def _scaled_weights(self) -> Tensor:
+        """(K,) weights times the factor."""
+        weights, scale = self._rows.stats.weights, self._steps.loss_scale
+        if scale is None:
+            return weights
+        return torch.where(self.overflow(), torch.nan, weights * scale.to(weights.device, weights.dtype))
+
+    @torch.no_grad()
+    def _weigh(self) -> None:
+        """Weights by the Gramian, and the stats, as the kernels do for `MaxNorm`."""
+        rows, steps = self._rows, self._steps
+        sums = rows.sums()
+        # The Gramian may be narrower than the sums; what does not fit is not given to a solver.
+        largest = 0.999 * torch.finfo(rows.narrow).max
+        nonfinite, now = reference.nonfinite(sums, rows.stats.nonfinite, steps.fresh, largest)
+        bad = [task for task, is_bad in enumerate(nonfinite.tolist()) if is_bad]
+        used = [task for task, is_seen in enumerate(steps.seen) if is_seen and task not in bad]
+        weights = torch.zeros_like(rows.stats.weights)
+        try:
+            if used:
+                index = torch.tensor(used, device=weights.device)
+                gramian = rows.gramian()
+                begin = getattr(self._weighting, "begin", None)
+                if begin is not None:
+                    begin(used, steps.losses, not steps.fresh)
+                ours = self._weighting(gramian if len(used) == len(steps.seen) else gramian[index][:, index])
+                ours = _checked(ours, len(used), gramian, self._weighting).to(weights.dtype)
+                weights[index] = self._ranks.of_first(ours, "the weights")
+        finally:  # also where the weighting raises: no NaN stays in a row
+            rows.record(sums, weights, nonfinite, now, bad)
+
+
+def _checked(weights: Any, count: int, like: Tensor, weighting: Weighting) -> Tensor:
+    """Weights in the dtype of ``like``, if they are what a weighting must give."""
+    name = type(weighting).__name__
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"the weighting {name} must return a tensor of floats, got {kind}")
+    if weights.shape != (count,):
+        raise ValueError(
+            f"the weighting {name} must return weights of shape ({count},) for {count} tasks, got "
+            f"{tuple(weights.shape)}"
+        )
+    if weights.device != like.device:
+        raise ValueError(f"the weighting {name} must return weights on {like.device}, got {weights.device}")
+    out = weights.detach().to(like.dtype)
+    if not bool(torch.isfinite(out).all()):
+        raise ValueError(f"the weighting {name} gave weights that are not finite: {out.tolist()}")
+    return out

@@ -1,0 +1,257 @@
+"""SharedGradients: the one owner of the ``.grad`` of the shared parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..rows import dtensors
+from ..rows.collect import RowCollector
+from ..rows.placement import Buffer
+from ..rows.ranks import Ranks
+from ..rows.rows import Flats
+from ..rows.split import SplitCollector
+from .balance import BalancedGradient
+
+
+class Stash(NamedTuple):
+    """What `SharedGradients.stash_grads` took away.
+
+    Attributes:
+        grads: for each parameter what others put into its ``.grad``, to be added to; None for nothing.
+        balanced: ``.grad`` held a balanced gradient of the open step besides.
+        dropped: it had held one, and the caller has thrown it away: no optimizer step will follow it.
+    """
+
+    grads: list[Tensor | None]
+    balanced: bool
+    dropped: bool
+
+
+class SharedGradients:
+    """The ``.grad`` of the shared parameters before, during and after the backward passes of a step.
+
+    Whose a ``.grad`` is, is known from where it is stored and who wrote it in this step:
+
+    - during the passes `stash_grads` has set it aside, so that all it holds is one task's gradient;
+    - `write_grads` puts the balanced gradient there. It lives in one flat tensor that is reused from step to step, each
+      ``.grad`` being a view of it. What others had put there is added to, in place, as autograd would;
+    - what `write_grads` left in each is recorded until the step ends. The next balanced gradient of the step takes its
+      place; whatever else is there (a regulariser's gradient, say) stays, whether it came before or in between.
+
+    Args:
+        rows: knows the parameters and their layout.
+        balanced: what is written.
+        ranks: those that must come to the same conclusions about ``.grad``.
+
+    Attributes:
+        touched: whether any task ever had a gradient of the parameter.
+        written: whether ``.grad`` holds a balanced gradient of the open step.
+    """
+
+    def __init__(self, rows: Buffer, balanced: BalancedGradient, ranks: Ranks) -> None:
+        self._rows, self._balanced, self._ranks = rows, balanced, ranks
+        self._parameters = rows.parameters
+        self.touched = [False] * len(self._parameters)
+        self.written = False
+        self._collected = False  # whether there was any gradient since `stash_grads`
+        self._distributed = any(dtensors.is_dtensor(p) for p in self._parameters)
+        self._collector: RowCollector | SplitCollector | None = None  # of the pass that runs
+        self._handles: list[Any] = []
+        self._flats: Flats = {}
+        self._views: list[Tensor] = []
+        # What was written in this step: the tensor left in .grad (None where nothing of ours is), its version then, and
+        # whether it held nothing else.
+        self._left: list[Tensor | None] = [None] * len(self._parameters)
+        self._versions = [-1] * len(self._parameters)
+        self._alone = [False] * len(self._parameters)
+
+    # --- before the passes ------------------------------------------------------------------------------------
+
+    def stash_grads(self) -> Stash:
+        """Take every ``.grad`` away."""
+        grads = [p.grad for p in self._parameters]
+        balanced, dropped = self.written, False
+        if balanced:
+            dropped = self._was_dropped(grads)
+            if not dropped:
+                grads = self._without_balanced(grads)
+        self.forget()
+        self._collected = False
+        for p in self._parameters:
+            p.grad = None
+        return Stash(grads, balanced and not dropped, dropped)
+
+    def restore_grads(self, grads: list[Tensor | None]) -> None:
+        """Put back what `stash_grads` took away."""
+        for p, grad in zip(self._parameters, grads, strict=True):
+            p.grad = grad
+
+    def forget(self) -> None:
+        """What is in ``.grad`` is the caller's from now on; nothing of it is kept alive here."""
+        if self.written:
+            self.written = False
+            self._left = [None] * len(self._parameters)
+
+    # --- during a pass ----------------------------------------------------------------------------------------
+
+    def hook(self) -> None:
+        """From now on each ``.grad`` goes to the collector as soon as a pass has made it, where rows ask for that."""
+        if self._rows.early:
+            for index, p in enumerate(self._parameters):
+                if p.requires_grad:  # may have been frozen since
+                    self._handles.append(p.register_post_accumulate_grad_hook(self._hook_of(index)))
+
+    def unhook(self) -> None:
+        """Undo `hook`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def collect_into(self, collector: RowCollector | SplitCollector) -> None:
+        """The pass that runs from now on is that of this row."""
+        self._collector = collector
+
+    @torch.no_grad()
+    def finish_collecting(self) -> None:
+        """The pass is over: what is left in ``.grad`` goes to its row too."""
+        collector = self._collector
+        assert collector is not None
+        for index, p in enumerate(self._parameters):
+            if p.grad is not None:
+                collector.add(index, self._release(index, p))
+        collector.finish()
+
+    def check_collected(self, all_tasks: bool) -> None:
+        """Raise RuntimeError if no shared parameter had a gradient in the passes of a step.
+
+        Plain parameters that had one before may go without, and where not ``all_tasks`` were there. In a process of
+        its own it is only a warning.
+        """
+        if self._collected or not (self._distributed or (all_tasks and not any(self.touched))):
+            return
+        complaint = "no shared parameter got a gradient in this step: are they those of the model that gave the losses?"
+        if self._distributed or self._ranks.size > 1:
+            raise RuntimeError(
+                f"{complaint} fully_shard puts others in their place (make the balancer after it), and with "
+                "set_requires_gradient_sync(False) keeps the gradients of all tasks in one sum (leave it True)"
+            )
+        warnings.warn(complaint, RuntimeWarning, stacklevel=2)
+
+    def _hook_of(self, index: int) -> Callable[[Tensor], None]:
+        release = self._release
+
+        def collect(p: Tensor) -> None:
+            self._collector.add(index, release(index, p))  # type: ignore[union-attr]
+
+        return collect
+
+    def _release(self, index: int, p: Tensor) -> Tensor:
+        """The gradient of a pass, no longer in ``.grad``."""
+        grad = p.grad
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise TypeError(
+                f"shared parameter {index} of shape {tuple(p.shape)} has a gradient of layout {grad.layout}; "
+                "only dense ones can be balanced (sparse=False)"
+            )
+        self.touched[index] = self._collected = True
+        p.grad = None
+        grad = grad.detach()
+        return dtensors.local_gradient(p, grad) if self._distributed else grad
+
+    # --- after the passes -------------------------------------------------------------------------------------
+
+    def write_grads(self, grads: list[Tensor | None]) -> None:
+        """Leave ``grads`` plus the balanced gradient in every ``.grad``.
+
+        Parameters that no task ever touched, or that were frozen since, get ``grads`` back as it was.
+        """
+        if not self._flats:
+            self._flats = self._rows.new_flats()
+            self._views = self._rows.views(self._flats)
+        views, touched = self._views, self.touched
+        # Nobody set these to None: what others put there lies in our flat tensor.
+        ours = [index for index, grad in enumerate(grads) if grad is not None and grad is views[index]]
+        if ours:
+            for index in ours:
+                if not (touched[index] and self._parameters[index].requires_grad):
+                    grads[index] = views[index].clone()
+            for index, view in enumerate(views):
+                if grads[index] is not view:
+                    view.zero_()
+        self._balanced.compute(self._flats, bool(ours))
+        left, versions, alone = self._left, self._versions, self._alone
+        for index, (p, grad, view) in enumerate(zip(self._parameters, grads, views, strict=True)):
+            if not (touched[index] and p.requires_grad):
+                p.grad, left[index] = grad, None
+                continue
+            new = view if grad is None or grad is view else grad.add_(view)
+            p.grad = left[index] = new
+            versions[index] = new._version
+            alone[index] = grad is None
+        self.written = True
+
+    def was_dropped(self) -> bool:
+        """Whether the balanced gradient last written was thrown away by the caller; see `Stash`."""
+        return self.written and self._was_dropped([p.grad for p in self._parameters])
+
+    def resume(self, touched: list[bool], written: bool) -> bool:
+        """Take over what a checkpoint tells; what is in ``.grad`` now is what was left there, if anything was.
+
+        Returns:
+            whether a balanced gradient was left there and is gone: no optimizer step will follow it.
+        """
+        self.forget()
+        self.touched[:] = touched
+        grads = [p.grad if seen else None for p, seen in zip(self._parameters, touched, strict=True)]
+        self.written = written and any(grad is not None for grad in grads)
+        if self.written:
+            self._left = grads
+            self._versions = [-1 if grad is None else grad._version for grad in grads]
+            self._alone = [False] * len(grads)
+        return written and not self.written
+
+    def _was_dropped(self, grads: list[Tensor | None]) -> bool:
+        """Whether nothing is left of what was written; values are looked at only where they changed."""
+        changed, any_left = [], False
+        for grad, left, version in zip(grads, self._left, self._versions, strict=True):
+            if left is None:
+                continue
+            any_left = True
+            if grad is not left:
+                continue
+            if left._version == version:
+                return False
+            changed.append(dtensors.local(left))
+        if not changed:
+            return any_left
+        device = self._rows.device
+        some = torch.stack([grad.any().to(device) for grad in changed])
+        bad = torch.stack([(~grad.isfinite()).any().to(device) for grad in changed])
+        # A DTensor's shards may differ in this from rank to rank; the verdict may not.
+        some, bad = self._ranks.sum(torch.stack([some, bad]).to(torch.float32), "what became of .grad") > 0
+        overflowed = bool(self._balanced.overflow().any())
+        return not bool((some & (bad if overflowed else torch.ones_like(bad))).any())
+
+    def _without_balanced(self, grads: list[Tensor | None]) -> list[Tensor | None]:
+        """What is in ``.grad`` besides the balanced gradient last written."""
+        rest = list(grads)
+        mixed = []
+        for index, (grad, left) in enumerate(zip(grads, self._left, strict=True)):
+            if left is None or grad is not left:
+                continue
+            rest[index] = None
+            if not (self._alone[index] and left._version == self._versions[index]):
+                mixed.append(index)
+        if mixed:
+            before = self._balanced.recompute()
+            for index in mixed:
+                grad = grads[index]
+                assert grad is not None
+                rest[index] = grad.sub_(before[index])
+        return rest

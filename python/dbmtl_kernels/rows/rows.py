@@ -1,0 +1,266 @@
+"""TaskGradientBuffer: the K x P state, one padded row per task, and what is done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops import Coefficients, Stats
+from . import dtensors
+from .collect import RowCollector
+from .layout import ParameterLayout
+from .ranks import Ranks
+
+# Room for a balanced gradient: one flat tensor per parameter dtype.
+Flats = dict[Any, Tensor]
+
+
+class TaskGradientBuffer:
+    """The task gradients (their EMA) of K tasks, as one (K, row_numel) tensor. Knows no steps and no weighting.
+
+    Args:
+        layout: where each parameter lies in a row.
+        num_tasks: K.
+        backend: "auto" or a backend by name.
+        spread: the ranks over which the elements of the parameters are spread, each with the part that ``layout``
+            lays out (FSDP2); by default this process has all of them.
+
+    Attributes:
+        rows: (K, row_numel) in ``layout.state_dtype``; padding is zero.
+        stats: K numbers of each kind; ``sumsq`` of the rows held here, the rest of the last `balance`.
+        narrow: the dtype of `gramian`, float64 of float64 rows, else float32.
+        early: whether gradients are collected while a backward pass runs (on a CPU), or at its end in one call.
+    """
+
+    def __init__(
+        self, layout: ParameterLayout, num_tasks: int, backend: str = "auto", spread: Ranks | None = None
+    ) -> None:
+        self.layout = layout
+        self.backend = backend
+        self.device = layout.device
+        self.parameters = layout.parameters
+        self.narrow = torch.float64 if layout.state_dtype == torch.float64 else torch.float32
+        self.spread = spread or Ranks()
+        self._replicas = Ranks(dtensors.replicated_groups(layout.parameters[0]))
+        # FSDP runs hooks while a gradient may still be on its way to a CPU.
+        self.early = ops.gathers_early(backend, self.device, num_tasks) and not layout.distributed
+        self._allocate(num_tasks)
+
+    def _allocate(self, num_tasks: int) -> None:
+        device = self.device
+        self.rows = ops.allocate(num_tasks, self._row_numel(), dtype=self.layout.state_dtype, device=device, zero=True)
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        dtypes = Stats(wide, wide, wide, torch.bool, torch.int64)  # type: ignore[arg-type]
+        self.stats = Stats(*(torch.zeros(num_tasks, dtype=dtype, device=device) for dtype in dtypes))  # type: ignore
+        self._masks: dict[tuple[bool, ...], Tensor] = {}
+
+    @property
+    def local(self) -> bool:
+        """Whether nothing that is done here needs another rank."""
+        return self.spread.size == 1 and self._replicas.size == 1
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if a parameter is not what it was; see `ParameterLayout.check_unchanged`."""
+        self.layout.check_unchanged()
+
+    def signature(self) -> list[list[Any]]:
+        """What must agree for a state to fit; see `ParameterLayout.signature`."""
+        return self.layout.signature()
+
+    def collect(self, task: int, coefficients: Coefficients, loss_scale: Tensor | None = None) -> RowCollector:
+        """What takes the gradients of one backward pass into ``rows[task]``; see `ops.accumulate_`."""
+        sumsq = self.stats.sumsq[task : task + 1]
+        return RowCollector(
+            self.layout, self.rows[task], sumsq, coefficients, loss_scale, self.backend, self.early
+        )
+
+    def settle(self) -> None:
+        """Finish updates that are still under way."""
+
+    def sums(self) -> Tensor:
+        """(K,) sums of squares of the whole rows; the same bits in all replicas, whatever order they were added in."""
+        total = self.spread.sum(self.stats.sumsq, "the sum of squares of the task gradients")
+        return self._replicas.of_first(total, "the sum of squares of the task gradients")
+
+    def balance(
+        self,
+        flats: Flats,
+        eps: float,
+        scale: str | float,
+        *,
+        active: Sequence[bool] | None = None,
+        loss_scale: Tensor | None = None,
+        fresh: bool = True,
+        accumulate: bool = False,
+        sums: Tensor | None = None,
+    ) -> None:
+        """Weights, stats and the balanced gradient in one call; see `ops.balance_rows_`.
+
+        Args:
+            flats: see `new_flats`; overwritten, or added to if ``accumulate``.
+            eps: added to the norms.
+            scale: alpha: a name or a number.
+            active: which tasks have a say; None for all.
+            loss_scale: one number that the balanced gradient shall carry.
+            fresh: whether this is the first call of a step.
+            accumulate: add to ``flats``.
+            sums: (K,) what takes the place of `sums`, where rows go on in another buffer; overwritten.
+        """
+        name, constant = (scale, 0.0) if isinstance(scale, str) else ("constant", scale)
+        own = self.stats.sumsq
+        total = self.sums() if sums is None else sums
+        stats = self.stats if total is own else self.stats._replace(sumsq=total)
+        outs, starts = self._outs(flats), self._starts()
+        step = ops.BalanceRows(
+            self.rows, stats, outs, starts, self._mask(active), loss_scale, eps, name, constant, fresh, accumulate
+        )
+        ops.balance_rows_(step, self.backend)
+        if total is not own:
+            own.masked_fill_(self.stats.nonfinite, 0.0)
+        self._complete(flats)
+
+    def record(self, sums: Tensor, weights: Tensor, nonfinite: Tensor, now: Tensor, bad: Sequence[int]) -> None:
+        """The stats of a balance whose weights were computed elsewhere; rows of nonfinite tasks are set to zero.
+
+        Args:
+            sums: (K,) sums of squares of the whole rows.
+            weights: (K,) weights.
+            nonfinite: (K,) bool, tasks that are not finite in this step.
+            now: (K,) bool, those of them found just now.
+            bad: the indices of those that are not finite, so that nobody has to ask the device again.
+        """
+        self.stats.norms.copy_(sums.sqrt())
+        self.stats.weights.copy_(weights)
+        self.stats.nonfinite.copy_(nonfinite)
+        self.stats.nonfinite_steps.add_(now.to(self.device))
+        self.stats.sumsq.masked_fill_(self.stats.nonfinite, 0.0)
+        for task in bad:
+            self.rows[task].zero_()
+
+    def combine(self, weights: Tensor, flats: Flats, accumulate: bool = False) -> None:
+        """``sum_t weights[t] * rows[t]`` into one flat tensor per parameter dtype (see `new_flats`), in place."""
+        for out, start in zip(self._outs(flats), self._starts(), strict=True):
+            ops.combine_out(self.rows[:, start : start + out.numel()], weights, out, accumulate, self.backend)
+        self._complete(flats)
+
+    def gramian(self) -> Tensor:
+        """(K, K) inner products of the rows, float32 (float64 of float64 rows)."""
+        self.settle()
+        return self.spread.sum(ops.gramian(self.rows, self.backend), "the Gramian of the task gradients")
+
+    def new_flats(self) -> Flats:
+        """Room for a balanced gradient: one tensor of bytes, seen as one flat tensor per parameter dtype."""
+        groups = self.layout.groups
+        sizes = [(g.stop - g.start) * g.dtype.itemsize for g in groups]
+        if len(groups) == 1:
+            only = groups[0]
+            return {only.dtype: ops.allocate(only.stop - only.start, dtype=only.dtype, device=self.device)}
+        storage = ops.allocate(sum(sizes), dtype=torch.uint8, device=self.device)
+        return {g.dtype: part.view(g.dtype) for g, part in zip(groups, storage.split(sizes), strict=True)}
+
+    def views(self, flats: Flats) -> list[Tensor]:
+        """Each parameter's part of ``flats``, of its shape, strides and placements."""
+        return self.layout.views(flats)
+
+    def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
+        """Make the state anew and copy the rows that stay: of ``tasks``, None being a new one of zeros."""
+        before = {"rows": self.rows, **self.stats._asdict()}
+        self._allocate(len(tasks))
+        for name, new in {"rows": self.rows, **self.stats._asdict()}.items():
+            for index, task in enumerate(tasks):
+                if task is not None:
+                    new[index].copy_(before[name][task])
+
+    def state(self) -> dict[str, Any]:
+        """The tensors of a checkpoint, sharing memory with this buffer where they are not scalars."""
+        stats = self.stats
+        return {
+            "rows": self._saved_rows(),
+            "sumsq": stats.sumsq if self._whole() else stats.norms.square(),
+            "norms": stats.norms,
+            "weights": stats.weights,
+            "broken": stats.nonfinite,  # the name that version 3 of the format has
+            "nonfinite_steps": stats.nonfinite_steps,
+            "whole": self._whole(),
+            "owner": dtensors.owner(self._mesh_of_rows()),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave, here or where the rows were cut otherwise.
+
+        Raises:
+            ValueError: they are those of another rank; nothing else is checked.
+        """
+        mine = self.state()
+        dtensors.check_owner(mine["owner"], state["owner"])
+        for name, rows in mine["rows"].items():
+            dtensors.copy_(rows, state["rows"][name])
+        self.stats.sumsq.copy_(state["sumsq"])
+        for name in ("norms", "weights", "broken", "nonfinite_steps"):
+            mine[name].copy_(state[name])
+        if not (self._whole() and state["whole"]):
+            self._measure()
+
+    def _row_numel(self) -> int:
+        return self.layout.row_numel
+
+    def _outs(self, flats: Flats) -> list[Tensor]:
+        """The parts of ``flats`` that the columns held here make."""
+        return [flats[group.dtype] for group in self.layout.groups]
+
+    def _starts(self) -> list[int]:
+        """The first column of each of `_outs`."""
+        return [group.start for group in self.layout.groups]
+
+    def _complete(self, flats: Flats) -> None:
+        """Fill in what others hold."""
+
+    def _mask(self, active: Sequence[bool] | None) -> Tensor | None:
+        """On the device; remembered, as steps repeat them."""
+        if active is None or all(active):
+            return None
+        key = tuple(active)
+        if key not in self._masks:
+            if len(self._masks) >= 256:
+                self._masks.clear()
+            self._masks[key] = ops.upload(key, torch.bool, self.device)
+        return self._masks[key]
+
+    def _mesh_of_rows(self) -> Any:
+        """The mesh over which `_saved_rows` are spread, if any."""
+        first = self.layout.parameters[0]
+        return first.device_mesh if dtensors.is_dtensor(first) else None
+
+    def _whole(self) -> bool:
+        """Whether all elements of a row are here."""
+        return self.spread.size == 1
+
+    def _saved_rows(self) -> dict[str, Tensor]:
+        """The rows without the padding that depends on the number of ranks."""
+        if self.layout.distributed:
+            return {str(index): rows for index, rows in enumerate(self._rows_of_parameters())}
+        return {
+            str(index): self.rows[:, g.start : g.start + g.columns].unflatten(1, (-1, g.unit))
+            for index, g in enumerate(self.layout.groups)
+        }
+
+    def _rows_of_parameters(self) -> list[Tensor]:
+        """(K, *shape) of each parameter, as DTensors placed like it."""
+        out = []
+        for p, (offset, numel) in zip(self.layout.parameters, self.layout.segments.tolist(), strict=True):
+            rows = self.rows[:, offset : offset + numel].view(self.rows.shape[0], *dtensors.local(p).shape)
+            out.append(dtensors.stacked(p, rows))
+        return out
+
+    def _measure(self) -> None:
+        """``sumsq`` from the rows."""
+        segments = self._measured_segments()
+        for row, sumsq in zip(self.rows, self.stats.sumsq.split(1), strict=True):
+            ops.accumulate_(row, sumsq, [None] * len(segments), segments, (1.0, 0.0), None, self.backend)
+
+    def _measured_segments(self) -> Tensor:
+        return self.layout.segments
