@@ -57,12 +57,10 @@ def measured():
     return figures
 
 
-@pytest.mark.performance
 def test_growth_is_the_state_and_one_balanced_gradient(measured):
     assert measured["growth"] <= 1.05 * measured["budget"]
     assert measured["growth"] >= 0.5 * measured["budget"]  # else nothing was measured
 
 
-@pytest.mark.performance
 def test_no_growth_from_step_to_step(measured):
     assert measured["growth"] - measured["after_two"] <= 0.02 * measured["budget"]

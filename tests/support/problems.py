@@ -11,6 +11,17 @@ def leaf(*shape, dtype=torch.float64):
     return torch.randn(*shape, dtype=dtype).requires_grad_()
 
 
+def state_of(balancer):
+    """The K x P state, where the public interface does not show it."""
+    return balancer._engine.rows
+
+
+def rows_of(balancer):
+    """(K, P) in float64: the rows without padding, parameters in the order given."""
+    buffer = state_of(balancer)
+    return torch.cat([buffer.rows[:, o : o + n] for o, n in buffer.layout.segments.tolist()], dim=1).double().numpy()
+
+
 def make(*params, num_tasks=2, **options):
     return dbk.DBMTL(params, num_tasks, **{"state_dtype": torch.float64, "beta_sigma": 0.0, **options})
 

@@ -6,13 +6,12 @@ import sys
 import pytest
 import torch
 from dbmtl_kernels import __main__ as command
-from dbmtl_kernels import selfcheck
 from dbmtl_kernels.backends import eager
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(selfcheck, "MEASURE_BYTES", 1 << 20)
-    monkeypatch.setattr(selfcheck, "SECONDS", 0.01)
+    monkeypatch.setattr(command, "MEASURE_BYTES", 1 << 20)
+    monkeypatch.setattr(command, "SECONDS", 0.01)
     monkeypatch.setattr(sys, "argv", ["dbmtl_kernels", *arguments])
     return command.main()
 
