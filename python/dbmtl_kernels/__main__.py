@@ -5,21 +5,28 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import time
+from collections.abc import Callable
 
 import torch
 
 import dbmtl_kernels
 
-from . import backends, selfcheck
-from .backends import native
+from . import backends, reference
+from .backends.c_library import native
+from .functional import balance_
 
 # What float32 arithmetic may be off by, relative to the largest element.
 TOLERANCE = 1e-5
+NUM_TASKS = 3
+CHECK_PARAMS = 10_007  # no multiple of any tile or vector
+MEASURE_BYTES = 256 << 20  # beyond the caches
+SECONDS = 0.3
 
 
 def _detail(name: str, device: torch.device) -> str:
     if name == "native":
-        return native.isa()
+        return str(native.isa())
     from .backends.triton.device import launches
 
     count, reason = launches(device)
@@ -61,12 +68,12 @@ def check() -> tuple[list[str], bool]:
     for device in _devices():
         for name in backends.NAMES:
             if backends.get(name).missing(device) is None and not _interpreted(name, device):
-                error = selfcheck.largest_error(name, device)
+                error = _largest_error(name, device)
                 right = right and error <= TOLERANCE
                 verdict = "right" if error <= TOLERANCE else "WRONG"
                 lines.append(f"  {name} on {device}: {verdict}, off by {error:.1e} of the largest element")
         if _chosen(device)[0] is not None:
-            copied, balanced = (x / 1e9 for x in selfcheck.bandwidths(device))
+            copied, balanced = (x / 1e9 for x in _bandwidths(device))
             lines.append(f"  memory of {device}: copies at {copied:.0f} GB/s, balance_ at {balanced:.0f} GB/s")
     return lines, right
 
@@ -89,6 +96,53 @@ def _devices() -> list[torch.device]:
     if torch.cuda.is_available():
         devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return devices
+
+
+def _largest_error(backend: str, device: torch.device) -> float:
+    """How far two steps of `balance_` are from the reference in float64, relative to the largest element.
+
+    Raises:
+        RuntimeError: the backend cannot serve tensors on ``device``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ema = torch.zeros(NUM_TASKS, CHECK_PARAMS, device=device)
+    exact = torch.zeros(NUM_TASKS, CHECK_PARAMS, dtype=torch.float64)
+    error = 0.0
+    for beta in (0.9, 0.6):
+        grads = torch.randn(NUM_TASKS, CHECK_PARAMS, generator=generator) * torch.tensor([[1e-3], [1.0], [1e3]])
+        ours, _ = balance_(grads.to(device), ema, beta=beta, backend=backend)
+        wanted, exact, _ = reference.balance(grads.double(), exact, beta=beta)
+        error = max(error, float((ours.cpu().double() - wanted).abs().max() / wanted.abs().max()))
+    return error
+
+
+def _bandwidths(device: torch.device) -> tuple[float, float]:
+    """Bytes a second of a copy, and of `balance_` by the bytes that it must move: (4 K P + P) elements.
+
+    Medians over some 0.3 s each, on tensors beyond the caches.
+    """
+    size = MEASURE_BYTES // 4 // (2 * NUM_TASKS)
+    grads, ema = (torch.zeros(NUM_TASKS, size, device=device) for _ in range(2))
+    copied = _median_seconds(lambda: ema.copy_(grads), device)
+    balanced = _median_seconds(lambda: balance_(grads, ema), device)
+    return 2 * grads.nbytes / copied, 4 * size * (4 * NUM_TASKS + 1) / balanced
+
+
+def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
+    work()  # whatever the first call prepares
+    times: list[float] = []
+    while sum(times) < SECONDS or len(times) < 3:
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def main() -> int:

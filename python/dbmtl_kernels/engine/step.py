@@ -51,7 +51,7 @@ class Engine:
             placement.refuse_unnamed_group()
         elif self.ranks.size > 1:
             self.heads.refuse_synchronising_wrapper()
-        losses.share(self.ranks, self.rows.device)
+            losses.share(self.ranks, self.rows.device)
         losses.check_logarithms()
 
     def loss(self, losses: TaskLosses, retain_graph: bool) -> Tensor:

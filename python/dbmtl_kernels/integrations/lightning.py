@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,16 +12,16 @@ from ..checkpoint import gathered
 from .wrappers import Shared, balancing, make_balancer
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback, LightningModule, Trainer
     from torch import Tensor
-else:
-    Callback = object
 
-# The two names under which Lightning is installed. Each has a Callback of its own and refuses the other's.
-PACKAGES = ("lightning.pytorch", "pytorch_lightning")
-INSTALLED = [name for name in PACKAGES if importlib.util.find_spec(name.partition(".")[0]) is not None]
-if not INSTALLED:
-    raise ModuleNotFoundError("this needs Lightning: pip install 'dbmtl-kernels[lightning]'", name="lightning")
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError:
+    try:  # the same under its other name; each refuses the other's callbacks
+        from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+    except ModuleNotFoundError as error:
+        message = "this needs Lightning: pip install 'dbmtl-kernels[lightning]'"
+        raise ModuleNotFoundError(message, name="lightning") from error
 
 
 class GradientBalancing(Callback):
@@ -36,7 +33,7 @@ class GradientBalancing(Callback):
     ModelParallelStrategy) the training step runs inside `wrappers.balancing`. Outside of fitting (``trainer.validate``)
     the module has no ``balancer``.
 
-    An instance is a Callback of `lightning` or of `pytorch_lightning`, whichever was imported before it was made.
+    It is a Callback of `lightning` where that is installed, else of `pytorch_lightning`.
 
     Args:
         shared: a function from the LightningModule to its shared parameters, or the name of a submodule that has them
@@ -52,12 +49,6 @@ class GradientBalancing(Callback):
     Attributes:
         balancer: that of the last fit, or None.
     """
-
-    def __new__(cls, *_: Any, **__: Any) -> GradientBalancing:
-        """An instance that is a Callback of the packages imported."""
-        plain: Any = cls
-        out: GradientBalancing = super().__new__(_as_callback(plain, _imported()))
-        return out
 
     def __init__(
         self,
@@ -200,26 +191,3 @@ class GradientBalancing(Callback):
             del pl_module.balancer
             if self._had:
                 pl_module.balancer = None  # type: ignore[assignment]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """For processes that are spawned: pickle would not find a class that was made on demand."""
-        return _restored, (*type(self)._made_of, self.__dict__)  # type: ignore[attr-defined]
-
-
-def _imported() -> tuple[str, ...]:
-    """The packages of Lightning that were imported; if none was, the first that is installed."""
-    return tuple(name for name in INSTALLED if name in sys.modules) or (INSTALLED[0],)
-
-
-@functools.cache
-def _as_callback(cls: type, packages: tuple[str, ...]) -> Any:
-    """``cls`` as a Callback of each of the packages."""
-    bases = tuple(importlib.import_module(name).Callback for name in packages)
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls, *bases), {**names, "_made_of": (cls, packages)})
-
-
-def _restored(cls: type, packages: tuple[str, ...], state: dict[str, Any]) -> GradientBalancing:
-    out: GradientBalancing = object.__new__(_as_callback(cls, packages))
-    out.__dict__.update(state)
-    return out

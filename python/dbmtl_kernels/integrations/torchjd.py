@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 from .. import ops, reference
 from ..functional import balance_
 from ..ops import arguments
-from ..weightings import Weighting as AnyWeighting
 
 NEEDED = "0.18"
 
@@ -66,7 +65,7 @@ class _MovingAverage(Weighting[Matrix], Stateful):
         self.backend = backend
         self.step = 0
         self.ema = None  # not a buffer: a cast of the module around it must leave its dtype
-        self._last: tuple[Tensor, int, Tensor] | None = None  # weights, their version, the vector they give
+        self._last: tuple[Tensor, Tensor] | None = None  # weights, and the vector they give
 
     def forward(self, matrix: Tensor, /) -> Tensor:
         """(m, n) to (m,) weights, float32 (float64 with a float64 EMA)."""
@@ -77,15 +76,15 @@ class _MovingAverage(Weighting[Matrix], Stateful):
         vector, norms = balance_(grads, ema, beta, self.eps, self.scale, self.backend)
         self.ema, self.step = ema, step
         weights = reference.weights(norms, self.eps, self.scale)
-        self._last = weights, _version(weights), vector.to(matrix.dtype)
+        self._last = weights, vector.to(matrix.dtype)
         return weights
 
     def combine(self, weights: Tensor) -> Tensor:
-        """(n,) the rows of the EMA, weighted; what was computed already unless a hook changed the weights."""
+        """(n,) the rows of the EMA, weighted; what was computed already unless a hook returned other weights."""
         assert self._last is not None
         assert self.ema is not None
-        (ours, version, vector), self._last = self._last, None
-        if weights is ours and _version(weights) == version:
+        (ours, vector), self._last = self._last, None
+        if weights is ours:
             return vector
         return ops.combine(self.ema, weights.detach(), vector.dtype, self.backend)
 
@@ -136,7 +135,8 @@ class DBMTLAggregator(WeightedAggregator, Stateful):
         ema    = beta_k * ema + (1 - beta_k) * J         beta_k = beta / k ** beta_sigma; zeros at the start
         vector = weights @ ema                           weights = alpha / (norms of the rows of ema + eps)
 
-    The weights are those of the EMA's rows, not of the matrix's. One call of `balance_` a step; not differentiable. A
+    The weights are those of the EMA's rows, not of the matrix's. A forward hook on ``aggregator.weighting`` may return
+    other weights; one that edits them in place is not seen. One call of `balance_` a step; not differentiable. A
     row that is not finite gets weight 0 and starts afresh. TorchJD holds J twice and the EMA is a third K x P matrix:
     `DBMTL` holds one in all.
 
@@ -241,8 +241,8 @@ class _NashMTL(OnMatrix):
             return super().forward(gramian)
         return NashMTL(tasks, **self._options).weighting(_square_root(gramian))
 
-    def keep(self, tasks: Sequence[int | None]) -> None:
-        """A game of other players begins anew; see `weightings.KeepsTasks`."""
+    def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
+        """A game of other players begins anew; see `weightings.Weighting`."""
         self.weighting = NashMTL(len(tasks), **self._options).weighting
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -292,12 +292,12 @@ class _GradVac(Weighting[PSDMatrix], Stateful):
         """K."""
         return self.targets.shape[0]
 
-    def see(self, tasks: Sequence[int]) -> None:
-        """See `weightings.SeesTasks`."""
+    def begin(self, tasks: Sequence[int], losses: Mapping[int, Tensor], again: bool) -> None:
+        """See `weightings.Weighting`."""
         self._tasks = list(tasks)
 
-    def keep(self, tasks: Sequence[int | None]) -> None:
-        """See `weightings.KeepsTasks`. The targets of a new task are zero, as all are at first."""
+    def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
+        """See `weightings.Weighting`. The targets of a new task are zero, as all are at first."""
         old, self.targets = self.targets, self.targets.new_zeros(len(tasks), len(tasks))
         stayed = [(new, before) for new, before in enumerate(tasks) if before is not None]
         for i, a in stayed:
@@ -354,8 +354,3 @@ def _square_root(gramian: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(wide / divisors.outer(divisors))
     root: Tensor = norms[:, None] * ((vectors * values.clamp(min=0.0).sqrt()) @ vectors.T)
     return root.to(gramian.device, gramian.dtype)
-
-
-def _version(tensor: Tensor) -> int:
-    """Counts in-place changes, where PyTorch does."""
-    return -1 if tensor.is_inference() else int(tensor._version)

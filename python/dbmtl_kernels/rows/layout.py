@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -120,13 +120,14 @@ class ParameterLayout:
         self.segments = torch.tensor([[o, p.numel()] for o, p in zip(offsets, local, strict=True)], dtype=torch.int64)
         self._subsets: dict[tuple[int, ...], Tensor] = {tuple(range(len(self.parameters))): self.segments}
 
-    def segments_of(self, indices: tuple[int, ...]) -> Tensor:
+    def segments_of(self, indices: Sequence[int]) -> Tensor:
         """The rows of `segments` of some parameters; remembered, as every step asks for the same ones."""
-        found = self._subsets.get(indices)
+        key = tuple(indices)
+        found = self._subsets.get(key)
         if found is None:
             if len(self._subsets) >= 1024:  # a model whose graph never repeats
                 self._subsets.clear()
-            found = self._subsets[indices] = self.segments[list(indices)]
+            found = self._subsets[key] = self.segments[list(indices)]
         return found
 
     def check_unchanged(self) -> None:

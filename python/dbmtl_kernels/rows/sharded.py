@@ -178,11 +178,11 @@ class ShardedCollector(RowCollector):
         self._transit: Transit | None = None  # taken when the first gradients go into it: a row may be on its way
         scratch = torch.empty(1, dtype=torch.float64, device=buffer.device)
         share = (0.0, 1.0 / buffer.spread.size)
-        super().__init__(buffer.layout, scratch, scratch, share, None, buffer.backend, buffer.early)
+        super().__init__(buffer.layout, scratch, scratch, share, None, buffer.backend)
 
-    def finish(self) -> None:
+    def finish(self, indices: list[int], grads: list[Tensor | None]) -> None:
         """Returns while the row is still on its way; `ShardedTaskGradientBuffer.settle` waits."""
-        super().finish()
+        super().finish(indices, grads)
         assert self._transit is not None
         self._buffer.send(self._transit, *self._sent)
         self._transit = None
