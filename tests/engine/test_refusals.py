@@ -6,7 +6,7 @@ import dbmtl_kernels as dbk
 import pytest
 import torch
 from dbmtl_kernels import ops
-from problems import assert_same_state
+from problems import assert_same_state, state_of
 from torch import nn
 
 
@@ -29,13 +29,13 @@ def losses(trunk, heads):
 
 
 def snapshot(balancer):
-    return copy.deepcopy(balancer.state_dict()), [p.grad.clone() for p in balancer.buffer.layout.parameters]
+    return copy.deepcopy(balancer.state_dict()), [p.grad.clone() for p in balancer.shared_parameters]
 
 
 def assert_untouched(balancer, before):
     state, grads = before
     assert_same_state(state, balancer.state_dict())
-    for p, grad in zip(balancer.buffer.layout.parameters, grads, strict=True):
+    for p, grad in zip(balancer.shared_parameters, grads, strict=True):
         assert torch.equal(p.grad, grad)
 
 
@@ -239,7 +239,7 @@ def test_parameters_changed_since(name):
     x = torch.randn(1, 3, 5, 5, dtype=conv.weight.dtype)
     with pytest.raises(RuntimeError, match=f"shared parameter 0 was .*{message}.*model.to"):
         balancer([conv(x).square().mean()]).backward()
-    assert (balancer.buffer.rows == 0).all()
+    assert (state_of(balancer).rows == 0).all()
     assert balancer.step == 0
     assert conv.weight.grad is None
 
@@ -277,7 +277,7 @@ def test_sparse_gradient():
     with pytest.raises(TypeError, match=r"shared parameter 0 of shape \(10, 3\).*sparse"):
         balancer([embedding(torch.tensor([1])).square().sum()]).backward()
     assert embedding.weight.grad is None
-    assert (balancer.buffer.rows == 0).all()
+    assert (state_of(balancer).rows == 0).all()
     assert balancer.step == 0
 
 

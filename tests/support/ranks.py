@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from problems import state_of
 
 RUN = str(Path(__file__))  # runs a script and leaves as a rank should
 
@@ -45,7 +46,7 @@ def told(parameters, balancer):
         "parameters": parameters.tolist(),
         "cosine": balancer.monitor().cosine.tolist(),
         "norms": balancer.norms.tolist(),
-        "rows": balancer.buffer.rows.numel(),
+        "rows": state_of(balancer).rows.numel(),
         "step": balancer.step,
     }
 
@@ -63,6 +64,6 @@ def leave():
 
 if __name__ == "__main__":
     del sys.argv[0]
-    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
     runpy.run_path(sys.argv[0], run_name="__main__")
     leave()

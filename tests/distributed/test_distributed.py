@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import RUN, environment, free_port, torchrun
 
-HERE = Path(__file__).parent / "distributed"
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +59,7 @@ def test_state_per_rank(four, kind):
         assert 1 / ranks <= four[kind]["held"] <= 1.1 / ranks
 
 
-def test_a_state_rounded_stochastically(four):
+def test_a_bfloat16_state(four):
     result = four["ddp, bfloat16 state"]
     assert result["identical"]
     assert result["difference"] < 0.05 * result["moved"]

@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from problems import EPS, assert_same_state, close, flat_gradients, leaf, make, quadratics
+from problems import EPS, assert_same_state, close, flat_gradients, leaf, make, quadratics, state_of
 
 WAYS = ["None", "tasks=", "tasks= and None", "task()"]
 
@@ -50,16 +50,16 @@ def test_absent_tasks_keep_their_rows_and_have_no_say(tasks, way, factor):
     balancer = make(p, num_tasks=4, beta=0.7, beta_sigma=0.5)
     for _ in range(2):
         balancer(quadratics(p, num_tasks=4)).backward()
-    before = balancer.buffer.rows.clone()
+    before = state_of(balancer).rows.clone()
     p.grad = None
     grads = flat_gradients(quadratics(p, num_tasks=4), [p])
     backward(balancer, quadratics(p, num_tasks=4), tasks, way, factor)
     absent = [task for task in range(4) if task not in tasks]
-    assert torch.equal(balancer.buffer.rows[absent], before[absent])
+    assert torch.equal(state_of(balancer).rows[absent], before[absent])
     beta = 0.7 / 3**0.5
     rows = before[:, :6].numpy().copy()
     rows[tasks] = beta * rows[tasks] + (1 - beta) * grads[tasks]
-    close(balancer.buffer.rows[:, :6].numpy(), rows)
+    close(state_of(balancer).rows[:, :6].numpy(), rows)
     expected, weights = by_hand(rows, tasks)
     close(p.grad.numpy(), factor * expected)
     close(balancer.weights[tasks].numpy(), weights)
@@ -104,7 +104,7 @@ def test_the_order_of_tasks_does_not_matter(order):
             backward(engine, quadratics(p, q, num_tasks=4), tasks)
         engine.result = torch.cat([p.grad, q.grad]).numpy()
     close(balancer.result, twin.result, rtol=1e-12)
-    close(balancer.buffer.rows.numpy(), twin.buffer.rows.numpy(), rtol=1e-12)
+    close(state_of(balancer).rows.numpy(), state_of(twin).rows.numpy(), rtol=1e-12)
 
 
 def test_tasks_may_be_any_sequence_of_indices():
@@ -133,13 +133,13 @@ def test_a_task_first_seen_at_step_1000(driven):
         state["steps"]["step"] = 999
         balancer = make(p, **options)
         balancer.load_state_dict(state)
-    rows = balancer.buffer.rows[:, :6].numpy().copy()
+    rows = state_of(balancer).rows[:, :6].numpy().copy()
     assert (rows[2] == 0).all()
     grads = flat_gradients(quadratics(p, num_tasks=3), [p])
     balancer(quadratics(p, num_tasks=3)).backward()
     assert balancer.step == 1000
     beta = 0.9 / 1000**0.25
-    close(balancer.buffer.rows[2, :6].numpy(), (1 - beta) * grads[2])
+    close(state_of(balancer).rows[2, :6].numpy(), (1 - beta) * grads[2])
     rows = beta * rows + (1 - beta) * grads
     expected, weights = by_hand(rows, [0, 1, 2])
     close(p.grad.numpy(), expected)
@@ -172,14 +172,14 @@ def test_micro_batches_with_different_tasks(way):
         for number, tasks in enumerate(parts):
             share = 1.0 + number
             grads = flat_gradients(quadratics(p, num_tasks=4), [p])
-            before = balancer.buffer.rows.clone()
+            before = state_of(balancer).rows.clone()
             backward(balancer, quadratics(p, num_tasks=4), tasks, way, factor=share)
             for task in tasks:
                 rows[task] = (1.0 if task in seen else beta) * rows[task] + (1 - beta) * share * grads[task]
             seen.update(tasks)
             absent = [task for task in range(4) if task not in tasks]
-            assert torch.equal(balancer.buffer.rows[absent], before[absent])
-            close(balancer.buffer.rows[:, :6].numpy(), rows)
+            assert torch.equal(state_of(balancer).rows[absent], before[absent])
+            close(state_of(balancer).rows[:, :6].numpy(), rows)
             close(p.grad.numpy(), by_hand(rows, sorted(seen))[0])
             assert ((balancer.weights == 0).numpy() == [task not in seen for task in range(4)]).all()
         optimizer.step()
@@ -253,11 +253,11 @@ def test_a_new_task_leaves_the_others_alone(state_dtype):
         assert torch.equal(now[:2].nan_to_num(), old.nan_to_num())
         assert (now[2] == 0).all()
     assert balancer.norms.shape == balancer.weights.shape == balancer.nonfinite_steps.shape == (3,)
-    assert balancer.buffer.gramian().shape == (3, 3)
+    assert state_of(balancer).gramian().shape == (3, 3)
     p.grad = q.grad = None
     balancer(quadratics(p, q, num_tasks=3)).backward()
     grads = flat_gradients(quadratics(p, q, num_tasks=3), [p, q])
-    row = torch.cat([balancer.buffer.rows[2, :6], balancer.buffer.rows[2, -64:][:40]]).double().numpy()
+    row = torch.cat([state_of(balancer).rows[2, :6], state_of(balancer).rows[2, -64:][:40]]).double().numpy()
     close(row, (1 - 0.9 / 3**0.5) * grads[2], rtol=1e-6 if state_dtype == torch.float64 else 1e-2)
     assert balancer.nonfinite_steps.tolist() == [0, 1, 0]
 
@@ -289,7 +289,7 @@ def test_down_to_one_task_and_no_further():
     balancer(quadratics(p, num_tasks=3)).backward()
     balancer.remove_task(0)
     balancer.remove_task(1)
-    row = balancer.buffer.rows[0, :6].clone()
+    row = state_of(balancer).rows[0, :6].clone()
     with pytest.raises(ValueError, match="num_tasks must be at least 1, got 0"):
         balancer.remove_task(0)
     with pytest.raises(ValueError, match="task index 1 is out of range for 1 tasks"):
@@ -311,13 +311,13 @@ def test_tasks_do_not_change_within_a_step(when):
     balancer(quadratics(p, num_tasks=3)).backward()
 
     def refused(match):
-        rows = balancer.buffer.rows.clone()
+        rows = state_of(balancer).rows.clone()
         with pytest.raises(RuntimeError, match=match):
             balancer.add_task()
         with pytest.raises(RuntimeError, match=match):
             balancer.remove_task(1)
         assert balancer.num_tasks == 3
-        assert torch.equal(balancer.buffer.rows, rows)
+        assert torch.equal(state_of(balancer).rows, rows)
 
     if when != "attached":
         with balancer.task(1):

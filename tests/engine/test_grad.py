@@ -7,11 +7,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from problems import EPS, close, flat_grad, flat_gradients, leaf, make, quadratics
+from problems import EPS, close, flat_grad, flat_gradients, leaf, make, quadratics, state_of
 from torch import nn
 
 
-@pytest.mark.parametrize("backend", ["native", "triton", "cuda", "eager"])
+@pytest.mark.parametrize("backend", ["native", "eager"])
 def test_norms_weights_and_gradient(backend):
     params = [leaf(3, 4), leaf(5), leaf(1)]
     balancer = make(*params, num_tasks=3, beta=0.5, backend=backend)
@@ -58,7 +58,7 @@ def test_grads_are_views_of_one_flat_tensor_padded_to_128_bytes():
     storages = {p.grad.untyped_storage().data_ptr() for p in params}
     assert len(storages) == 1
     assert [p.grad.storage_offset() for p in params] == [0, 32, 64]
-    assert balancer.buffer.rows.shape == (2, 128)
+    assert state_of(balancer).rows.shape == (2, 128)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -168,7 +168,7 @@ def test_channels_last_weights_keep_their_strides():
     assert conv.weight.grad.stride() == conv.weight.stride()
     close(flat_grad(params), expected)
     conv.weight.grad = None
-    assert balancer.buffer.layout.dense == [True, True]
+    assert state_of(balancer).layout.dense == [True, True]
 
 
 def test_a_parameter_that_is_a_strided_view_of_something_larger():

@@ -6,7 +6,7 @@ import dbmtl_kernels as dbk
 import numpy as np
 import pytest
 import torch
-from problems import assert_same_state, close, flat_gradients, leaf, quadratics
+from problems import assert_same_state, close, flat_gradients, leaf, quadratics, state_of
 
 K = 3
 
@@ -201,7 +201,7 @@ def test_a_step_resumed_in_its_middle_knows_the_losses():
     balancer, other = begin(p), begin(p.detach().clone().requires_grad_())
     losses = quadratics(p, num_tasks=3)
     balancer.backward(losses[:2], tasks=[0, 1], retain_graph=True)
-    q = other.buffer.parameters[0]
+    q = state_of(other).parameters[0]
     q.grad = p.grad.clone()
     other.load_state_dict(copy.deepcopy(balancer.state_dict()))
     for each, x in ((balancer, p), (other, q)):

@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from problems import EPS, close, flat_grad, flat_gradients, leaf, make, quadratics
+from problems import EPS, close, flat_grad, flat_gradients, leaf, make, quadratics, state_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -126,13 +126,13 @@ def test_an_exception_inside_a_task_leaves_everything_as_it_was():
         body()
     assert p.grad is mine
     assert (mine == 1).all()
-    assert (balancer.buffer.rows == 0).all()
+    assert (state_of(balancer).rows == 0).all()
     with balancer.task(0):
         p.square().sum().backward()
     balancer.balance()
 
 
-@pytest.mark.parametrize("backend", ["native", "triton", "cuda", "eager"])
+@pytest.mark.parametrize("backend", ["native", "eager"])
 def test_reentrant_checkpoint_decays_what_is_reached_once(backend):
     first, shared, last = (nn.Linear(5, 5).double() for _ in range(3))
     x = torch.randn(4, 5, dtype=torch.float64).requires_grad_()

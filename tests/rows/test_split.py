@@ -5,9 +5,9 @@ import io
 import dbmtl_kernels as dbk
 import pytest
 import torch
-from dbmtl_kernels import dtensors
-from dbmtl_kernels.split import SplitTaskGradientBuffer
-from problems import assert_same_state, leaf, quadratics
+from dbmtl_kernels.rows import dtensors
+from dbmtl_kernels.rows.split import SplitTaskGradientBuffer
+from problems import assert_same_state, leaf, quadratics, state_of
 
 SHAPES = ((3, 5), (7,), (1,), (33, 2))
 
@@ -42,8 +42,8 @@ def leaves():
 def test_parts_do_what_one_buffer_does(two_devices, monkeypatch):
     split = leaves()
     ours = run(split)
-    assert isinstance(ours.buffer, SplitTaskGradientBuffer)
-    assert [len(part.parameters) for part in ours.buffer.parts] == [2, 2]
+    assert isinstance(state_of(ours), SplitTaskGradientBuffer)
+    assert [len(part.parameters) for part in state_of(ours).parts] == [2, 2]
     monkeypatch.undo()
     whole = leaves()
     alone = run(whole)
@@ -52,7 +52,7 @@ def test_parts_do_what_one_buffer_does(two_devices, monkeypatch):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
     for name in ("norms", "weights", "nonfinite_steps"):
         torch.testing.assert_close(getattr(ours, name), getattr(alone, name), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(ours.buffer.gramian(), alone.buffer.gramian(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state_of(ours).gramian(), state_of(alone).gramian(), rtol=1e-12, atol=1e-12)
 
 
 def test_checkpoint_and_change_of_tasks(two_devices):
@@ -64,10 +64,10 @@ def test_checkpoint_and_change_of_tasks(two_devices):
     second = dbk.DBMTL(params, 3, state_dtype=torch.float64)
     second.load_state_dict(torch.load(stream, weights_only=True))
     assert_same_state(first.state_dict(), second.state_dict())
-    rows = [part.rows.clone() for part in second.buffer.parts]
+    rows = [part.rows.clone() for part in state_of(second).parts]
     second.remove_task(0)
     assert second.add_task() == 2
-    for part, before in zip(second.buffer.parts, rows, strict=True):
+    for part, before in zip(state_of(second).parts, rows, strict=True):
         assert torch.equal(part.rows[:2], before[1:])
         assert not part.rows[2].any()
     second(quadratics(*params, num_tasks=3)).backward()

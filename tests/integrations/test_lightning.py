@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from lightning_job import BATCHES, Module, checkpointing, first_net, fit, loader, module_of, parameters, trainer_of
-from problems import assert_same_state
+from problems import assert_same_state, state_of
 from torch import nn
 
 pytestmark = [
@@ -107,7 +107,7 @@ def test_an_overflow_reaches_the_scaler(accumulate, tmp_path):
     assert torch.equal(parameters(module), expected)
     assert balancing.balancer.nonfinite_steps.tolist() == balancer.nonfinite_steps.tolist() == [0, 2]
     assert options["plugins"][0].scaler.get_scale() == scaler.get_scale()
-    assert torch.isfinite(balancing.balancer.buffer.rows).all()
+    assert torch.isfinite(state_of(balancing.balancer).rows).all()
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_frozen_parameters_of_a_named_submodule_are_left_out(tmp_path):
     module.net.trunk[0].requires_grad_(False)
     before = module.net.trunk[0].weight.clone()
     _, balancing, _ = fit(tmp_path, 1, module=module)
-    assert [p.shape for p in balancing.balancer.buffer.parameters] == [(5, 33), (5,)]
+    assert [p.shape for p in state_of(balancing.balancer).parameters] == [(5, 33), (5,)]
     assert torch.equal(module.net.trunk[0].weight, before)
 
 
@@ -448,7 +448,7 @@ def test_two_ranks_do_what_one_does_with_the_whole_batch(ranks, name, tmp_path):
         assert found["norms"] == pytest.approx(balancing.balancer.norms.tolist(), rel=1e-5)
         cosine = balancing.balancer.monitor().cosine
         torch.testing.assert_close(torch.tensor(found["cosine"]), cosine, rtol=0, atol=1e-5)
-        assert found["rows"] < 0.6 * balancing.balancer.buffer.rows.numel()
+        assert found["rows"] < 0.6 * state_of(balancing.balancer).rows.numel()
         assert not found["left"]
 
 

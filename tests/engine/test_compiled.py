@@ -14,7 +14,7 @@ import torch._functorch.config
 import torch._inductor.config
 from dbmtl_kernels import ops
 from functorch.compile import make_boxed_func
-from problems import EPS, assert_same_state, close, flat_grad, flat_gradients
+from problems import EPS, assert_same_state, close, flat_grad, flat_gradients, state_of
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
@@ -65,7 +65,7 @@ def start(reentrant=None, momentum=0.9):
 
 
 def everything(net, balancer):
-    return torch.cat([x.detach().view(-1) for x in (*net.parameters(), balancer.buffer.rows)]).numpy()
+    return torch.cat([x.detach().view(-1) for x in (*net.parameters(), state_of(balancer).rows)]).numpy()
 
 
 def train(net, balancer, optimizer, losses_of, steps=5):
@@ -299,7 +299,7 @@ def test_capturable_meets_a_parameter_twice():
                 z = torch.tanh(checkpoint(layer, z, use_reentrant=reentrant))
             layer.zero_grad()
             balancer([(z - task).square().mean() for task in range(2)]).backward()
-        runs.append(np.concatenate([flat_grad(list(layer.parameters())), balancer.buffer.rows.double().flatten()]))
+        runs.append(np.concatenate([flat_grad(list(layer.parameters())), state_of(balancer).rows.double().flatten()]))
     close(runs[1], runs[0], rtol=2e-2)
     assert np.array_equal(runs[2], runs[1])
 
@@ -394,6 +394,6 @@ def test_the_counts_of_a_capturable_balancer_are_tensors_that_stay_where_they_ar
     assert balancer._steps._counts is counts
     balancer([(p - t).square().sum() for t in range(3)]).backward()
     rows = state["buffer"]["rows"]["0"].flatten(1)
-    close(balancer.buffer.rows.numpy(), 2 * rows.numpy(), rtol=1e-6)
+    close(state_of(balancer).rows.numpy(), 2 * rows.numpy(), rtol=1e-6)
     counts += 1  # as a replayed graph would
     assert balancer.step == 2

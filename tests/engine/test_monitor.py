@@ -6,7 +6,7 @@ import dbmtl_kernels as dbk
 import numpy as np
 import pytest
 import torch
-from problems import close, flat_gradients, leaf, make, quadratics
+from problems import close, flat_gradients, leaf, make, quadratics, state_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.tensorboard import SummaryWriter
@@ -106,7 +106,7 @@ def test_the_gramian_is_that_of_the_rows_as_they_are(capturable):
     monitor = balancer.monitor()
 
     def check():
-        rows = balancer.buffer.rows.numpy()
+        rows = state_of(balancer).rows.numpy()
         close(monitor.gramian.numpy(), rows @ rows.T)
         monitor.gramian.fill_(7.0)  # a copy
         close(monitor.gramian.numpy(), rows @ rows.T)

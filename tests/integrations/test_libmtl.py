@@ -1,10 +1,11 @@
-"""DB_MTL in a stand-in of LibMTL's trainer, against the authors' arithmetic (PyTorch and NumPy, nothing of ours)."""
+"""DB_MTL in a stand-in of LibMTL's trainer, against the oracle (PyTorch and NumPy, nothing of ours)."""
 
 import copy
 import sys
 import types
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from dbmtl_kernels.integrations import libmtl
@@ -35,31 +36,23 @@ class AbsArchitecture(nn.Module):
         self.encoder.zero_grad(set_to_none=False)
 
 
-class AuthorsWeighting(nn.Module):
-    """The yardstick: the authors' arithmetic as PAPER.md has it."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
+class PlainWeighting(nn.Module):
+    """The yardstick: gradients by autograd into the oracle."""
 
     def init_param(self):
-        self.state = None
+        self.exact = None
 
     def backward(self, losses, **kwargs):
-        self.calls += 1
         shared = list(self.get_share_params())
         rows = []
         for loss in torch.log(losses + 1e-8):
             loss.backward(retain_graph=True)
             rows.append([np.zeros(p.numel()) if p.grad is None else p.grad.double().numpy().flatten() for p in shared])
             self.zero_grad_share_params()
-        G = np.array([np.concatenate(row) for row in rows])
-        M = np.zeros_like(G) if self.state is None else self.state
-        b = kwargs["DB_beta"] / self.calls ** kwargs["DB_beta_sigma"]
-        M = self.state = G + b * (M - G)
-        u = np.linalg.norm(M, axis=-1)
-        a = u.max() / (u + 1e-8)
-        out = torch.from_numpy(sum(a[i] * M[i] for i in range(len(M))))
+        grads = np.array([np.concatenate(row) for row in rows])
+        self.exact = self.exact or oracle.Training(*grads.shape)
+        self.exact.beta, self.exact.sigma = kwargs["DB_beta"], kwargs["DB_beta_sigma"]
+        out = torch.from_numpy(self.exact.update(grads))
         for p, part in zip(shared, out.split([p.numel() for p in shared]), strict=True):
             if p.grad is not None:
                 p.grad = part.view_as(p).to(p.dtype)
@@ -127,7 +120,7 @@ class Trainer:
 
 
 def pair(double=True, **options):
-    trainers = [Trainer(weighting, **options) for weighting in (libmtl.DB_MTL, AuthorsWeighting)]
+    trainers = [Trainer(weighting, **options) for weighting in (libmtl.DB_MTL, PlainWeighting)]
     for trainer in trainers:
         if double:
             trainer.model.double()
