@@ -96,10 +96,11 @@ class TaskLosses:
     @torch.no_grad()
     def total(self) -> Tensor:
         """The sum of the losses, or of their logs, as a scalar without a graph; float32 at least."""
-        values = self.values
-        if self._log_eps is not None:
-            values = [torch.log(v + self._log_eps) for v in values]
-        return torch.stack([v.to(values[0].device) for v in values]).sum()
+        eps, device, terms = self._log_eps, self.values[0].device, []
+        for value in self.values:
+            term = value if eps is None else torch.log(value + eps)
+            terms.append(term.to(device))
+        return torch.stack(terms).sum()
 
     def backward(self, index: int, factor: Tensor | None, retain_graph: bool) -> None:
         """Backpropagate factor * log(loss + eps), or factor * loss.

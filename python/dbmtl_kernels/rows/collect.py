@@ -12,8 +12,7 @@ from .layout import ParameterLayout
 class RowCollector:
     """One update of one row, fed with gradients as a backward pass produces them.
 
-    Gradients that came before the end of the pass are accumulated at once, while they are in cache. What `finish` gets is
-    accumulated in one launch.
+    What `add` gets is accumulated at once, while it is in cache. What `finish` gets is accumulated in one launch.
 
     Args:
         layout: where each parameter lies in the row.

@@ -131,16 +131,16 @@ class ParameterLayout:
         return found
 
     def check_unchanged(self) -> None:
-        """Raise RuntimeError if a parameter's dtype, device, shape or memory order is another than when this was made."""
+        """Raise RuntimeError if a parameter has another dtype, device, shape or memory order than when this was made."""
         device = self.device
         for index, (p, (shape, strides, dtype)) in enumerate(zip(self.parameters, self._known, strict=True)):
             if self.distributed:
                 p = dtensors.local(p)
             if p.stride() != strides or p.dtype is not dtype or p.device != device or p.shape != shape:
                 raise RuntimeError(
-                    f"shared parameter {index} was {dtype} of shape {tuple(shape)} with strides {strides} on {device} when "
-                    f"the balancer was made, and is {p.dtype} of shape {tuple(p.shape)} with strides {p.stride()} on "
-                    f"{p.device}; make the balancer after model.to(...)"
+                    f"shared parameter {index} was {dtype} of shape {tuple(shape)} with strides {strides} on {device} "
+                    f"when the balancer was made, and is {p.dtype} of shape {tuple(p.shape)} with strides {p.stride()} "
+                    f"on {p.device}; make the balancer after model.to(...)"
                 )
 
     def signature(self) -> list[list[Any]]:

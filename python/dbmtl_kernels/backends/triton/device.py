@@ -1,9 +1,10 @@
-"""What is asked of the CUDA driver: cooperative launches, and how many programs are resident at once."""
+"""What is asked of the CUDA driver, and what of Triton that its documentation does not describe."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -34,16 +35,19 @@ def has_cooperative_launch(device: torch.device) -> bool:
     return bool(value.value)
 
 
-def resident_programs(function: int, num_threads: int, shared_bytes: int) -> int:
-    """Programs of a loaded kernel (a CUfunction) that one multiprocessor of the current device holds at once."""
-    count = ctypes.c_int()
+def resident_programs(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> int:
+    """How many programs of a kernel one multiprocessor of the current device holds at once.
+
+    Undocumented in Triton 3.3 to 3.9: `warmup` compiles without launching, and of what it returns, reading `run` loads
+    the binary, `function` is its CUfunction, and `metadata` has its threads and bytes of shared memory.
+    """
+    compiled = kernel.warmup(*args, grid=(1,), **options)
+    _ = compiled.run
+    count, metadata = ctypes.c_int(), compiled.metadata
     _call(
-        "cuOccupancyMaxActiveBlocksPerMultiprocessor",
-        ctypes.byref(count),
-        ctypes.c_void_p(function),
-        ctypes.c_int(num_threads),
-        ctypes.c_size_t(shared_bytes),
-    )
+        "cuOccupancyMaxActiveBlocksPerMultiprocessor", ctypes.byref(count), ctypes.c_void_p(compiled.function),
+        ctypes.c_int(32 * metadata.num_warps), ctypes.c_size_t(metadata.shared),
+    )  # fmt: skip
     return count.value
 
 
@@ -51,6 +55,19 @@ def resident_programs(function: int, num_threads: int, shared_bytes: int) -> int
 def multiprocessors(device: torch.device) -> int:
     """Number of multiprocessors; 1 where there is none (the interpreter on a CPU)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; (0, 0) on a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensors' own."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def launches(device: torch.device) -> tuple[int, str]:

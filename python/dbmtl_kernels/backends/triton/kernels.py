@@ -1,16 +1,14 @@
-"""The Triton kernels' common parts: one row's update, weights, combining, and the meetings of programs.
+"""Parts common to the Triton kernels: casts, one block's update, weights, combining, barriers.
 
-Rules: fp32 arithmetic whatever the storage (fp64 for fp64), sums in fp64, no float atomics, 64-bit offsets. Doubles
-come as the int64 of their bits, so that no value is rounded on its way in and none is part of a specialisation.
-Sizes and strides come in units of VEC elements, so that the compiler knows what divides them and loads 128 bits.
+Arithmetic is fp32 whatever the storage (fp64 for fp64), sums are fp64, offsets 64 bits; there are no float atomics.
+Numbers travel as the int64 of a double's bits, exact and never specialised on. Sizes and strides come in units of VEC
+elements, so that the compiler knows what divides them and loads 128 bits.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from .rounding import narrow, to_state, widen
 
 # No weight is larger: times the zeros of a task without gradient it still gives zero.
 LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -36,24 +34,48 @@ def not_finite(x):
 
 
 @triton.jit
-def update(m, g, decay, gain, has_grad):
-    """``decay * m + gain * g``; a missing term is left out, not added as zero, as the CPU kernels do."""
-    decayed, gained = decay * m, gain * g
-    return tl.where(decay == 0, gained, tl.where(has_grad, decayed + gained, decayed))
+def widen(x, wide: tl.constexpr):
+    """``x`` in the arithmetic dtype. bfloat16 goes through its bits: Triton's interpreter gets some casts wrong."""
+    if x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(wide)
 
 
 @triton.jit
-def store_row(pointers, x, mask, key, column, lane, STOCHASTIC: tl.constexpr):
-    """Store new state; returns it squared in fp64, as it was stored."""
-    stored = to_state(x, pointers.dtype.element_ty, key, column, lane, STOCHASTIC)
-    tl.store(pointers, stored, mask=mask)
-    wide = widen(stored, tl.float64)
-    return tl.where(mask, wide * wide, 0.0)
+def narrow(x, dtype: tl.constexpr):
+    """``x`` rounded to nearest, ties to even; NaN stays NaN."""
+    if dtype == tl.bfloat16:
+        single = x.to(tl.float32)
+        bits = single.to(tl.uint32, bitcast=True)
+        upper = tl.where(single == single, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000) >> 16
+        return upper.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def update_block(state, grad, mask, has_grad, decay, gain):
+    """``state <- decay * state + gain * grad``; returns what was stored squared, in fp64, and 0 where masked.
+
+    Without a gradient ``has_grad`` is 0. A term that is missing is left out, not added as zero, as the CPU kernels do.
+    """
+    # Triton's interpreter broadcasts numbers, not conditions.
+    has_grad = tl.zeros(state.shape, tl.int64) + has_grad != 0
+    has_state = tl.zeros(state.shape, decay.dtype) + decay != 0
+    # Gradients are read once, state once more: keep the state in the cache.
+    g = widen(tl.load(grad, mask=has_grad & mask, other=0.0, eviction_policy="evict_first"), decay.dtype)
+    m = widen(tl.load(state, mask=has_state & mask, other=0.0), decay.dtype)
+    decayed, gained = decay * m, gain * g
+    x = tl.where(has_state, tl.where(has_grad, decayed + gained, decayed), gained)
+    stored = narrow(x, state.dtype.element_ty)
+    tl.store(state, stored, mask=mask)
+    stored = widen(stored, tl.float64)
+    return tl.where(mask, stored * stored, 0.0)
 
 
 @triton.jit
 def weights_of(sumsq, active, eps, constant, K: tl.constexpr, K_PAD: tl.constexpr, SCALE: tl.constexpr):
-    """(K_PAD,) norms and weights, fp64, of sums of squares: see `weighting.max_norm_weights`."""
+    """(K_PAD,) norms and weights ``alpha / (norm + eps)``, fp64; 0 for a task not active or not finite."""
     norms = tl.sqrt(sumsq)
     use = active & (norms < INF)
     count = tl.sum(use.to(tl.int32))
@@ -67,9 +89,9 @@ def weights_of(sumsq, active, eps, constant, K: tl.constexpr, K_PAD: tl.constexp
         alpha = tl.sum(tl.where(use, norms, 0.0)) / tl.maximum(count, 1).to(tl.float64)
     else:  # the mean of the two middle ones
         ordered = tl.sort(tl.where(use, norms, INF))
-        place = tl.arange(0, K_PAD)
-        low = tl.sum(tl.where(place == (count - 1) // 2, ordered, 0.0))
-        high = tl.sum(tl.where(place == count // 2, ordered, 0.0))
+        index = tl.arange(0, K_PAD)
+        low = tl.sum(tl.where(index == (count - 1) // 2, ordered, 0.0))
+        high = tl.sum(tl.where(index == count // 2, ordered, 0.0))
         alpha = 0.5 * (low + high)
     weights = tl.minimum(alpha / (norms + eps), LARGEST)
     if K == 1 and SCALE != "constant":
@@ -79,12 +101,12 @@ def weights_of(sumsq, active, eps, constant, K: tl.constexpr, K_PAD: tl.constexp
 
 @triton.jit
 def combine_tile(
-    rows, row_stride, weights, out, column, bound, accumulate, forget,
+    rows, row_stride, weights, out, column, bound, accumulate, clear,
     K: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``out <- (out if accumulate else 0) + sum_t weights[t] * rows[t]``.
 
-    A row whose weight is 0 is left out. If ``forget``, the rows that ``weights[K:2 K]`` marks are set to zero.
+    A row whose weight is 0 is left out. If ``clear``, the rows that ``weights[K:2 K]`` marks are set to zero.
     """
     wide: tl.constexpr = tl.float64 if rows.dtype.element_ty == tl.float64 else tl.float32
     lane = column + tl.arange(0, BLOCK)
@@ -95,7 +117,7 @@ def combine_tile(
         x = tl.load(rows + t * row_stride + lane, mask=mask, other=0.0, eviction_policy="evict_first")
         total += tl.where(weight != 0, weight * widen(x, wide), 0.0)
     tl.store(out + lane, narrow(total, out.dtype.element_ty), mask=mask, cache_modifier=".cs")
-    if forget:
+    if clear:
         for t in range(K):
             if tl.load(weights + K + t) != 0:
                 zero = tl.zeros([BLOCK], rows.dtype.element_ty)
@@ -104,15 +126,15 @@ def combine_tile(
 
 @triton.jit
 def grid_barrier(barrier):
-    """Wait until every program of the grid has come here. All of them must be resident at once.
+    """Wait until every program of the grid has arrived. All of them must be resident at once.
 
-    ``barrier`` points to two int32: how many have come, and how often the barrier has opened. The last to come sets
-    the first back to zero before it opens, so nothing has to be cleared between launches.
+    ``barrier`` points to two int32: how many have arrived, and how often the barrier has opened. The last to arrive
+    sets the first back to zero before it opens, so nothing has to be cleared between launches.
     """
     tl.debug_barrier()  # everything this program wrote, by any of its threads, comes before what follows
     opened = tl.atomic_add(barrier + 1, 0, sem="acquire", scope="gpu")
-    come = tl.atomic_add(barrier, 1, sem="acq_rel", scope="gpu")
-    if come == tl.num_programs(0) - 1:
+    arrived = tl.atomic_add(barrier, 1, sem="acq_rel", scope="gpu")
+    if arrived == tl.num_programs(0) - 1:
         tl.atomic_xchg(barrier, 0, sem="relaxed", scope="gpu")
         tl.atomic_add(barrier + 1, 1, sem="release", scope="gpu")
     else:
@@ -123,10 +145,10 @@ def grid_barrier(barrier):
 
 @triton.jit
 def is_last(ticket):
-    """Whether this program is the last of the grid to come here; it then sees what the others wrote before."""
+    """Whether this program is the last of the grid to arrive; it then sees what the others wrote before."""
     tl.debug_barrier()
-    come = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
-    last = come == tl.num_programs(0) - 1
+    arrived = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
+    last = arrived == tl.num_programs(0) - 1
     if last:
         tl.atomic_xchg(ticket, 0, sem="relaxed", scope="gpu")
     tl.debug_barrier()
@@ -137,10 +159,9 @@ def is_last(ticket):
 def sum_slots(slots, count, K_PAD: tl.constexpr, AT_ONCE: tl.constexpr):
     """(K_PAD,) sums of ``count`` rows of slots, always in the same order."""
     STEP: tl.constexpr = AT_ONCE // K_PAD if AT_ONCE > 8 * K_PAD else 8
-    place = tl.arange(0, STEP)
     index = tl.arange(0, K_PAD)
     total = tl.zeros([STEP, K_PAD], tl.float64)
     for start in range(0, count, STEP):
-        row = start + place[:, None]
-        total += tl.load(slots + row * K_PAD + index[None, :], mask=row < count, other=0.0, cache_modifier=".cg")
+        slot = start + tl.arange(0, STEP)[:, None]
+        total += tl.load(slots + slot * K_PAD + index[None, :], mask=slot < count, other=0.0, cache_modifier=".cg")
     return tl.sum(total, axis=0)

@@ -1,12 +1,11 @@
-"""Kernels of the task-gradient buffer: gather a row from a list of gradients, combine rows, multiply them pairwise."""
+"""Kernels of the K x P rows: gather a row from a list of gradients, combine rows, multiply them pairwise."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .kernels import combine_tile, double, is_last, not_finite, offset, store_row, sum_slots, update, weights_of
-from .rounding import row_key, widen
+from .kernels import combine_tile, double, is_last, not_finite, offset, sum_slots, update_block, weights_of, widen
 
 # Columns of the chunk table: segment, first element of it, column of that element in the row, elements.
 CHUNK_COLUMNS = tl.constexpr(4)
@@ -16,122 +15,82 @@ SLOTS_AT_A_TIME = tl.constexpr(16)
 
 @triton.jit
 def gather_chunk(
-    row, address, start, column, count, decay, gain, key,
-    GRAD: tl.constexpr, GRAD_ALIGNED: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
+    state, grad, count, address, decay, gain,
+    GRAD_ALIGNED: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK,) squares of ``count`` new elements of the row. An address of 0 stands for zeros.
+    """(BLOCK,) squares of ``count`` new elements of the row.
 
     Whole blocks need no mask, so they are loaded 128 bits at a time where both sides are aligned; the rest follows.
     """
-    wide: tl.constexpr = tl.float64 if row.dtype.element_ty == tl.float64 else tl.float32
     lane = tl.arange(0, BLOCK)
-    has_grad = tl.zeros([BLOCK], tl.int64) + address != 0
-    reads = tl.zeros([BLOCK], wide) + decay != 0
-    grad = address.to(tl.pointer_type(GRAD)) + start
-    state = row + column
-    if GRAD_ALIGNED:
-        grad = tl.multiple_of(grad, 16)
-    if ROW_ALIGNED:
-        state = tl.multiple_of(state, 16)
     squares = tl.zeros([BLOCK], tl.float64)
     whole = count // BLOCK
     for block in range(whole):
-        at = block * BLOCK
-        g = widen(tl.load(grad + at + lane, mask=has_grad, other=0.0, eviction_policy="evict_first"), wide)
-        m = widen(tl.load(state + at + lane, mask=reads, other=0.0), wide)
-        x = update(m, g, decay, gain, has_grad)
-        squares += store_row(state + at + lane, x, True, key, column + at, lane, STOCHASTIC)
-    at = whole * BLOCK
-    if at < count:
-        mask = lane < count - at
-        g = widen(tl.load(grad + at + lane, mask=mask & has_grad, other=0.0, eviction_policy="evict_first"), wide)
-        m = widen(tl.load(state + at + lane, mask=mask & reads, other=0.0), wide)
-        x = update(m, g, decay, gain, has_grad)
-        squares += store_row(state + at + lane, x, mask, key, column + at, lane, STOCHASTIC)
+        state_block, grad_block = state + block * BLOCK, grad + block * BLOCK
+        if ROW_ALIGNED:
+            state_block = tl.multiple_of(state_block, 16)
+        if GRAD_ALIGNED:
+            grad_block = tl.multiple_of(grad_block, 16)
+        squares += update_block(state_block + lane, grad_block + lane, True, address, decay, gain)
+    rest = whole * BLOCK + lane
+    if whole * BLOCK < count:
+        squares += update_block(state + rest, grad + rest, rest < count, address, decay, gain)
     return squares
 
 
 @triton.jit
-def gather_aligned_or_not(
-    row, address, start, column, count, decay, gain, key,
-    GRAD: tl.constexpr, SIZE: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr,
-):  # fmt: skip
-    """`gather_chunk`, asking whether the gradient's first element, of SIZE bytes, lies on 16 bytes."""
-    if (address + start * SIZE) % 16 == 0:
-        squares = gather_chunk(
-            row, address, start, column, count, decay, gain, key, GRAD, True, ROW_ALIGNED, BLOCK, STOCHASTIC
-        )
+def gather_typed(
+    state, address, start, count, decay, gain, CODE: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`gather_chunk` from element ``start`` of a gradient whose dtype has the CODE; an address of 0 is for zeros."""
+    GRAD: tl.constexpr = (
+        tl.float32 if CODE == 0 else tl.bfloat16 if CODE == 1 else tl.float16 if CODE == 2 else tl.float64
+    )
+    grad = address.to(tl.pointer_type(GRAD)) + start
+    if grad.to(tl.int64) % 16 == 0:
+        squares = gather_chunk(state, grad, count, address, decay, gain, True, ROW_ALIGNED, BLOCK)
     else:
-        squares = gather_chunk(
-            row, address, start, column, count, decay, gain, key, GRAD, False, ROW_ALIGNED, BLOCK, STOCHASTIC
-        )
+        squares = gather_chunk(state, grad, count, address, decay, gain, False, ROW_ALIGNED, BLOCK)
     return squares
 
 
 # Small tensors are views of larger ones: where they begin must not compile a kernel anew.
 @triton.jit(
-    do_not_specialize=["num_chunks", "decay_bits", "gain_bits", "seed"],
-    do_not_specialize_on_alignment=["sumsq", "slots", "ticket", "loss_scale", "coefficients"],
+    do_not_specialize=["num_chunks"],
+    do_not_specialize_on_alignment=["coefficients", "sumsq", "slots", "ticket", "loss_scale"],
 )
 def accumulate_kernel(
-    row, addresses, chunks, sumsq, slots, ticket, loss_scale, coefficients,
-    num_chunks: tl.int32, decay_bits: tl.int64, gain_bits: tl.int64, seed: tl.int64,
-    F32: tl.constexpr, BF16: tl.constexpr, F16: tl.constexpr, F64: tl.constexpr,
-    ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr,
+    row, addresses, chunks, coefficients, sumsq, slots, ticket, loss_scale, num_chunks: tl.int32,
+    CODES: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``row <- decay * row + gain / loss_scale * grads`` over all chunks, and the sum of squares of what was stored.
 
-    ``coefficients``, if not None, holds decay, gain and the seed's bits; those in the arguments then do not count.
-    ``addresses`` holds address and dtype (0 fp32, 1 bf16, 2 fp16, 3 fp64) of each gradient. F32 to F64 say which
-    dtypes are there, so that a list of one dtype compiles to no branch.
+    ``addresses`` holds address and dtype (0 fp32, 1 bf16, 2 fp16, 3 fp64) of each gradient. The bits of CODES say
+    which dtypes are there, so that no others are compiled.
     """
     wide: tl.constexpr = tl.float64 if row.dtype.element_ty == tl.float64 else tl.float32
-    if coefficients is not None:
-        decay = tl.load(coefficients).to(wide)
-        gain = tl.load(coefficients + 1)
-        seed = tl.load((coefficients + 2).to(tl.pointer_type(tl.int64)))
-    else:
-        decay = double(decay_bits).to(wide)
-        gain = double(gain_bits)
+    decay = tl.load(coefficients).to(wide)
+    gain = tl.load(coefficients + 1)
     if loss_scale is not None:
         factor = tl.load(loss_scale).to(tl.float64)
         gain = tl.where(factor == 0, 0.0, gain / tl.where(factor == 0, 1.0, factor))
     gain = gain.to(wide)
-    key = row_key(seed, 0) if STOCHASTIC else 0
     squares = tl.zeros([BLOCK], tl.float64)
     for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
         entry = chunks + offset(chunk, CHUNK_COLUMNS)
         segment = tl.load(entry)
         start = tl.load(entry + 1)
-        column = tl.load(entry + 2)
+        state = row + tl.load(entry + 2)
         count = tl.load(entry + 3).to(tl.int32)
         address = tl.load(addresses + segment * 2)
         dtype = tl.load(addresses + segment * 2 + 1)
-        if F32:
-            if dtype == 0:
-                squares += gather_aligned_or_not(
-                    row, address, start, column, count, decay, gain, key, tl.float32, 4, ROW_ALIGNED, BLOCK, STOCHASTIC
-                )
-        if BF16:
-            if dtype == 1:
-                squares += gather_aligned_or_not(
-                    row, address, start, column, count, decay, gain, key, tl.bfloat16, 2, ROW_ALIGNED, BLOCK, STOCHASTIC
-                )
-        if F16:
-            if dtype == 2:
-                squares += gather_aligned_or_not(
-                    row, address, start, column, count, decay, gain, key, tl.float16, 2, ROW_ALIGNED, BLOCK, STOCHASTIC
-                )
-        if F64:
-            if dtype == 3:
-                squares += gather_aligned_or_not(
-                    row, address, start, column, count, decay, gain, key, tl.float64, 8, ROW_ALIGNED, BLOCK, STOCHASTIC
-                )
+        for code in tl.static_range(4):
+            if CODES & (1 << code):
+                if dtype == code:
+                    squares += gather_typed(state, address, start, count, decay, gain, code, ROW_ALIGNED, BLOCK)
     tl.store(slots + tl.program_id(0), tl.sum(squares))
     if is_last(ticket):
-        total = tl.sum(sum_slots(slots, tl.num_programs(0), 1, SLOTS_AT_ONCE))
-        tl.store(sumsq, total.to(sumsq.dtype.element_ty))
+        tl.store(sumsq, tl.sum(sum_slots(slots, tl.num_programs(0), 1, SLOTS_AT_ONCE)))
 
 
 @triton.jit(do_not_specialize=["units", "stride_units", "accumulate"], do_not_specialize_on_alignment=["weights"])
@@ -148,14 +107,14 @@ def combine_out_kernel(
 
 @triton.jit
 def combine_group(
-    rows, stride, weights, out, first, units, accumulate, forget,
+    rows, stride, weights, out, first, units, accumulate, clear,
     K: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """The columns of one parameter dtype: ``units`` of them from ``first`` on, both in units of VEC."""
     bound = units.to(tl.int64) * VEC
     start = rows + first.to(tl.int64) * VEC
     for tile in range(tl.program_id(0), tl.cdiv(bound, BLOCK).to(tl.int32), tl.num_programs(0)):
-        combine_tile(start, stride, weights, out, offset(tile, BLOCK), bound, accumulate, forget, K, BLOCK, UNROLL)
+        combine_tile(start, stride, weights, out, offset(tile, BLOCK), bound, accumulate, clear, K, BLOCK, UNROLL)
 
 
 @triton.jit(
@@ -164,28 +123,28 @@ def combine_group(
         "stride_units", "eps_bits", "constant_bits", "fresh", "accumulate",
     ],
     do_not_specialize_on_alignment=[
-        "sumsq", "broken", "nonfinite_steps", "norms_out", "weights_out", "active", "loss_scale", "scratch", "ticket",
+        "sumsq", "norms", "weights", "nonfinite", "nonfinite_steps", "active", "loss_scale", "scratch", "ticket",
     ],
 )  # fmt: skip
 def balance_rows_kernel(
-    rows, sumsq, broken, nonfinite_steps, norms_out, weights_out, active, loss_scale, scratch, ticket,
+    rows, sumsq, norms, weights, nonfinite, nonfinite_steps, active, loss_scale, scratch, ticket,
     out0, first0: tl.int64, units0: tl.int64, out1, first1: tl.int64, units1: tl.int64,
     out2, first2: tl.int64, units2: tl.int64, out3, first3: tl.int64, units3: tl.int64,
     stride_units: tl.int64, eps_bits: tl.int64, constant_bits: tl.int64, fresh: tl.int32, accumulate: tl.int32,
     K: tl.constexpr, K_PAD: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """The end of an engine step: see `ops.balance_rows_`. Up to four outputs, one a parameter dtype."""
+    """Sums of squares to weights to up to four outputs, one a parameter dtype; rows that are not finite are cleared."""
     index = tl.arange(0, K_PAD)
     task = index < K
-    squares = tl.load(sumsq + index, mask=task, other=0.0).to(tl.float64)
-    before = (tl.load(broken + index, mask=task, other=0) != 0) & (tl.zeros([K_PAD], tl.int32) + fresh == 0)
+    squares = tl.load(sumsq + index, mask=task, other=0.0)
+    before = (tl.load(nonfinite + index, mask=task, other=0) != 0) & (tl.zeros([K_PAD], tl.int32) + fresh == 0)
     use = task
     if active is not None:
         use = use & (tl.load(active + index, mask=task, other=0) != 0)
     now = task & not_finite(squares)
     bad = before | now
-    norms, w = weights_of(squares, use & (bad == 0), double(eps_bits), double(constant_bits), K, K_PAD, SCALE)
+    found, w = weights_of(squares, use & (bad == 0), double(eps_bits), double(constant_bits), K, K_PAD, SCALE)
     carried = w
     if loss_scale is not None:
         factor = tl.load(loss_scale).to(tl.float64)
@@ -194,23 +153,23 @@ def balance_rows_kernel(
     tl.store(scratch + index, carried, mask=task)
     tl.store(scratch + K + index, bad.to(tl.float64), mask=task)
     tl.debug_barrier()
-    forget = tl.sum(bad.to(tl.int32)) > 0
+    clear = tl.sum(bad.to(tl.int32)) > 0
     stride = stride_units.to(tl.int64) * VEC
-    combine_group(rows, stride, scratch, out0, first0, units0, accumulate, forget, K, VEC, BLOCK, UNROLL)
+    combine_group(rows, stride, scratch, out0, first0, units0, accumulate, clear, K, VEC, BLOCK, UNROLL)
     if out1 is not None:
-        combine_group(rows, stride, scratch, out1, first1, units1, accumulate, forget, K, VEC, BLOCK, UNROLL)
+        combine_group(rows, stride, scratch, out1, first1, units1, accumulate, clear, K, VEC, BLOCK, UNROLL)
     if out2 is not None:
-        combine_group(rows, stride, scratch, out2, first2, units2, accumulate, forget, K, VEC, BLOCK, UNROLL)
+        combine_group(rows, stride, scratch, out2, first2, units2, accumulate, clear, K, VEC, BLOCK, UNROLL)
     if out3 is not None:
-        combine_group(rows, stride, scratch, out3, first3, units3, accumulate, forget, K, VEC, BLOCK, UNROLL)
-    # Only when everybody has read the books may they be changed.
+        combine_group(rows, stride, scratch, out3, first3, units3, accumulate, clear, K, VEC, BLOCK, UNROLL)
+    # Only when every program has read the stats may they be changed.
     if is_last(ticket):
-        tl.store(norms_out + index, norms.to(norms_out.dtype.element_ty), mask=task)
-        tl.store(weights_out + index, w.to(weights_out.dtype.element_ty), mask=task)
+        tl.store(norms + index, found, mask=task)
+        tl.store(weights + index, w, mask=task)
         counted = tl.load(nonfinite_steps + index, mask=task, other=0)
         tl.store(nonfinite_steps + index, counted + (now & (before == 0)).to(tl.int64), mask=task)
-        tl.store(broken + index, bad.to(tl.int8), mask=task)
-        tl.store(sumsq + index, tl.where(bad, 0.0, squares).to(sumsq.dtype.element_ty), mask=task)
+        tl.store(nonfinite + index, bad.to(tl.int8), mask=task)
+        tl.store(sumsq + index, tl.where(bad, 0.0, squares), mask=task)
 
 
 @triton.jit(do_not_specialize=["units", "stride_units"])
@@ -249,11 +208,10 @@ def add_gramians_kernel(
     """The sum of the slots, in order, made symmetric to the bit; each program does one row of the matrix."""
     row = tl.program_id(0)
     index = tl.arange(0, COLUMNS)
-    place = tl.arange(0, SLOTS_AT_A_TIME)
     upper = tl.zeros([SLOTS_AT_A_TIME, COLUMNS], tl.float64)
     lower = tl.zeros([SLOTS_AT_A_TIME, COLUMNS], tl.float64)
     for start in range(0, num_slots, SLOTS_AT_A_TIME):
-        slot = start + place[:, None]
+        slot = start + tl.arange(0, SLOTS_AT_A_TIME)[:, None]
         base = slots + offset(slot, K_PAD * K_PAD)
         mask = (slot < num_slots) & (index[None, :] < K)
         upper += tl.load(base + row * K_PAD + index[None, :], mask=mask, other=0.0)
