@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from ctypes import CDLL, POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_void_p
+from ctypes import CDLL, POINTER, Structure, addressof, c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -237,13 +237,15 @@ class CLibrary:
                 self._workspaces[device, stream] = found
         return Where(0, found.data_ptr(), stream)
 
-    def _coefficients(self, coefficients: Coefficients, device: torch.device) -> Tensor:
-        """Decay and gain in the memory that the kernel reads."""
-        if isinstance(coefficients, Tensor):
-            return coefficients
-        on_gpu = device.type == "cuda"
-        numbers = torch.tensor(coefficients, dtype=torch.float64, pin_memory=on_gpu)
-        return numbers.to(device, non_blocking=True) if on_gpu else numbers
+    def _coefficients(self, coefficients: Coefficients, device: torch.device) -> tuple[int, object]:
+        """Where the kernel reads decay and gain, and what keeps them there."""
+        if not isinstance(coefficients, Tensor):
+            if not self._gpu:
+                numbers = (c_double * 2)(*coefficients)
+                return addressof(numbers), numbers
+            pinned = torch.tensor(coefficients, dtype=torch.float64, pin_memory=device.type == "cuda")
+            coefficients = pinned.to(device, non_blocking=True)
+        return coefficients.data_ptr(), coefficients
 
     # --- the calls --------------------------------------------------------------------------------------------------
 
@@ -278,9 +280,9 @@ class CLibrary:
         factor = _scale(loss_scale, row.device)  # a name, as only its address is passed on
         dtypes = bytes([0 if g is None else DTYPES[g.dtype] for g in grads])
         with self._on(row.device):
-            numbers = self._coefficients(coefficients, row.device)
+            numbers, _kept = self._coefficients(coefficients, row.device)
             args = AccumulateArgs(
-                _array(row), sumsq.data_ptr(), numbers.data_ptr(), _array(factor), len(grads),
+                _array(row), sumsq.data_ptr(), numbers, _array(factor), len(grads),
                 segments.data_ptr(), addresses, dtypes, self._where(row.device, 1),
             )  # fmt: skip
             self.check(self.library().dbmtl_accumulate(args))
