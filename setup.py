@@ -1,9 +1,10 @@
-"""Builds csrc/cpu, and csrc/cuda where nvcc is, into dbmtl_kernels/lib/. Never imports torch.
+"""Builds csrc/cpu, and csrc/cuda if DBMTL_CUDA=1 asks for it, into dbmtl_kernels/lib/. Never imports torch.
 
-csrc/cpu needs a C++17 compiler and nothing else, csrc/cuda an nvcc >= 12.4. Without them the package still installs and
-says so: other backends then serve.
-Environment: CXX and CUDACXX pick the compilers; DBMTL_BUILD_NATIVE and DBMTL_BUILD_CUDA: 0 skips a build, 1 makes its
-failure an error; DBMTL_CUDA_ARCHS: "80;90;100" by default; PTX of the last serves what comes after.
+csrc/cpu needs a C++17 compiler. Without one the package still installs, says so, and runs on its eager backend.
+csrc/cuda needs nvcc >= 12.4. Each file is said as it is done; pip shows that with -v only.
+
+Environment: CXX and CUDACXX are the compilers. DBMTL_BUILD_NATIVE: 0 skips csrc/cpu, 1 makes its failure an error.
+DBMTL_CUDA_ARCHS: "80;90;100", say; by default those of the cards present, 90 where there is none.
 """
 
 import os
@@ -13,7 +14,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -24,39 +26,117 @@ try:
 except ImportError:  # setuptools < 70.1
     from wheel.bdist_wheel import bdist_wheel
 
-CPU, CUDA = Path("csrc/cpu"), Path("csrc/cuda")
-COMMON = ["balance.cpp", "buffer.cpp", "dispatch.cpp", "kernels_baseline.cpp"]
-# One translation unit per instruction set; the library picks one at run time.
-X86 = {
-    "kernels_avx2.cpp": ["-mavx2", "-mf16c"],
-    "kernels_avx512.cpp": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mf16c",
-        "-Wno-maybe-uninitialized",
-    ],
-}
 # No contraction: a fused multiply-add on one instruction set only would change its bits.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall"]
-
-
+# Files compiled for one instruction set; the library picks one at run time.
+X86 = {
+    "kernels_avx2": ["-mavx2", "-mf16c"],
+    "kernels_avx512": [*(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")), "-mf16c", "-Wno-maybe-uninitialized"],
+}
 # -fmad=false for the same reason.
 CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-CUDA_ARCHS = "80;90;100"
+INCLUDE = ["-Icsrc", "-Icsrc/include"]
+LIBRARIES = ("cpu", "cuda")
 OLDEST_CUDA = (12, 4)
+NO_CARD_ARCH = "90"
 
 
-class NativeLibrary(Extension):
-    """A library for ctypes: no Python symbols, so one binary serves every Python and torch."""
+def say(message: str) -> None:
+    print(f"dbmtl_kernels: {message}", file=sys.stderr, flush=True)
 
 
-class BuildNative(build_ext):
+def switch(name: str) -> bool | None:
+    """Of 1, 0 and unset in the environment."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{name} must be 0 or 1, got {value!r}")
+    return bool(int(value)) if value else None
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
+def printed(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compile_all(commands: dict[str, list[str]]) -> list[str]:
+    """The object files, in the order of the sources; as many compile at once as there are cores."""
+    began = time.monotonic()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # By name backwards: kernels_*.cpp take longest.
+        jobs = {pool.submit(run, *commands[source]): source for source in sorted(commands, reverse=True)}
+        for count, job in enumerate(as_completed(jobs), 1):
+            job.result()
+            say(f"{jobs[job]} compiled, {count} of {len(jobs)} files, {time.monotonic() - began:.0f} s")
+    return [command[-1] for command in commands.values()]
+
+
+def has_openmp(compiler: list[str], folder: str) -> bool:
+    probe = Path(folder, "probe.cpp")
+    probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+    try:
+        run(*compiler, "-fopenmp", str(probe), "-o", str(Path(folder, "probe")))
+    except subprocess.CalledProcessError:
+        say("this compiler has no OpenMP: the CPU kernels will use one thread.")
+        return False
+    return True
+
+
+def build_cpu(sources: list[str], target: Path) -> None:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    with tempfile.TemporaryDirectory() as folder:
+        openmp = ["-fopenmp"] if has_openmp(compiler, folder) else []
+        flags = [*FLAGS, *openmp, *INCLUDE, *(["-DDBMTL_X86"] if x86 else [])]
+        commands = {}
+        for source in sources:
+            name = Path(source).stem
+            if name not in X86 or x86:
+                made = str(Path(folder, f"{name}.o"))
+                commands[source] = [*compiler, *flags, *X86.get(name, []), "-c", source, "-o", made]
+        run(*compiler, "-shared", *openmp, *compile_all(commands), "-o", str(target))
+
+
+def cuda_archs() -> list[str]:
+    """As asked for, else those of the cards present."""
+    if archs := re.findall(r"\w+", os.environ.get("DBMTL_CUDA_ARCHS", "").replace("sm_", "")):
+        return archs
+    try:
+        found = re.findall(r"(\d+)\.(\d)", printed("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"))
+    except (OSError, subprocess.CalledProcessError):
+        found = []
+    if not found:
+        say(f"no card is here: the CUDA kernels are compiled for sm_{NO_CARD_ARCH}; DBMTL_CUDA_ARCHS chooses others.")
+    return sorted({major + minor for major, minor in found}, key=int) or [NO_CARD_ARCH]
+
+
+def build_cuda(sources: list[str], target: Path) -> None:
+    compiler = shlex.split(os.environ.get("CUDACXX", "nvcc"))
+    needed = f"DBMTL_CUDA=1 needs nvcc >= {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]} (or set CUDACXX)"
+    try:
+        release = re.search(r"release (\d+)\.(\d+)", printed(*compiler, "--version"))
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"{needed}: {error}") from error
+    if release is None or tuple(map(int, release.groups())) < OLDEST_CUDA:
+        raise SystemExit(f"{needed}: {compiler[0]} is of CUDA {'.'.join(release.groups()) if release else 'unknown'}")
+    archs = cuda_archs()
+    targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets.append(f"arch=compute_{archs[-1]},code=compute_{archs[-1]}")  # PTX, for what comes after
+    flags = [*CUDA_FLAGS, *INCLUDE, *(word for one in targets for word in ("-gencode", one))]
+    say(f"compiling the CUDA kernels for {', '.join(f'sm_{arch}' for arch in archs)}")
+    with tempfile.TemporaryDirectory() as folder:
+        made = {source: str(Path(folder, f"{Path(source).stem}.o")) for source in sources}
+        objects = compile_all({s: [*compiler, *flags, "-c", s, "-o", o] for s, o in made.items()})
+        run(*compiler, "-shared", "-cudart", "static", *objects, "-o", str(target))
+
+
+class BuildLibraries(build_ext):
     def run(self) -> None:
-        if self.inplace:  # copied there afterwards, if there is anything to copy
-            for ext in self.extensions:
-                Path("python", self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        if self.inplace:  # an earlier build's must not pass for this one's, which may be left out
+            for name in LIBRARIES:
+                Path("python", self.get_ext_filename(f"dbmtl_kernels.lib.libdbmtl_{name}")).unlink(missing_ok=True)
         super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -64,105 +144,48 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
-        target.unlink(missing_ok=True)  # an earlier build's must not pass for this one's
-        cuda = ext.name.endswith("cuda")
-        variable = "DBMTL_BUILD_CUDA" if cuda else "DBMTL_BUILD_NATIVE"
-        what, served = ("CUDA kernels", "triton") if cuda else ("native CPU kernels", "eager")
-        wanted = os.environ.get(variable, "")
-        if wanted == "0":
-            self.say(f"{variable}=0: the {what} are not built; the {served} backend will serve.")
+        target.unlink(missing_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if ext.name.endswith("cuda"):
+            build_cuda(ext.sources, target)
+            return
+        wanted = switch("DBMTL_BUILD_NATIVE")
+        if wanted is False:
+            say("DBMTL_BUILD_NATIVE=0: the native CPU kernels are not built; the eager backend will serve.")
             return
         try:
-            self.compile_cuda(target) if cuda else self.compile_library(target)
+            build_cpu(ext.sources, target)
         except (OSError, subprocess.CalledProcessError) as error:
-            if wanted == "1":
+            if wanted:
                 raise
-            tool = (
-                f"nvcc >= {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]} (or set CUDACXX)"
-                if cuda
-                else "a C++17 compiler (or set CXX)"
+            say(
+                f"the native CPU kernels were NOT built ({error}). dbmtl_kernels installs all the same and runs on its "
+                "eager backend; for the kernels, install a C++17 compiler (or set CXX) and install again."
             )
-            self.say(
-                f"the {what} were NOT built ({error}). dbmtl_kernels installs all the same and runs on its {served} "
-                f"backend; for the kernels, install {tool} and install again."
-            )
-
-    def compile_cuda(self, target: Path) -> None:
-        compiler = shlex.split(os.environ.get("CUDACXX", "nvcc"))
-        said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-        release = re.search(r"release (\d+)\.(\d+)", said)
-        if release is None or tuple(map(int, release.groups())) < OLDEST_CUDA:
-            raise OSError(f"{compiler[0]} is of CUDA {release.group(1, 2) if release else 'an unknown version'}")
-        known = subprocess.run(
-            [*compiler, "--list-gpu-code"], capture_output=True, text=True, check=True
-        ).stdout.split()
-        asked = os.environ.get("DBMTL_CUDA_ARCHS", "")
-        archs = re.findall(r"\w+", asked.replace("sm_", "")) or CUDA_ARCHS.split(";")
-        # An older nvcc does not know the newest by default; what was asked for by name is nvcc's to refuse.
-        archs = archs if asked.strip() else [a for a in archs if f"sm_{a}" in known]
-        targets = [f"arch=compute_{a},code=sm_{a}" for a in archs]
-        targets.append(f"arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-        flags = [*CUDA_FLAGS, "-Icsrc", "-Icsrc/include", *(x for t in targets for x in ("-gencode", t))]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            objects = {source: str(Path(folder, source.stem).with_suffix(".o")) for source in sorted(CUDA.glob("*.cu"))}
-            commands = [[*compiler, *flags, "-c", str(source), "-o", made] for source, made in objects.items()]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(run, commands))
-            run([*compiler, "-shared", "-cudart", "static", *objects.values(), "-o", str(target)])
-
-    def compile_library(self, target: Path) -> None:
-        compiler = shlex.split(os.environ.get("CXX", "c++"))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            openmp = self.openmp_flags(compiler, folder)
-            sources: dict[str, list[str]] = {name: [] for name in COMMON}
-            flags = [*FLAGS, *openmp, "-Icsrc/include", "-Icsrc"]
-            if platform.machine().lower() in {"x86_64", "amd64"}:
-                sources.update(X86)
-                flags.append("-DDBMTL_X86")
-            objects = []
-            for name, extra in sources.items():
-                objects.append(str(Path(folder, name).with_suffix(".o")))
-                run([*compiler, *flags, *extra, "-c", str(CPU / name), "-o", objects[-1]])
-            run([*compiler, "-shared", *openmp, *objects, "-o", str(target)])
-
-    def openmp_flags(self, compiler: list[str], folder: str) -> list[str]:
-        probe = Path(folder, "probe.cpp")
-        probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-        try:
-            run([*compiler, "-fopenmp", str(probe), "-o", str(Path(folder, "probe"))])
-        except subprocess.CalledProcessError:
-            self.say("this compiler has no OpenMP: the CPU kernels will use one thread.")
-            return []
-        return ["-fopenmp"]
-
-    def say(self, message: str) -> None:
-        print(f"dbmtl_kernels: {message}", file=sys.stderr, flush=True)
 
 
 class Wheel(bdist_wheel):
-    def get_tag(self) -> tuple[str, str, str]:
+    def get_tag(self) -> tuple[str, str, str]:  # no Python symbols: one binary serves every Python and torch
         return "py3", "none", super().get_tag()[2]
 
 
-def run(command: list[str]) -> None:
-    subprocess.run(command, check=True)
-
-
-SHARED = [*Path("csrc/common").glob("*.h"), Path("csrc/include/dbmtl.h")]
-
-
-def library(name: str, folder: Path, pattern: str) -> NativeLibrary:
-    return NativeLibrary(
+def library(name: str, pattern: str, optional: bool) -> Extension:
+    folder = Path("csrc", name)
+    headers = [
+        *folder.glob("*.h"),
+        *folder.glob("*.cuh"),
+        *Path("csrc/common").glob("*.h"),
+        Path("csrc/include/dbmtl.h"),
+    ]
+    return Extension(
         f"dbmtl_kernels.lib.libdbmtl_{name}",
-        sources=[str(p) for p in sorted(folder.glob(pattern))],
-        depends=[str(p) for p in (*folder.glob("*.h"), *folder.glob("*.cuh"), *SHARED)],
-        optional=True,  # there may be no compiler
+        sources=[str(path) for path in sorted(folder.glob(pattern))],
+        depends=[str(path) for path in headers],
+        optional=optional,
     )
 
 
-setup(
-    ext_modules=[library("cpu", CPU, "*.cpp"), library("cuda", CUDA, "*.cu")],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
-)
+extensions = [library("cpu", "*.cpp", optional=True)]
+if switch("DBMTL_CUDA"):
+    extensions.append(library("cuda", "*.cu", optional=False))
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel})

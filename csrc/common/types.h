@@ -84,7 +84,7 @@ DBMTL_HD static inline void narrow_lane(f16* p, double x) { *p = to_f16(float(x)
 DBMTL_HD static inline void narrow_lane(double* p, double x) { *p = x; }
 
 // One number of a dtype that is known at run time.
-DBMTL_HD static inline double number(const void* p, int32_t dtype) {
+DBMTL_HD static inline double number(const void* p, int64_t dtype) {
   switch (dtype) {
     case DBMTL_F32: return widen_lane(*static_cast<const float*>(p));
     case DBMTL_F64: return widen_lane(*static_cast<const double*>(p));

@@ -1,5 +1,5 @@
-// From sums of squares to the weights alpha / (norm + eps), as python/dbmtl_kernels/weighting.py writes it, and the books
-// of a step, as `balance_rows_` in ops.py describes them. One task at a time, so that threads can share the work.
+// From norms to the weights alpha / (norm + eps), as python/dbmtl_kernels/reference.py writes it. One task at a time, so
+// that threads can share the work.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -16,8 +16,8 @@ constexpr double kLargest = 3.4028234663852886e38;
 DBMTL_HD inline bool is_finite(double x) { return x <= 1.7976931348623157e308; }
 
 // Alpha from the norms of the tasks in use. Counting ranks for the median needs no scratch, and K is small.
-DBMTL_HD inline double alpha_of(const double* norms, const uint8_t* use, int64_t num_tasks, int32_t scale,
-                                double constant) {
+DBMTL_HD inline double alpha_of(const double* norms, const uint8_t* use, int64_t num_tasks,
+                                const dbmtl_weighting& w) {
   int64_t count = 0;
   double least = 0.0, most = 0.0, sum = 0.0;
   for (int64_t t = 0; t < num_tasks; ++t) {
@@ -27,10 +27,10 @@ DBMTL_HD inline double alpha_of(const double* norms, const uint8_t* use, int64_t
     sum += norms[t];
     ++count;
   }
-  if (scale == DBMTL_SCALE_CONSTANT || count == 0) return constant;
-  if (scale == DBMTL_SCALE_MAX) return most;
-  if (scale == DBMTL_SCALE_MIN) return least;
-  if (scale == DBMTL_SCALE_MEAN) return sum / double(count);
+  if (w.scale == DBMTL_SCALE_CONSTANT || count == 0) return w.constant;
+  if (w.scale == DBMTL_SCALE_MAX) return most;
+  if (w.scale == DBMTL_SCALE_MIN) return least;
+  if (w.scale == DBMTL_SCALE_MEAN) return sum / double(count);
   double low = 0.0, high = 0.0;
   for (int64_t t = 0; t < num_tasks; ++t) {
     if (!use[t]) continue;
@@ -44,18 +44,19 @@ DBMTL_HD inline double alpha_of(const double* norms, const uint8_t* use, int64_t
 }
 
 // The weight of one task; 0 if it is not in use. With a single task and a named scale it is exactly 1.
-DBMTL_HD inline double weight_of(double norm, bool use, double alpha, double eps, int64_t num_tasks, int32_t scale) {
+DBMTL_HD inline double weight_of(double norm, bool use, double alpha, int64_t num_tasks,
+                                 const dbmtl_weighting& w) {
   if (!use) return 0.0;
-  if (num_tasks == 1 && scale != DBMTL_SCALE_CONSTANT) return 1.0;
-  const double weight = alpha / (norm + eps);
+  if (num_tasks == 1 && w.scale != DBMTL_SCALE_CONSTANT) return 1.0;
+  const double weight = alpha / (norm + w.eps);
   return weight < kLargest ? weight : kLargest;
 }
 
 // What the balanced gradient carries of a weight: times the loss scale, or NaN where a GradScaler must see that the task
-// is broken. A factor up to 1 is one of accumulation, where nobody looks.
-DBMTL_HD inline double carried_of(double weight, bool broken, bool scaled, double factor) {
+// is not finite. A factor up to 1 is one of accumulation, where nobody looks.
+DBMTL_HD inline double carried_of(double weight, bool nonfinite, bool scaled, double factor) {
   if (!scaled) return weight;
-  return broken && factor > 1.0 ? std::nan("") : weight * factor;
+  return nonfinite && factor > 1.0 ? std::nan("") : weight * factor;
 }
 
 }  // namespace dbmtl

@@ -3,7 +3,6 @@
 #include <cstring>
 
 #include "dispatch.h"
-#include "parallel.h"
 #include "common/ema.h"
 #include "common/weights.h"
 
@@ -13,11 +12,10 @@ namespace {
 
 // Rows that count, and their weights.
 struct Used {
-  std::unique_ptr<double[]> weights;
-  std::unique_ptr<const void*[]> rows;
+  Scratch<double> weights;
+  Scratch<const void*> rows;
   int64_t count = 0;
-  explicit Used(int64_t num_tasks)
-      : weights(try_allocate<double>(num_tasks)), rows(try_allocate<const void*>(num_tasks)) {}
+  explicit Used(int64_t num_tasks) : weights(num_tasks), rows(num_tasks) {}
   bool ok() const { return weights && rows; }
   void add(double weight, const void* row) {
     if (weight == 0.0) return;
@@ -26,14 +24,12 @@ struct Used {
   }
 };
 
-int32_t combine_used(const Used& used, int32_t state_dtype, int64_t first, int64_t numel, void* out, int32_t out_dtype,
-                     bool accumulate, int32_t num_threads) {
-  const int64_t num_tiles = tiles(numel);
-  const auto combine = kernels().combine[state_dtype][out_dtype];
-  const bool streaming = !accumulate && numel * kElementSize[out_dtype] >= kStreamFromBytes &&
-                         reinterpret_cast<uintptr_t>(out) % 64 == 0;
-  const int threads = clamp_threads(num_threads, used.count * numel);
-  auto pointers = try_allocate<const void*>(used.count * threads);
+int32_t combine_used(const Used& used, int64_t dtype, const dbmtl_out& out, bool accumulate, int64_t num_threads) {
+  const int64_t num_tiles = tiles(out.numel);
+  const auto combine = kernels().combine[dtype][out.dtype];
+  const bool streaming = !accumulate && streams(out.data, out.dtype, out.numel);
+  const int threads = clamp_threads(num_threads, used.count * out.numel);
+  const Scratch<const void*> pointers(used.count * threads);
   if (!pointers) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
 #pragma omp parallel num_threads(threads)
   {
@@ -42,9 +38,10 @@ int32_t combine_used(const Used& used, int32_t state_dtype, int64_t first, int64
 #pragma omp for schedule(dynamic, kTilesAtOnce)
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
       const int64_t begin = tile * kTile;
-      for (int64_t t = 0; t < used.count; ++t) mine[t] = at(used.rows[t], first + begin, state_dtype);
-      combine(mine, used.weights.get(), used.count, at(out, begin, out_dtype), tile_size(tile, numel), accumulate,
-              streaming);
+      for (int64_t t = 0; t < used.count; ++t)
+        mine[t] = static_cast<const char*>(used.rows[t]) + (out.start + begin) * kElementSize[dtype];
+      combine(mine, &used.weights[0], used.count, at(out.data, begin, out.dtype), tile_size(tile, out.numel),
+              accumulate, streaming);
     }
   }
   return DBMTL_OK;
@@ -54,116 +51,101 @@ int32_t combine_used(const Used& used, int32_t state_dtype, int64_t first, int64
 
 extern "C" {
 
-int32_t dbmtl_accumulate(void* row, int32_t state_dtype, int64_t num_segments, const int64_t* segments,
-                         const void* const* grads, const uint8_t* grad_dtypes, double decay, double gain,
-                         const void* loss_scale, int32_t loss_scale_dtype, double* sumsq, int32_t stochastic,
-                         uint64_t seed, const void* coefficients, int32_t num_threads, void* /*workspace*/,
-                         void* /*stream*/) {
-  const Fault fault = check_accumulate(row, state_dtype, num_segments, segments, grads, grad_dtypes, loss_scale,
-                                       loss_scale_dtype, sumsq, stochastic);
-  if (fault.status) return fail(fault);
-  Coefficients c = {decay, gain, seed};
-  if (coefficients != nullptr) c = coefficients_at(coefficients);
-  if (loss_scale != nullptr) c.gain = unscaled(c.gain, number(loss_scale, loss_scale_dtype));
-  int64_t elements = 0, num_tiles = 0;
+int32_t dbmtl_accumulate(const dbmtl_accumulate_args* args) {
+  DBMTL_TRY(check(*args));
+  const dbmtl_array &row = args->row, &scale = args->loss_scale;
+  const double decay = args->coefficients[0];
+  double gain = args->coefficients[1];
+  if (scale.data != nullptr) gain = unscaled(gain, number(scale.data, scale.dtype));
+  const int64_t num_segments = args->num_segments;
+  const Scratch<int64_t> first_tile(num_segments + 1);
+  if (!first_tile) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
+  int64_t elements = 0;
   for (int64_t i = 0; i < num_segments; ++i) {
-    elements += segments[2 * i + 1];
-    num_tiles += tiles(segments[2 * i + 1]);
+    elements += args->segments[2 * i + 1];
+    first_tile[i + 1] = first_tile[i] + tiles(args->segments[2 * i + 1]);
   }
+  const int64_t num_tiles = first_tile[num_segments];
+  const Scratch<double> slots(num_tiles);
+  if (!slots) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
 
-  auto slots = try_allocate<double>(num_tiles);
-  auto first_tile = try_allocate<int64_t>(num_segments + 1);
-  if (!slots || !first_tile) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
-  for (int64_t i = 0; i < num_segments; ++i) first_tile[i + 1] = first_tile[i] + tiles(segments[2 * i + 1]);
-
-  const auto& by_grad = kernels().ema_sumsq[state_dtype];
-  const uint64_t key = row_key(c.seed, 0);
-#pragma omp parallel num_threads(clamp_threads(num_threads, elements))
+  const auto& by_grad = kernels().ema_sumsq[row.dtype];
+#pragma omp parallel num_threads(clamp_threads(args->where.num_threads, elements))
   {
     const Share share(num_tiles);
     int64_t segment = std::upper_bound(&first_tile[0], &first_tile[num_segments] + 1, share.begin) -
                       &first_tile[0] - 1;
     for (int64_t tile = share.begin; tile < share.end; ++tile) {
       while (tile >= first_tile[segment + 1]) ++segment;
-      const int64_t offset = segments[2 * segment], numel = segments[2 * segment + 1];
-      const int64_t begin = (tile - first_tile[segment]) * kTile;
-      const int32_t dtype = grad_dtypes[segment];
-      const void* grad = grads[segment] ? at(grads[segment], begin, dtype) : nullptr;
-      const Rounding rounding{key, offset + begin};
-      slots[tile] = by_grad[dtype](at(row, offset + begin, state_dtype), grad,
-                                   tile_size(tile - first_tile[segment], numel), c.decay, c.gain,
-                                   stochastic ? &rounding : nullptr);
+      const int64_t offset = args->segments[2 * segment], numel = args->segments[2 * segment + 1];
+      const int64_t index = tile - first_tile[segment], begin = index * kTile;
+      const int32_t dtype = args->grad_dtypes[segment];
+      const char* grad = static_cast<const char*>(args->grads[segment]);
+      slots[tile] = by_grad[dtype](at(row.data, offset + begin, row.dtype),
+                                   grad ? grad + begin * kElementSize[dtype] : nullptr, tile_size(index, numel), decay,
+                                   gain);
     }
   }
   double sum = 0.0;
   for (int64_t tile = 0; tile < num_tiles; ++tile) sum += slots[tile];
-  *sumsq = sum;
+  *args->sumsq = sum;
   return DBMTL_OK;
 }
 
-int32_t dbmtl_combine(const void* rows, int32_t state_dtype, int64_t row_stride, int64_t num_tasks,
-                      int64_t num_params, const void* weights, int32_t weights_dtype, void* out, int32_t out_dtype,
-                      int32_t accumulate, int32_t num_threads, void* /*workspace*/, void* /*stream*/) {
-  const Fault fault = check_combine(rows, state_dtype, row_stride, num_tasks, num_params, weights, weights_dtype, out,
-                                    out_dtype);
-  if (fault.status) return fail(fault);
-  Used used(num_tasks);
+int32_t dbmtl_combine(const dbmtl_combine_args* args) {
+  DBMTL_TRY(check(*args));
+  const dbmtl_rows& rows = args->rows;
+  const dbmtl_array& weights = args->weights;
+  Used used(rows.num_tasks);
   if (!used.ok()) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
-  for (int64_t t = 0; t < num_tasks; ++t)
-    used.add(number(at(weights, t, weights_dtype), weights_dtype), at(rows, t * row_stride, state_dtype));
-  return combine_used(used, state_dtype, 0, num_params, out, out_dtype, accumulate != 0, num_threads);
+  for (int64_t t = 0; t < rows.num_tasks; ++t)
+    used.add(number(at(weights.data, t, weights.dtype), weights.dtype), at(rows.data, t * rows.stride, rows.dtype));
+  return combine_used(used, rows.dtype, {args->out.data, args->out.dtype, 0, rows.num_params}, args->accumulate != 0,
+                      args->where.num_threads);
 }
 
-int32_t dbmtl_balance_rows(void* rows, int32_t state_dtype, int64_t row_stride, int64_t num_tasks, double* sumsq,
-                           uint8_t* broken, int64_t* nonfinite_steps, double* norms, double* weights, int32_t num_outs,
-                           void* const* outs, const int32_t* out_dtypes, const int64_t* starts, const int64_t* numels,
-                           const uint8_t* active, const void* loss_scale, int32_t loss_scale_dtype, double eps,
-                           int32_t scale, double constant, int32_t fresh, int32_t accumulate, int32_t num_threads,
-                           void* /*workspace*/, void* /*stream*/) {
-  const Fault fault =
-      check_balance_rows(rows, state_dtype, row_stride, num_tasks, sumsq, broken, nonfinite_steps, norms, weights,
-                         num_outs, outs, out_dtypes, starts, numels, loss_scale, loss_scale_dtype, eps, scale);
-  if (fault.status) return fail(fault);
-  Used used(num_tasks);
-  auto use = try_allocate<uint8_t>(num_tasks);
+int32_t dbmtl_balance_rows(const dbmtl_balance_rows_args* args) {
+  DBMTL_TRY(check(*args));
+  const dbmtl_rows& rows = args->rows;
+  const dbmtl_array& scale = args->loss_scale;
+  Used used(rows.num_tasks);
+  const Scratch<uint8_t> use(rows.num_tasks);
   if (!used.ok() || !use) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
-  for (int64_t t = 0; t < num_tasks; ++t) {
-    norms[t] = std::sqrt(sumsq[t]);
-    const bool before = broken[t] && !fresh, now = !is_finite(sumsq[t]);
-    nonfinite_steps[t] += now && !before;
-    broken[t] = before || now;
-    use[t] = !broken[t] && (active == nullptr || active[t]);
+  for (int64_t t = 0; t < rows.num_tasks; ++t) {
+    args->norms[t] = std::sqrt(args->sumsq[t]);
+    const bool before = args->nonfinite[t] && !args->fresh, now = !is_finite(args->sumsq[t]);
+    args->nonfinite_steps[t] += now && !before;
+    args->nonfinite[t] = before || now;
+    use[t] = !args->nonfinite[t] && (args->active == nullptr || args->active[t]);
   }
-  const double alpha = alpha_of(norms, use.get(), num_tasks, scale, constant);
-  const double factor = loss_scale == nullptr ? 1.0 : number(loss_scale, loss_scale_dtype);
-  for (int64_t t = 0; t < num_tasks; ++t) {
-    weights[t] = weight_of(norms[t], use[t], alpha, eps, num_tasks, scale);
-    used.add(carried_of(weights[t], broken[t], loss_scale != nullptr, factor), at(rows, t * row_stride, state_dtype));
-    if (!broken[t]) continue;
-    sumsq[t] = 0.0;
-    for (int32_t i = 0; i < num_outs; ++i)
-      std::memset(at(rows, t * row_stride + starts[i], state_dtype), 0, size_t(numels[i] * kElementSize[state_dtype]));
+  const double alpha = alpha_of(args->norms, &use[0], rows.num_tasks, args->weighting);
+  const double factor = scale.data == nullptr ? 1.0 : number(scale.data, scale.dtype);
+  for (int64_t t = 0; t < rows.num_tasks; ++t) {
+    args->weights[t] = weight_of(args->norms[t], use[t], alpha, rows.num_tasks, args->weighting);
+    used.add(carried_of(args->weights[t], args->nonfinite[t], scale.data != nullptr, factor),
+             at(rows.data, t * rows.stride, rows.dtype));
+    if (!args->nonfinite[t]) continue;
+    args->sumsq[t] = 0.0;
+    for (int64_t i = 0; i < args->num_outs; ++i)
+      std::memset(at(rows.data, t * rows.stride + args->outs[i].start, rows.dtype), 0,
+                  size_t(args->outs[i].numel * kElementSize[rows.dtype]));
   }
-  int32_t status = DBMTL_OK;
-  for (int32_t i = 0; i < num_outs && status == DBMTL_OK; ++i)
-    status = combine_used(used, state_dtype, starts[i], numels[i], outs[i], out_dtypes[i], accumulate != 0,
-                          num_threads);
-  return status;
+  for (int64_t i = 0; i < args->num_outs; ++i)
+    DBMTL_TRY(combine_used(used, rows.dtype, args->outs[i], args->accumulate != 0, args->where.num_threads));
+  return DBMTL_OK;
 }
 
-int32_t dbmtl_gramian(const void* rows, int32_t state_dtype, int64_t row_stride, int64_t num_tasks, int64_t num_params,
-                      void* gramian, int32_t out_dtype, int32_t num_threads, void* /*workspace*/, void* /*stream*/) {
-  const Fault fault = check_gramian(rows, state_dtype, row_stride, num_tasks, num_params, gramian, out_dtype);
-  if (fault.status) return fail(fault);
-
+int32_t dbmtl_gramian(const dbmtl_gramian_args* args) {
+  DBMTL_TRY(check(*args));
+  const dbmtl_rows& rows = args->rows;
   // Each stripe of tiles has K x K slots of its own; stripes are as many for one thread as for a hundred.
-  const int64_t num_tiles = tiles(num_params), pairs = num_tasks * num_tasks;
+  const int64_t num_tasks = rows.num_tasks, num_tiles = tiles(rows.num_params), pairs = num_tasks * num_tasks;
   const int64_t stripes = num_tiles < kStripes ? num_tiles : kStripes;
-  const int threads = clamp_threads(num_threads, num_tasks * num_params);
-  auto slots = try_allocate<double>(stripes * pairs);
-  auto pointers = try_allocate<const void*>(num_tasks * threads);
+  const int threads = clamp_threads(args->where.num_threads, num_tasks * rows.num_params);
+  const Scratch<double> slots(stripes * pairs);
+  const Scratch<const void*> pointers(num_tasks * threads);
   if (!slots || !pointers) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
-  const auto tile_gramian = kernels().gramian[state_dtype];
+  const auto tile_gramian = kernels().gramian[rows.dtype];
 #pragma omp parallel num_threads(threads)
   {
     const Share share(stripes);
@@ -171,8 +153,8 @@ int32_t dbmtl_gramian(const void* rows, int32_t state_dtype, int64_t row_stride,
     for (int64_t stripe = share.begin; stripe < share.end; ++stripe) {
       const int64_t end = num_tiles * (stripe + 1) / stripes;
       for (int64_t tile = num_tiles * stripe / stripes; tile < end; ++tile) {
-        for (int64_t t = 0; t < num_tasks; ++t) mine[t] = at(rows, t * row_stride + tile * kTile, state_dtype);
-        tile_gramian(mine, num_tasks, tile_size(tile, num_params), &slots[stripe * pairs]);
+        for (int64_t t = 0; t < num_tasks; ++t) mine[t] = at(rows.data, t * rows.stride + tile * kTile, rows.dtype);
+        tile_gramian(mine, num_tasks, tile_size(tile, rows.num_params), &slots[stripe * pairs]);
       }
     }
   }
@@ -180,12 +162,8 @@ int32_t dbmtl_gramian(const void* rows, int32_t state_dtype, int64_t row_stride,
     for (int64_t j = 0; j <= i; ++j) {
       double sum = 0.0;
       for (int64_t stripe = 0; stripe < stripes; ++stripe) sum += slots[stripe * pairs + i * num_tasks + j];
-      for (const int64_t place : {i * num_tasks + j, j * num_tasks + i}) {
-        if (out_dtype == DBMTL_F64)
-          static_cast<double*>(gramian)[place] = sum;
-        else
-          static_cast<float*>(gramian)[place] = float(sum);
-      }
+      for (const int64_t index : {i * num_tasks + j, j * num_tasks + i})
+        put(args->gramian.data, index, args->gramian.dtype == DBMTL_F64, sum);
     }
   return DBMTL_OK;
 }

@@ -4,6 +4,9 @@
 #include <cstring>
 #include <initializer_list>
 
+#ifdef DBMTL_X86
+#include <cpuid.h>
+#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -12,7 +15,6 @@ namespace dbmtl {
 namespace {
 
 std::atomic<const KernelTable*> chosen{nullptr};
-thread_local const char* last_error = "";
 
 bool runs_here(const char* isa) {
 #ifdef DBMTL_X86
@@ -20,8 +22,9 @@ bool runs_here(const char* isa) {
   if (std::strcmp(isa, "avx512") == 0)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  // Every processor with AVX2 has F16C.
-  if (std::strcmp(isa, "avx2") == 0) return __builtin_cpu_supports("avx2");
+  unsigned a, b, c, d;
+  if (std::strcmp(isa, "avx2") == 0)
+    return __builtin_cpu_supports("avx2") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 #endif
   return std::strcmp(isa, "baseline") == 0;
 }
@@ -50,11 +53,6 @@ const KernelTable& kernels() {
     chosen.store(table, std::memory_order_release);
   }
   return *table;
-}
-
-int32_t fail(int32_t status, const char* message) {
-  last_error = message;
-  return status;
 }
 
 }  // namespace dbmtl

@@ -2,7 +2,6 @@
 #pragma once
 #include <cstdint>
 
-#include "common/rounding.h"
 #include "common/types.h"
 
 namespace dbmtl {
@@ -10,9 +9,8 @@ namespace dbmtl {
 constexpr int kNumDtypes = 4;  // in the order of dbmtl_dtype
 
 // state <- decay * state + gain * grad over n elements; returns the sum of squares of what was stored.
-// A null grad counts as zeros. rounding: null for to nearest; only a bf16 state takes another.
-using EmaSumsqFn = double (*)(void* state, const void* grad, int64_t n, double decay, double gain,
-                              const Rounding* rounding);
+// A null grad counts as zeros.
+using EmaSumsqFn = double (*)(void* state, const void* grad, int64_t n, double decay, double gain);
 
 // out <- (accumulate ? out : 0) + sum_t weights[t] * rows[t] over n elements. stream: bypass the cache.
 using CombineFn = void (*)(const void* const* rows, const double* weights, int64_t num_rows, void* out, int64_t n,

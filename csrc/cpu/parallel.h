@@ -3,8 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <memory>
-#include <new>
+#include <cstdlib>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -14,7 +13,7 @@ namespace dbmtl {
 
 constexpr int64_t kTile = 16384;                   // elements
 constexpr int64_t kTilesAtOnce = 4;                // how many a thread takes at a time
-constexpr int64_t kSerialBelow = 2 * kTile;      // not worth waking a thread for
+constexpr int64_t kSerialBelow = 2 * kTile;        // not worth waking a thread for
 constexpr int64_t kStreamFromBytes = 4 << 20;      // an output this large will not be read from cache
 constexpr int64_t kStripes = 256;                  // partial Gramians, and so the most threads that share one
 
@@ -24,13 +23,23 @@ inline int64_t tile_size(int64_t tile, int64_t n) {
   return left < kTile ? left : kTile;
 }
 
+// Zeros, and no exception: false where there is no memory.
 template <class T>
-std::unique_ptr<T[]> try_allocate(int64_t n) {
-  return std::unique_ptr<T[]>(new (std::nothrow) T[n > 0 ? n : 1]());
-}
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : data_(static_cast<T*>(std::calloc(n > 0 ? n : 1, sizeof(T)))) {}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+  explicit operator bool() const { return data_ != nullptr; }
+  T& operator[](int64_t i) const { return data_[i]; }
 
-inline int clamp_threads(int32_t num_threads, int64_t elements) {
-  return elements < kSerialBelow || num_threads < 1 ? 1 : num_threads;
+ private:
+  T* data_;
+};
+
+inline int clamp_threads(int64_t num_threads, int64_t elements) {
+  return elements < kSerialBelow || num_threads < 1 ? 1 : int(num_threads);
 }
 
 inline int thread_index() {

@@ -1,4 +1,4 @@
-// The tile kernels, written once over the 16-lane types of whichever simd_*.h was included before.
+// The tile kernels, written once over the 16 lanes of simd.h and compiled for each instruction set.
 // fp32 arithmetic for every state dtype but f64; products are summed in f64, 16 lanes wide, then in a fixed tree.
 // The square of an fp32 number is exact in f64, so neither contraction nor lane width can change a bit.
 #pragma once
@@ -6,6 +6,7 @@
 
 #include "common/ema.h"
 #include "kernels.h"
+#include "simd.h"
 
 namespace dbmtl {
 namespace {
@@ -15,7 +16,7 @@ using Arithmetic = std::conditional_t<std::is_same<S, double>::value, F64, F32>;
 
 inline double tree_sum(const F64& x) {
   double s[kLanes];
-  spill(s, x);
+  store(s, x);
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) s[i] += s[i + width];
   return s[0];
@@ -36,63 +37,9 @@ inline void each_group(A* a, B* b, int64_t n, Body body) {
   std::memcpy(a + i, tail_a, sizeof(A) * rest);
 }
 
-// Stores the group and makes x what was stored: the norm is that of the state.
-struct ToNearest {
-  template <class S, class V>
-  void operator()(S* m, V& x) {
-    store(m, x);
-    if (std::is_same<S, bf16>::value) load(x, m);
-  }
-};
 
-// Vectors of the compiler's, as wide as this instruction set's: one code for all of them.
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-typedef uint32_t U32 __attribute__((vector_size(kVectorBytes)));
-typedef float Float __attribute__((vector_size(kVectorBytes)));
-
-// Rounds the groups of a row in order.
-class Stochastic {
- public:
-  explicit Stochastic(const Rounding& r) : first_(uint32_t(r.column)), key_low_(U32{} + uint32_t(r.key)) {
-    for (int i = 0; i < kLanes; ++i) {
-      const uint64_t column = uint64_t(r.column) + uint64_t(i);
-      column_[i / kWidth][i % kWidth] = uint32_t(column);
-      salt_[i / kWidth][i % kWidth] = salt(r.key, column);
-    }
-  }
-
-  void operator()(bf16* m, F32& x) {
-    static_assert(sizeof(F32) == 4 * kLanes, "16 floats and nothing else");
-    U32 bits[kParts];
-    Float values[kParts];
-    std::memcpy(bits, &x, sizeof(x));
-    std::memcpy(values, &x, sizeof(x));
-    for (int p = 0; p < kParts; ++p) {
-      const U32 rounded = round_stochastic(bits[p], hash16(column_[p] ^ key_low_, salt_[p]));
-      bits[p] = values[p] != values[p] ? bits[p] | 0x400000u : rounded;
-      column_[p] += kLanes;
-    }
-    first_ += kLanes;
-    if (first_ + kLanes < 2 * kLanes)  // some lanes may have gone past 2**32
-      for (int p = 0; p < kParts; ++p) salt_[p] += U32(column_[p] < kLanes) & kSaltStep;
-    std::memcpy(&x, bits, sizeof(x));
-    store_top(m, x);
-  }
-
- private:
-  static constexpr int kWidth = kVectorBytes / 4, kParts = kLanes / kWidth;
-  uint32_t first_;  // low word of the first lane's column
-  U32 key_low_, column_[kParts], salt_[kParts];
-};
-
-template <class S, class G, class Store>
-double update(void* state_, const void* grad_, int64_t n, double decay, double gain, Store rounded_store) {
+template <class S, class G>
+double ema_sumsq(void* state_, const void* grad_, int64_t n, double decay, double gain) {
   using V = Arithmetic<S>;
   S* state = static_cast<S*>(state_);
   const G* grad = static_cast<const G*>(grad_);
@@ -102,9 +49,10 @@ double update(void* state_, const void* grad_, int64_t n, double decay, double g
   F64 sum;
   broadcast(sum, 0.0);
   const auto finish = [&](S* m, V x) {
-    rounded_store(m, x);
+    store(m, x);
+    if (std::is_same<S, bf16>::value) load(x, m);  // the norm is that of what was stored
     const F64 wide = widen(x);
-    sum = multiply_add(sum, wide, wide);
+    sum = sum + wide * wide;
   };
   if (grad == nullptr && decay == 0.0) {
     std::memset(state, 0, size_t(n) * sizeof(S));
@@ -131,13 +79,6 @@ double update(void* state_, const void* grad_, int64_t n, double decay, double g
   return tree_sum(sum);
 }
 
-template <class S, class G>
-double ema_sumsq(void* state, const void* grad, int64_t n, double decay, double gain, const Rounding* rounding) {
-  if constexpr (std::is_same<S, bf16>::value)
-    if (rounding) return update<S, G>(state, grad, n, decay, gain, Stochastic(*rounding));
-  return update<S, G>(state, grad, n, decay, gain, ToNearest());
-}
-
 template <class S, class O>
 void combine(const void* const* rows_, const double* weights, int64_t num_rows, void* out_, int64_t n,
              bool accumulate, bool streaming) {
@@ -161,7 +102,7 @@ void combine(const void* const* rows_, const double* weights, int64_t num_rows, 
       for (int u = 0; u < kUnroll; ++u) {
         V x;
         load(x, rows[t] + i + u * kLanes);
-        acc[u] = multiply_add(acc[u], w, x);
+        acc[u] = acc[u] + w * x;
       }
     }
     for (int u = 0; u < kUnroll; ++u) {
@@ -185,7 +126,7 @@ void combine(const void* const* rows_, const double* weights, int64_t num_rows, 
       std::memcpy(tail, rows[t] + i, sizeof(S) * rest);
       load(x, tail);
       broadcast(w, weights[t]);
-      acc = multiply_add(acc, w, x);
+      acc = acc + w * x;
     }
     store(tail_out, acc);
     std::memcpy(out + i, tail_out, sizeof(O) * rest);
@@ -205,7 +146,7 @@ void gram_block(const S* const* a, const S* const* b, int64_t n, double* out, in
     for (int r = 0; r < kRows; ++r) {
       F64 x;
       load(x, at(a[r]));
-      for (int c = 0; c < kCols; ++c) acc[r][c] = multiply_add(acc[r][c], x, y[c]);
+      for (int c = 0; c < kCols; ++c) acc[r][c] = acc[r][c] + x * y[c];
     }
   };
   int64_t i = 0;
@@ -250,13 +191,16 @@ void fill_row(KernelTable& t, int s) {
   t.gramian[s] = gramian<S>;
 }
 
-KernelTable make_table(const char* isa) {
-  KernelTable t = {};
-  t.isa = isa;
-  fill_row<float>(t, 0);
-  fill_row<double>(t, 1);
-  fill_row<bf16>(t, 2);
-  return t;
+const KernelTable* table_of(const char* isa) {
+  static const KernelTable table = [isa] {
+    KernelTable t = {};
+    t.isa = isa;
+    fill_row<float>(t, 0);
+    fill_row<double>(t, 1);
+    fill_row<bf16>(t, 2);
+    return t;
+  }();
+  return &table;
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ import torch
 import dbmtl_kernels
 
 from . import backends, reference
+from .backends.c_library import native
 from .functional import balance_
 
 # What float32 arithmetic may be off by, relative to the largest element.
@@ -25,7 +26,7 @@ SECONDS = 0.3
 
 def _detail(name: str, device: torch.device) -> str:
     if name == "native":
-        return str(backends.native.isa())
+        return str(native.isa())
     from .backends.triton.device import launches
 
     count, reason = launches(device)

@@ -56,8 +56,8 @@ class GradientBalancer:
         eps: > 0, in the logarithm.
         log_transform: balance the logs of the losses given. False takes the losses as they are. With `task` the
             caller runs backward, on a ``log_transform(loss)`` or not.
-        state_dtype: dtype of the rows: float32, bfloat16 (rounded to nearest) or float64. Memory held: (K + 1) P elements; of N replicas
-            each holds K P / N + 2 P (3 P on a CPU), of a sharded model K + 1 times its shard.
+        state_dtype: dtype of the rows: float32, bfloat16 (rounded to nearest) or float64. Memory held: (K + 1) P
+            elements; of N replicas each holds K P / N + 2 P (3 P on a CPU), of a sharded model K + 1 times its shard.
         backend: "auto", or a backend by name.
         process_group: the ranks that hold replicas of these parameters, each with a part of the batch. None: there is
             only this process, or the parameters are DTensors, whose mesh tells. False: leave each rank alone.
@@ -184,7 +184,7 @@ class GradientBalancer:
         return self._attachment
 
     def _losses(self, losses: Given, tasks: Sequence[int] | None) -> TaskLosses:
-        return TaskLosses(losses, tasks, self.num_tasks, self.eps if self.log_transform else None)
+        return TaskLosses(losses, tasks, len(self._engine.steps.seen), self.eps if self.log_transform else None)
 
     # --- what it tells: copies, that later steps do not change ------------------------------------------------
 

@@ -31,8 +31,8 @@ class Weighting(Protocol):
       ascending; a mapping from task to its last loss in the step (a scalar without a graph, a mean over the ranks, no
       logarithm taken; `GradientBalancer.task` knows none); and whether the step was weighed before and has more
       gradients now, so that what was learnt from fewer should not stay.
-    - ``reindex_tasks(tasks)``, called when tasks come and go: the tasks now are these of the former ones, in this order,
-      None being a new one.
+    - ``reindex_tasks(tasks)``, called when tasks come and go: the tasks now are these of the former ones, in this
+      order, None being a new one.
     - ``num_tasks``, an int: the only number of tasks it serves.
     - ``state_dict()`` and ``load_state_dict(state)``: what goes into a checkpoint.
     """

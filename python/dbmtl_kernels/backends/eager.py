@@ -29,7 +29,7 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 def _update(row: Tensor, grad: Tensor | None, decay: float | Tensor, gain: float | Tensor) -> None:
-    """Row <- decay * row + gain * grad, in fp32 whatever the storage; with a decay of 0 what was there does not count."""
+    """Row <- decay * row + gain * grad in fp32. With a decay of 0 what was there does not count."""
     work = _arithmetic(row.dtype)
     gained = None if grad is None else grad.reshape(-1).to(work) * gain
     if isinstance(decay, Tensor):  # whether it is 0 would take a sync to know
@@ -48,9 +48,7 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     return norm.square()
 
 
-def balance_(
-    grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float
-) -> tuple[Tensor, Tensor]:
+def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float) -> tuple[Tensor, Tensor]:
     """The dense op, task by task."""
     norms = torch.empty(ema.shape[0], dtype=_arithmetic(ema.dtype), device=ema.device)
     for t in range(ema.shape[0]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,9 @@ from ..rows.ranks import Ranks
 from ..rows.rows import Flats
 from ..rows.split import SplitCollector
 from .balance import BalancedGradient
+
+# On a CPU a gradient is collected while it is still in cache: as soon as this much of a task's has arrived.
+FLUSH_BYTES = 2 << 20
 
 
 class Stash(NamedTuple):
@@ -61,6 +64,10 @@ class SharedGradients:
         self._collected = False  # whether there was any gradient since `stash_grads`
         self._distributed = any(dtensors.is_dtensor(p) for p in self._parameters)
         self._collector: RowCollector | SplitCollector | None = None  # of the pass that runs
+        # What the pass has released and the collector has not got yet.
+        self._indices: list[int] = []
+        self._released: list[Tensor | None] = []
+        self._bytes = 0
         self._handles: list[Any] = []
         self._flats: Flats = {}
         self._views: list[Tensor] = []
@@ -80,7 +87,7 @@ class SharedGradients:
             dropped = self._was_dropped(grads)
             if not dropped:
                 grads = self._without_balanced(grads)
-        self.forget()
+            self.forget()
         self._collected = False
         for p in self._parameters:
             p.grad = None
@@ -100,11 +107,11 @@ class SharedGradients:
     # --- during a pass ----------------------------------------------------------------------------------------
 
     def hook(self) -> None:
-        """From now on each ``.grad`` goes to the collector as soon as a pass has made it, where rows ask for that."""
+        """From now on each ``.grad`` is collected as soon as a pass has made it, where rows ask for that."""
         if self._rows.early:
             for index, p in enumerate(self._parameters):
                 if p.requires_grad:  # may have been frozen since
-                    self._handles.append(p.register_post_accumulate_grad_hook(self._hook_of(index)))
+                    self._handles.append(p.register_post_accumulate_grad_hook(partial(self._collect, index)))
 
     def unhook(self) -> None:
         """Undo `hook`."""
@@ -115,16 +122,39 @@ class SharedGradients:
     def collect_into(self, collector: RowCollector | SplitCollector) -> None:
         """The pass that runs from now on is that of this row."""
         self._collector = collector
+        self._indices, self._released, self._bytes = [], [], 0
 
     @torch.no_grad()
     def finish_collecting(self) -> None:
         """The pass is over: what is left in ``.grad`` goes to its row too."""
-        collector = self._collector
-        assert collector is not None
         for index, p in enumerate(self._parameters):
             if p.grad is not None:
-                collector.add(index, self._release(index, p))
-        collector.finish()
+                self._collect(index, p)
+        assert self._collector is not None
+        self._collector.finish(self._indices, self._released)
+
+    def _collect(self, index: int, p: Tensor) -> None:
+        """Take the gradient of a pass out of ``.grad``, and give it to the row when enough have come."""
+        grad = p.grad
+        assert grad is not None
+        if grad.layout is not torch.strided:
+            raise TypeError(
+                f"shared parameter {index} of shape {tuple(p.shape)} has a gradient of layout {grad.layout}; "
+                "only dense ones can be balanced (sparse=False)"
+            )
+        p.grad = None
+        self.touched[index] = self._collected = True
+        grad = grad.detach()
+        if self._distributed:
+            grad = dtensors.local_gradient(p, grad)
+        self._indices.append(index)
+        self._released.append(grad)
+        if self._rows.early:
+            self._bytes += grad.nbytes
+            if self._bytes >= FLUSH_BYTES:
+                assert self._collector is not None
+                self._collector.add(self._indices, self._released)
+                self._indices, self._released, self._bytes = [], [], 0
 
     def check_collected(self, all_tasks: bool) -> None:
         """Raise RuntimeError if no shared parameter had a gradient in the passes of a step.
@@ -141,28 +171,6 @@ class SharedGradients:
                 "set_requires_gradient_sync(False) keeps the gradients of all tasks in one sum (leave it True)"
             )
         warnings.warn(complaint, RuntimeWarning, stacklevel=2)
-
-    def _hook_of(self, index: int) -> Callable[[Tensor], None]:
-        release = self._release
-
-        def collect(p: Tensor) -> None:
-            self._collector.add(index, release(index, p))  # type: ignore[union-attr]
-
-        return collect
-
-    def _release(self, index: int, p: Tensor) -> Tensor:
-        """The gradient of a pass, no longer in ``.grad``."""
-        grad = p.grad
-        assert grad is not None
-        if grad.layout != torch.strided:
-            raise TypeError(
-                f"shared parameter {index} of shape {tuple(p.shape)} has a gradient of layout {grad.layout}; "
-                "only dense ones can be balanced (sparse=False)"
-            )
-        self.touched[index] = self._collected = True
-        p.grad = None
-        grad = grad.detach()
-        return dtensors.local_gradient(p, grad) if self._distributed else grad
 
     # --- after the passes -------------------------------------------------------------------------------------
 

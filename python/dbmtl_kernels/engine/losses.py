@@ -79,10 +79,9 @@ class TaskLosses:
 
     def check_logarithms(self) -> None:
         """Raise ValueError naming the first task whose loss has no logarithm (seen on a CPU only)."""
-        if self._log_eps is None:
-            return
+        eps = self._log_eps
         for task, value in zip(self.tasks, self.values, strict=True):
-            if value.device.type == "cpu" and float(value) + self._log_eps <= 0.0:
+            if eps is not None and value.device.type == "cpu" and float(value) + eps <= 0.0:
                 raise ValueError(
                     f"the loss of task {task} is {float(value)}: a loss must be positive to have a logarithm "
                     "(log_transform=False takes losses as they are)"
@@ -97,15 +96,17 @@ class TaskLosses:
     @torch.no_grad()
     def total(self) -> Tensor:
         """The sum of the losses, or of their logs, as a scalar without a graph; float32 at least."""
-        values = self.values
-        if self._log_eps is not None:
-            values = [torch.log(v + self._log_eps) for v in values]
-        return torch.stack([v.to(values[0].device) for v in values]).sum()
+        eps, device, terms = self._log_eps, self.values[0].device, []
+        for value in self.values:
+            term = value if eps is None else torch.log(value + eps)
+            terms.append(term.to(device))
+        return torch.stack(terms).sum()
 
-    def root(self, index: int, factor: Tensor | None) -> Tensor:
-        """A scalar whose gradient is that of factor * log(loss + eps), to call backward on without arguments.
+    def backward(self, index: int, factor: Tensor | None, retain_graph: bool) -> None:
+        """Backpropagate factor * log(loss + eps), or factor * loss.
 
-        The factor multiplies the loss, for a ``grad_tensors`` would make torch import sympy: 40 MB and 0.4 s.
+        The pass starts from a loss multiplied by its factor, for a ``grad_tensors`` would make torch import sympy: 40
+        MB and 0.4 s. What PyTorch says of a compiled graph that was run through once already is explained.
         """
         loss = self.losses[index]
         with torch.no_grad():
@@ -117,12 +118,9 @@ class TaskLosses:
                 start = start * factor.to(start.device)
             start = start.to(loss.dtype)
         with torch.enable_grad():
-            return (loss * start).reshape(())
-
-    def backward(self, index: int, factor: Tensor | None, retain_graph: bool) -> None:
-        """Backpropagate `root`; explains what PyTorch says of a compiled graph that was run through once already."""
+            root = (loss * start).reshape(())
         try:
-            self.root(index, factor).backward(retain_graph=retain_graph)
+            root.backward(retain_graph=retain_graph)
         except RuntimeError as error:
             advice = next((advice for words, advice in ADVICE.items() if words in str(error)), None)
             if advice is None or "DBMTL" in str(error):  # collecting early, one of our own collectives may have failed

@@ -1,7 +1,7 @@
 """The protocol of a step: K backward passes, each into its row, then the balanced gradient.
 
-`Engine.run` is one backward over all tasks, `Engine.task` one task of a step that the caller drives, `Engine.balance` the
-end of such a step. All three are the same few words: stash, collect, write.
+`Engine.run` is one backward over all tasks, `Engine.task` one task of a step that the caller drives. `Engine.balance`
+the end of such a step. All three are the same few words: stash, collect, write.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Engine:
             placement.refuse_unnamed_group()
         elif self.ranks.size > 1:
             self.heads.refuse_synchronising_wrapper()
-        losses.share(self.ranks, self.rows.device)
+            losses.share(self.ranks, self.rows.device)
         losses.check_logarithms()
 
     def loss(self, losses: TaskLosses, retain_graph: bool) -> Tensor:

@@ -18,7 +18,7 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ModuleNotFoundError:
     try:  # the same under its other name; each refuses the other's callbacks
-        from pytorch_lightning import Callback, LightningModule, Trainer
+        from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
     except ModuleNotFoundError as error:
         message = "this needs Lightning: pip install 'dbmtl-kernels[lightning]'"
         raise ModuleNotFoundError(message, name="lightning") from error

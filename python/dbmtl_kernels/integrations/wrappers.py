@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..balancer import DBMTL, GradientBalancer
+from ..balancer import GradientBalancer
 
 # The shared parameters of a model: a function of it, or the name of a submodule, of which all that require grad.
 Shared = Callable[[Any], Iterable[Tensor]] | str

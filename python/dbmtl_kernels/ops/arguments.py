@@ -123,12 +123,11 @@ def check_rows(rows: Tensor) -> None:
         raise ValueError(f"rows must have shape (K, P), got {tuple(rows.shape)}")
     if rows.shape[1] > 1 and rows.stride(1) != 1:
         raise ValueError(f"each row of rows must be contiguous, got strides {rows.stride()}")
-    check_dtype("the dtype of rows", rows.dtype, STATE_DTYPES)
+    if rows.dtype not in STATE_DTYPES:
+        check_dtype("the dtype of rows", rows.dtype, STATE_DTYPES)
 
 
-def check_balance(
-    grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float
-) -> None:
+def check_balance(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float) -> None:
     """The arguments of `ops.balance_`."""
     if grads.dim() != 2 or grads.shape[0] < 1:
         raise ValueError(f"grads must have shape (K, P) with K >= 1, got {tuple(grads.shape)}")
@@ -159,24 +158,28 @@ def check_accumulate(
     loss_scale: Tensor | None,
 ) -> list[Tensor | None]:
     """The arguments of `ops.accumulate_`; the gradients as backends need them, contiguous."""
-    check_dtype("the dtype of row", row.dtype, STATE_DTYPES)
+    if row.dtype not in STATE_DTYPES:
+        check_dtype("the dtype of row", row.dtype, STATE_DTYPES)
     if row.dim() != 1 or not row.is_contiguous():
         raise ValueError(f"row must be 1-D and contiguous, got shape {tuple(row.shape)}, strides {row.stride()}")
     if sumsq.numel() != 1:
         raise ValueError(f"sumsq must be one number, got shape {tuple(sumsq.shape)}")
-    _check_stats_dtype("sumsq", sumsq)
+    wide = torch.float32 if row.device.type == "mps" else torch.float64
+    if sumsq.dtype is not wide:
+        check_dtype("the dtype of sumsq", sumsq.dtype, (wide,))
     device, strided, end = row.device, torch.strided, row.numel()
     if sumsq.device != device:
         check_device("sumsq", sumsq, "row", row)
     if isinstance(coefficients, Tensor):
-        check_dtype("the dtype of coefficients", coefficients.dtype, (sumsq.dtype,))
+        check_dtype("the dtype of coefficients", coefficients.dtype, (wide,))
         if coefficients.shape != (2,) or not coefficients.is_contiguous():
             raise ValueError(
                 f"coefficients must be contiguous of shape (2,), got shape {tuple(coefficients.shape)}, "
                 f"strides {coefficients.stride()}"
             )
         check_device("coefficients", coefficients, "row", row)
-    _check_loss_scale(loss_scale)
+    if loss_scale is not None:
+        _check_loss_scale(loss_scale)
     if segments.dtype != torch.int64 or segments.shape != (len(grads), 2) or segments.device.type != "cpu":
         raise ValueError(
             f"segments must be a CPU int64 tensor of shape ({len(grads)}, 2), got {segments.dtype} of shape "
@@ -210,18 +213,21 @@ def check_balance_rows(step: BalanceRows) -> None:
         raise ValueError(f"rows must have shape (K, P) with K >= 1, got {tuple(rows.shape)}")
     if num_tasks > 1 and rows.stride(0) < row_numel:
         raise ValueError(f"rows are updated in place and must not overlap, got strides {rows.stride()}")
-    vectors = list(zip(step.stats._fields, step.stats, strict=True))
-    for name, tensor in vectors if step.active is None else [*vectors, ("active", step.active)]:
+    device = rows.device
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    dtypes = (wide, wide, wide, torch.bool, torch.int64)
+    vectors: list[tuple[str, Tensor, torch.dtype]] = list(zip(step.stats._fields, step.stats, dtypes, strict=True))
+    if step.active is not None:
+        vectors.append(("active", step.active, torch.bool))
+    for name, tensor, dtype in vectors:
         if tensor.shape != (num_tasks,) or not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous of shape ({num_tasks},), got {tuple(tensor.shape)}")
-        if name in ("nonfinite", "active"):
-            check_dtype(f"the dtype of {name}", tensor.dtype, (torch.bool,))
-        elif name == "nonfinite_steps":
-            check_dtype(f"the dtype of {name}", tensor.dtype, (torch.int64,))
-        else:
-            _check_stats_dtype(name, tensor)
-        check_device(name, tensor, "rows", rows)
-    _check_loss_scale(step.loss_scale)
+        if tensor.dtype is not dtype:
+            check_dtype(f"the dtype of {name}", tensor.dtype, (dtype,))
+        if tensor.device != device:
+            check_device(name, tensor, "rows", rows)
+    if step.loss_scale is not None:
+        _check_loss_scale(step.loss_scale)
     check_eps(step.eps)
     _check_named_scale(step.scale)
     if len(step.outs) != len(step.starts) or not 1 <= len(step.outs) <= len(GRAD_DTYPES):
@@ -229,12 +235,14 @@ def check_balance_rows(step: BalanceRows) -> None:
             f"outs and starts must be 1 to {len(GRAD_DTYPES)} each, got {len(step.outs)} and {len(step.starts)}"
         )
     for index, (out, start) in enumerate(zip(step.outs, step.starts, strict=True)):
-        check_dtype(f"the dtype of outs[{index}]", out.dtype, GRAD_DTYPES)
+        if out.dtype not in GRAD_DTYPES:
+            check_dtype(f"the dtype of outs[{index}]", out.dtype, GRAD_DTYPES)
         if out.dim() != 1 or not out.is_contiguous():
             raise ValueError(f"outs[{index}] must be 1-D and contiguous, got shape {tuple(out.shape)}")
         if start < 0 or start + out.numel() > row_numel:
             raise ValueError(f"outs[{index}] is of columns [{start}, {start + out.numel()}) of rows of {row_numel}")
-        check_device(f"outs[{index}]", out, "rows", rows)
+        if out.device != device:
+            check_device(f"outs[{index}]", out, "rows", rows)
 
 
 def check_combine(rows: Tensor, weights: Tensor, out: Tensor) -> None:
@@ -251,16 +259,11 @@ def check_combine(rows: Tensor, weights: Tensor, out: Tensor) -> None:
     check_device("out", out, "rows", rows)
 
 
-def _check_loss_scale(loss_scale: Tensor | None) -> None:
-    if loss_scale is not None and loss_scale.numel() != 1:
+def _check_loss_scale(loss_scale: Tensor) -> None:
+    if loss_scale.numel() != 1:
         raise ValueError(f"loss_scale must be one number, got shape {tuple(loss_scale.shape)}")
 
 
 def _check_named_scale(scale: str) -> None:
     if scale not in (*SCALES, "constant"):
         raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))} or 'constant', got {scale!r}")
-
-
-def _check_stats_dtype(name: str, tensor: Tensor) -> None:
-    wide = torch.float32 if tensor.device.type == "mps" else torch.float64
-    check_dtype(f"the dtype of {name}", tensor.dtype, (wide,))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -120,26 +120,27 @@ class ParameterLayout:
         self.segments = torch.tensor([[o, p.numel()] for o, p in zip(offsets, local, strict=True)], dtype=torch.int64)
         self._subsets: dict[tuple[int, ...], Tensor] = {tuple(range(len(self.parameters))): self.segments}
 
-    def segments_of(self, indices: tuple[int, ...]) -> Tensor:
+    def segments_of(self, indices: Sequence[int]) -> Tensor:
         """The rows of `segments` of some parameters; remembered, as every step asks for the same ones."""
-        found = self._subsets.get(indices)
+        key = tuple(indices)
+        found = self._subsets.get(key)
         if found is None:
             if len(self._subsets) >= 1024:  # a model whose graph never repeats
                 self._subsets.clear()
-            found = self._subsets[indices] = self.segments[list(indices)]
+            found = self._subsets[key] = self.segments[list(indices)]
         return found
 
     def check_unchanged(self) -> None:
-        """Raise RuntimeError if a parameter's dtype, device, shape or memory order is another than when this was made."""
+        """Raise RuntimeError if a parameter has another dtype, device, shape or memory order than when this was made."""
         device = self.device
         for index, (p, (shape, strides, dtype)) in enumerate(zip(self.parameters, self._known, strict=True)):
             if self.distributed:
                 p = dtensors.local(p)
             if p.stride() != strides or p.dtype is not dtype or p.device != device or p.shape != shape:
                 raise RuntimeError(
-                    f"shared parameter {index} was {dtype} of shape {tuple(shape)} with strides {strides} on {device} when "
-                    f"the balancer was made, and is {p.dtype} of shape {tuple(p.shape)} with strides {p.stride()} on "
-                    f"{p.device}; make the balancer after model.to(...)"
+                    f"shared parameter {index} was {dtype} of shape {tuple(shape)} with strides {strides} on {device} "
+                    f"when the balancer was made, and is {p.dtype} of shape {tuple(p.shape)} with strides {p.stride()} "
+                    f"on {p.device}; make the balancer after model.to(...)"
                 )
 
     def signature(self) -> list[list[Any]]:

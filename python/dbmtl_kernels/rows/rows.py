@@ -33,7 +33,9 @@ class TaskGradientBuffer:
         rows: (K, row_numel) in ``layout.state_dtype``; padding is zero.
         stats: K numbers of each kind; ``sumsq`` of the rows held here, the rest of the last `balance`.
         narrow: the dtype of `gramian`, float64 of float64 rows, else float32.
-        early: whether gradients are collected while a backward pass runs (on a CPU), or at its end in one call.
+        early: whether gradients are best collected while a backward pass runs (on a CPU), or at its end in one call.
+        starts: of each parameter dtype, its first column in the rows held here.
+        local: whether nothing that is done here needs another rank.
     """
 
     def __init__(
@@ -48,6 +50,9 @@ class TaskGradientBuffer:
         self._replicas = Ranks(dtensors.replicated_groups(layout.parameters[0]))
         # FSDP runs hooks while a gradient may still be on its way to a CPU.
         self.early = ops.gathers_early(backend, self.device, num_tasks) and not layout.distributed
+        self._dtypes = [group.dtype for group in layout.groups]
+        self.starts = [group.start for group in layout.groups]
+        self.local = self.spread.size == 1 and self._replicas.size == 1
         self._allocate(num_tasks)
 
     def _allocate(self, num_tasks: int) -> None:
@@ -57,11 +62,6 @@ class TaskGradientBuffer:
         dtypes = Stats(wide, wide, wide, torch.bool, torch.int64)  # type: ignore[arg-type]
         self.stats = Stats(*(torch.zeros(num_tasks, dtype=dtype, device=device) for dtype in dtypes))  # type: ignore
         self._masks: dict[tuple[bool, ...], Tensor] = {}
-
-    @property
-    def local(self) -> bool:
-        """Whether nothing that is done here needs another rank."""
-        return self.spread.size == 1 and self._replicas.size == 1
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError if a parameter is not what it was; see `ParameterLayout.check_unchanged`."""
@@ -74,15 +74,15 @@ class TaskGradientBuffer:
     def collect(self, task: int, coefficients: Coefficients, loss_scale: Tensor | None = None) -> RowCollector:
         """What takes the gradients of one backward pass into ``rows[task]``; see `ops.accumulate_`."""
         sumsq = self.stats.sumsq[task : task + 1]
-        return RowCollector(
-            self.layout, self.rows[task], sumsq, coefficients, loss_scale, self.backend, self.early
-        )
+        return RowCollector(self.layout, self.rows[task], sumsq, coefficients, loss_scale, self.backend)
 
     def settle(self) -> None:
         """Finish updates that are still under way."""
 
     def sums(self) -> Tensor:
         """(K,) sums of squares of the whole rows; the same bits in all replicas, whatever order they were added in."""
+        if self.local:
+            return self.stats.sumsq
         total = self.spread.sum(self.stats.sumsq, "the sum of squares of the task gradients")
         return self._replicas.of_first(total, "the sum of squares of the task gradients")
 
@@ -114,9 +114,19 @@ class TaskGradientBuffer:
         own = self.stats.sumsq
         total = self.sums() if sums is None else sums
         stats = self.stats if total is own else self.stats._replace(sumsq=total)
-        outs, starts = self._outs(flats), self._starts()
+        outs, starts = self._outs(flats), self.starts
         step = ops.BalanceRows(
-            self.rows, stats, outs, starts, self._mask(active), loss_scale, eps, name, constant, fresh, accumulate
+            self.rows,
+            stats,
+            outs,
+            starts,
+            None if active is None or all(active) else self._mask(active),
+            loss_scale,
+            eps,
+            name,
+            constant,
+            fresh,
+            accumulate,
         )
         ops.balance_rows_(step, self.backend)
         if total is not own:
@@ -143,7 +153,7 @@ class TaskGradientBuffer:
 
     def combine(self, weights: Tensor, flats: Flats, accumulate: bool = False) -> None:
         """``sum_t weights[t] * rows[t]`` into one flat tensor per parameter dtype (see `new_flats`), in place."""
-        for out, start in zip(self._outs(flats), self._starts(), strict=True):
+        for out, start in zip(self._outs(flats), self.starts, strict=True):
             ops.combine_out(self.rows[:, start : start + out.numel()], weights, out, accumulate, self.backend)
         self._complete(flats)
 
@@ -209,20 +219,14 @@ class TaskGradientBuffer:
         return self.layout.row_numel
 
     def _outs(self, flats: Flats) -> list[Tensor]:
-        """The parts of ``flats`` that the columns held here make."""
-        return [flats[group.dtype] for group in self.layout.groups]
-
-    def _starts(self) -> list[int]:
-        """The first column of each of `_outs`."""
-        return [group.start for group in self.layout.groups]
+        """The parts of ``flats`` that the columns held here make; `starts` has the first column of each."""
+        return list(map(flats.__getitem__, self._dtypes))
 
     def _complete(self, flats: Flats) -> None:
         """Fill in what others hold."""
 
-    def _mask(self, active: Sequence[bool] | None) -> Tensor | None:
+    def _mask(self, active: Sequence[bool]) -> Tensor:
         """On the device; remembered, as steps repeat them."""
-        if active is None or all(active):
-            return None
         key = tuple(active)
         if key not in self._masks:
             if len(self._masks) >= 256:

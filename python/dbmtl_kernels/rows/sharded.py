@@ -72,6 +72,7 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
             self.shards.append(Shard(g.start + self.rank * columns, end, columns))
             end += columns
         super().__init__(layout, num_tasks, backend, Ranks([group]))
+        self.starts = [shard.local for shard in self.shards]
         dtypes = (layout.state_dtype, *(g.dtype for g in layout.groups))
         self._transit_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self._free: deque[Transit] = deque()
@@ -140,9 +141,6 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
             for g, shard in zip(self.layout.groups, self.shards, strict=True)
         ]
 
-    def _starts(self) -> list[int]:
-        return [shard.local for shard in self.shards]
-
     def _complete(self, flats: Flats) -> None:
         for g, mine in zip(self.layout.groups, self._outs(flats), strict=True):
             with naming("all-gather of the balanced gradient"):
@@ -178,11 +176,11 @@ class ShardedCollector(RowCollector):
         self._transit: Transit | None = None  # taken when the first gradients go into it: a row may be on its way
         scratch = torch.empty(1, dtype=torch.float64, device=buffer.device)
         share = (0.0, 1.0 / buffer.spread.size)
-        super().__init__(buffer.layout, scratch, scratch, share, None, buffer.backend, buffer.early)
+        super().__init__(buffer.layout, scratch, scratch, share, None, buffer.backend)
 
-    def finish(self) -> None:
+    def finish(self, indices: list[int], grads: list[Tensor | None]) -> None:
         """Returns while the row is still on its way; `ShardedTaskGradientBuffer.settle` waits."""
-        super().finish()
+        super().finish(indices, grads)
         assert self._transit is not None
         self._buffer.send(self._transit, *self._sent)
         self._transit = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..ops import Coefficients, Stats
@@ -30,12 +29,8 @@ class SplitTaskGradientBuffer:
         self.device = self.parts[0].device
         self.narrow = self.parts[0].narrow
         self.early = all(part.early for part in self.parts)
+        self.local = all(part.local for part in self.parts)
         self.parameters = [self.parts[part].parameters[index] for part, index in self.members]
-
-    @property
-    def local(self) -> bool:
-        """See `TaskGradientBuffer.local`."""
-        return all(part.local for part in self.parts)
 
     @property
     def stats(self) -> Stats:
@@ -143,17 +138,25 @@ class SplitCollector:
         """Whether any part of the row was written to."""
         return any(collector.fed for collector in self._collectors)
 
-    def add(self, index: int, grad: Tensor) -> None:
-        """The gradient of parameter ``index``."""
-        part, own = self._members[index]
-        self._collectors[part].add(own, grad)
+    def add(self, indices: list[int], grads: list[Tensor | None]) -> None:
+        """Gradients of some parameters."""
+        for collector, (own, some) in zip(self._collectors, self._by_part(indices, grads), strict=True):
+            collector.add(own, some)
 
-    def finish(self) -> None:
-        """The pass is over."""
-        for collector in self._collectors:
-            collector.finish()
+    def finish(self, indices: list[int], grads: list[Tensor | None]) -> None:
+        """The rest, and the pass is over."""
+        for collector, (own, some) in zip(self._collectors, self._by_part(indices, grads), strict=True):
+            collector.finish(own, some)
 
     def abandon(self) -> None:
         """The pass failed."""
         for collector in self._collectors:
             collector.abandon()
+
+    def _by_part(self, indices: list[int], grads: list[Tensor | None]) -> list[tuple[list[int], list[Tensor | None]]]:
+        out: list[tuple[list[int], list[Tensor | None]]] = [([], []) for _ in self._collectors]
+        for index, grad in zip(indices, grads, strict=True):
+            part, own = self._members[index]
+            out[part][0].append(own)
+            out[part][1].append(grad)
+        return out
