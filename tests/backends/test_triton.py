@@ -441,7 +441,7 @@ def test_how_many_launches(launches, monkeypatch):
     "name",
     [
         "triton.runtime.jit.JITFunction.warmup",  # device.py
-        "triton.compiler.CompiledKernel.run",
+        "triton.compiler.CompiledKernel.__getitem__",
         "triton.runtime:driver.set_active",  # tests/support/codegen.py
         "triton.runtime.interpreter.InterpreterBuilder.create_masked_load",  # Traffic
         "triton.runtime.interpreter.InterpreterBuilder.create_masked_store",
