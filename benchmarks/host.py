@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 K = 3
 NUM_PARAMETERS = 161
 Call = Callable[[], object]
@@ -94,7 +94,10 @@ CASES: dict[str, tuple[Callable[[], dict[str, Call]], int]] = {  # and calls a r
 
 
 def work(case: str) -> None:
-    """Seconds of every call of a case, a line of JSON for each line read."""
+    """Where the package is from; then seconds of every call of a case, a line of JSON for each line read."""
+    import dbmtl_kernels
+
+    print(dbmtl_kernels.__file__, flush=True)
     make, repeat = CASES[case]
     calls = make()
     for _ in sys.stdin:
@@ -117,6 +120,10 @@ def measure(case: str, trees: dict[str, Path], rounds: int, warmup: int = 3) -> 
         )
         for name, tree in trees.items()
     }  # fmt: skip
+    for name, tree in trees.items():
+        found = Path(workers[name].stdout.readline().strip())
+        if not found.is_relative_to(tree):
+            raise RuntimeError(f"{name} is not of {tree}: {found}")
     times: dict[str, dict[str, list[float]]] = {name: {} for name in trees}
     for round_ in range(warmup + rounds):
         for name in list(trees)[:: 1 if round_ % 2 else -1]:
