@@ -1,9 +1,9 @@
-"""Host time of a step beyond its backward passes; of two source trees in turn, that, the op and a whole step.
+"""Host time of a step beyond its backward passes; and that, the op and a whole step of two source trees in turn.
 
-``python benchmarks/host.py`` times ``balancer.backward(losses)`` of 161 small parameters (as many tensors as a ResNet-50
-has) and K=3 losses, and the K backward passes alone. ``--base PATH`` runs the same with the package of another checkout,
-which must be built, in a process of its own; rounds alternate, so that what disturbs the machine disturbs both. It adds
-``balance_`` and a training step. Medians and the ratio head / base.
+``python benchmarks/host.py`` times ``balancer.backward(losses)`` of 161 small parameters (a ResNet-50 has as many
+tensors) and K=3 losses, and the K backward passes alone. ``--base PATH`` does the same with the package of another
+checkout, which must be built, in a process of its own: rounds alternate, so what disturbs the machine disturbs both.
+It adds ``balance_`` and a training step. Prints medians, and the ratio head / base.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,13 +78,12 @@ def step() -> dict[str, Call]:
     import torch
 
     problem = test_step.Problem((torch.float32,))
+    backward = {"step": partial(test_step.ours, torch.float32), "step, bare passes": test_step.bare}
 
-    def run(backward: Callable[..., None]) -> None:
-        problem.optimizer.zero_grad()
-        backward(problem, problem.losses())
-        problem.optimizer.step()
+    def whole(call: Callable[..., None]) -> None:
+        problem.step(call)
 
-    return {"step": lambda: run(test_step.ours), "step, bare passes": lambda: run(test_step.bare)}
+    return {name: partial(whole, call) for name, call in backward.items()}
 
 
 CASES: dict[str, tuple[Callable[[], dict[str, Call]], int]] = {  # and calls a round
