@@ -16,7 +16,7 @@ WIDTHS = (1000, 2000, 2000, 1000)
 class Problem:
     """The model, one batch, and its optimizer; all contenders share them."""
 
-    def __init__(self) -> None:
+    def __init__(self, states: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> None:
         layers: list[nn.Module] = []
         for a, b in pairwise(WIDTHS):
             layers += [nn.Linear(a, b), nn.ReLU()]
@@ -26,9 +26,7 @@ class Problem:
         self.x = torch.randn(BATCH, WIDTHS[0])
         self.y = torch.randint(0, 10, (K, BATCH))
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
-        self.balancers = {
-            dtype: dbk.DBMTL(self.trunk.parameters(), K, state_dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
-        }
+        self.balancers = {dtype: dbk.DBMTL(self.trunk.parameters(), K, state_dtype=dtype) for dtype in states}
 
     def losses(self) -> list[torch.Tensor]:
         z = self.trunk(self.x)

@@ -1,0 +1,157 @@
+"""Host time of a step beyond its backward passes; of two source trees in turn, that, the op and a whole step.
+
+``python benchmarks/host.py`` times ``balancer.backward(losses)`` of 161 small parameters (as many tensors as a ResNet-50
+has) and K=3 losses, and the K backward passes alone. ``--base PATH`` runs the same with the package of another checkout,
+which must be built, in a process of its own; rounds alternate, so that what disturbs the machine disturbs both. It adds
+``balance_`` and a training step. Medians and the ratio head / base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+K = 3
+NUM_PARAMETERS = 161
+Call = Callable[[], object]
+
+
+def host() -> dict[str, Call]:
+    """Ours, and the bare backward passes, with ``.grad`` adding up and let go before the next."""
+    import dbmtl_kernels as dbk
+    import torch
+
+    torch.set_num_threads(1)
+    parameters = [torch.randn(4 + index % 13, requires_grad=True) for index in range(NUM_PARAMETERS)]
+    factors = torch.rand(K, sum(p.numel() for p in parameters)) + 0.5
+    balancer = dbk.DBMTL(parameters, K)
+
+    def losses() -> list[torch.Tensor]:
+        for p in parameters:
+            p.grad = None
+        z = torch.cat(parameters)
+        return [(z * factor).square().sum() for factor in factors]
+
+    def bare(losses: list[torch.Tensor], let_go: bool) -> None:
+        for task, loss in enumerate(losses):
+            loss.backward(retain_graph=task < K - 1)
+            for p in parameters if let_go else ():
+                p.grad = None
+
+    def timed(backward: Callable[[list[torch.Tensor]], object]) -> Callable[[], float]:
+        def run() -> float:
+            given = losses()
+            began = time.thread_time()  # all of it runs in this thread; what else the machine does is left out
+            backward(given)
+            return time.thread_time() - began
+
+        return run
+
+    return {
+        "balancer.backward": timed(balancer.backward),
+        "bare passes": timed(lambda given: bare(given, False)),
+        "bare passes, .grad let go": timed(lambda given: bare(given, True)),
+    }
+
+
+def op(num_tasks: int, num_params: int) -> dict[str, Call]:
+    """``balance_``."""
+    import dbmtl_kernels as dbk
+    import torch
+
+    grads, ema = torch.randn(2, num_tasks, num_params)
+    return {f"balance_ K={num_tasks} P={num_params}": lambda: dbk.balance_(grads, ema)}
+
+
+def step() -> dict[str, Call]:
+    """The training step of test_step.py, ours and bare."""
+    import test_step
+    import torch
+
+    problem = test_step.Problem((torch.float32,))
+
+    def run(backward: Callable[..., None]) -> None:
+        problem.optimizer.zero_grad()
+        backward(problem, problem.losses())
+        problem.optimizer.step()
+
+    return {"step": lambda: run(test_step.ours), "step, bare passes": lambda: run(test_step.bare)}
+
+
+CASES: dict[str, tuple[Callable[[], dict[str, Call]], int]] = {  # and calls a round
+    "host": (host, 20),
+    "op": (lambda: {**op(K, 20_000_000), **op(11, 2_000_000)}, 1),
+    "step": (step, 1),
+}
+
+
+def work(case: str) -> None:
+    """Seconds of every call of a case, a line of JSON for each line read."""
+    make, repeat = CASES[case]
+    calls = make()
+    for _ in sys.stdin:
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(repeat):
+            for name, call in calls.items():
+                began = time.perf_counter()
+                found = call()
+                seconds[name].append(found if isinstance(found, float) else time.perf_counter() - began)
+        print(json.dumps(seconds), flush=True)
+
+
+def measure(case: str, trees: dict[str, Path], rounds: int, warmup: int = 3) -> dict[str, dict[str, float]]:
+    """By tree and name, the median in seconds; each round begins with another tree."""
+    command = [sys.executable, __file__, "--work", case]
+    workers = {
+        name: subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tree / "python"), str(ROOT / "benchmarks")])},
+        )
+        for name, tree in trees.items()
+    }  # fmt: skip
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in trees}
+    for round_ in range(warmup + rounds):
+        for name in list(trees)[:: 1 if round_ % 2 else -1]:
+            worker = workers[name]
+            print(file=worker.stdin, flush=True)
+            for what, seconds in json.loads(worker.stdout.readline()).items():
+                times[name].setdefault(what, []).extend(seconds if round_ >= warmup else ())
+    for worker in workers.values():
+        worker.communicate()
+    return {tree: {what: statistics.median(t) for what, t in found.items()} for tree, found in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, help="another checkout, built")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--case", nargs="+", choices=CASES, help="default: host; with --base all")
+    parser.add_argument("--work", choices=CASES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.work)
+        return
+    trees = {"head": ROOT, **({"base": options.base.resolve()} if options.base else {})}
+    for case in options.case or (CASES if options.base else ["host"]):
+        found = measure(case, trees, options.rounds)
+        if case == "host":
+            for medians in found.values():
+                for bare in ("bare passes", "bare passes, .grad let go"):
+                    medians[f"beyond {bare}"] = medians["balancer.backward"] - medians[bare]
+        for what, median in found["head"].items():
+            line = f"{what:34s} {1e3 * median:9.3f} ms"
+            if "base" in found:
+                line += f"   base {1e3 * found['base'][what]:9.3f} ms   {median / found['base'][what]:6.3f}"
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
