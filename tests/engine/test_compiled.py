@@ -79,7 +79,7 @@ def train(net, balancer, optimizer, losses_of, steps=5):
 def test_a_graph_compiled_for_one_backward_pass_is_explained():
     """The first backward pass had the graph for itself, so PyTorch compiled it to overwrite what it saved."""
     net, balancer, _ = start()
-    compiled = torch.compile(net)
+    compiled = torch.compile(net, backend="aot_eager")
     x = batches(1)[0]
     with torch._functorch.config.patch(donated_buffer=True):
         balancer(compiled(x)[:1], tasks=[0]).backward()
@@ -93,18 +93,20 @@ def test_a_graph_compiled_for_one_backward_pass_is_explained():
         assert balancer.step == 2
 
 
-@pytest.mark.parametrize("part", ["trunk", "model"])
-@pytest.mark.parametrize("donated", [False, True])
-def test_compiled_training_equals_the_uncompiled_one(donated, part):
+@pytest.mark.parametrize(
+    ("donated", "part", "compiler"),
+    [(False, "model", "inductor"), *((d, p, "aot_eager") for d in (False, True) for p in ("trunk", "model"))],
+)
+def test_compiled_training_equals_the_uncompiled_one(donated, part, compiler):
     """With PyTorch's default too, where all tasks are there from the first step on."""
     net, balancer, optimizer = start()
     expected = train(net, balancer, optimizer, net)
     net, balancer, optimizer = start()
     losses_of = net
     if part == "model":
-        losses_of = torch.compile(net)
+        losses_of = torch.compile(net, backend=compiler)
     else:
-        net.first, net.last = torch.compile(net.first), torch.compile(net.last)
+        net.first, net.last = (torch.compile(part, backend=compiler) for part in (net.first, net.last))
     with torch._functorch.config.patch(donated_buffer=donated):
         if not donated:
             balancer(losses_of(batches(1)[0])[:1], tasks=[0]).backward()  # compiled with a single pass
@@ -264,11 +266,11 @@ def parameter():
 @pytest.mark.parametrize("sigma", [0.0, 0.5])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"state_dtype": torch.float64}, *({"state_dtype": torch.bfloat16, "seed": seed} for seed in (0, 7, None))],
+    [{}, {"state_dtype": torch.float64}, {"state_dtype": torch.bfloat16}],
     ids=str,
 )
 def test_capturable_gives_the_same_numbers(options, sigma, attached):
-    """With a constant beta bit for bit, the random numbers of a bfloat16 state included."""
+    """With a constant beta bit for bit."""
     runs = []
     for capturable in (False, True):
         p = parameter()
@@ -286,7 +288,6 @@ def test_capturable_gives_the_same_numbers(options, sigma, attached):
 
 
 def test_capturable_meets_a_parameter_twice():
-    """A re-entrant checkpoint gathers a parameter's second part with random numbers of its own."""
     runs = []
     for capturable, reentrant in ((False, False), (False, True), (True, True)):
         torch.manual_seed(6)
@@ -340,10 +341,15 @@ def test_no_number_on_the_host_changes_from_step_to_step(state_dtype, capturable
     """What a CUDA graph would freeze: the arguments of the ops that are not tensors. The tensors change instead."""
     calls = {"numbers": [], "coefficients": []}
 
+    def numbers_in(value):
+        if isinstance(value, (list, tuple)):
+            return [number for part in value for number in numbers_in(part)]
+        return [] if isinstance(value, torch.Tensor) else [value]
+
     def spy(implementation, *args):
-        calls["numbers"].append([x for x in args if isinstance(x, (int, float, str, type(None)))])
-        if implementation is accumulate and args[9] is not None:
-            calls["coefficients"].append(args[9].clone())
+        calls["numbers"].append(numbers_in(args))
+        if implementation is accumulate:
+            calls["coefficients"].append(torch.as_tensor(args[4], dtype=torch.float64).clone())
         return implementation(*args)
 
     accumulate = ops.accumulate_
@@ -363,37 +369,33 @@ def test_no_number_on_the_host_changes_from_step_to_step(state_dtype, capturable
         calls["numbers"] = []
     assert len(steps[0]) == 6
     assert all(step == steps[0] for step in steps) == capturable
-    if not capturable:  # the spy sees what changes
-        return
-    coefficients = torch.stack(calls["coefficients"]).view(4, 4, 3)  # step, update in it, (decay, gain, seed)
+    coefficients = torch.stack(calls["coefficients"]).view(4, 4, 2)  # step, update in it, (decay, gain)
     beta = 0.9 / torch.arange(1, 5, dtype=torch.float64).sqrt()
     for update, decay in enumerate((beta, beta, beta, torch.ones(4))):
         close(coefficients[:, update, 0].numpy(), decay.numpy(), rtol=1e-15)
         close(coefficients[:, update, 1].numpy(), (1 - beta).numpy(), rtol=1e-15)
-    seeds = coefficients[:, :, 2].contiguous().view(torch.int64).flatten()
-    assert torch.equal(seeds.diff(), torch.ones(15, dtype=torch.int64))
     assert balancer.step == 4
 
 
-def test_the_counts_of_a_capturable_balancer_are_tensors_that_stay_where_they_are():
+def test_the_count_of_a_capturable_balancer_is_a_tensor_that_stays_where_it_is():
     """A captured graph counts in place; `step` reads. One loaded mid-step brings its own beta."""
     p = parameter()
     balancer = dbk.DBMTL([p], 3, capturable=True)
     optimizer = torch.optim.SGD([p], lr=0.0)
     balancer.attach(optimizer)
-    counts, states = balancer._steps._counts, []
+    count, states = balancer._engine.steps._count, []
     for step in range(1, 4):
         optimizer.zero_grad()
         balancer([(p - t).square().sum() for t in range(3)]).backward()
-        assert counts.tolist() == [step, 3 * step]
+        assert count == step
         assert balancer.step == step
         states.append((copy.deepcopy(balancer.state_dict()), p.grad))
         optimizer.step()
     state, p.grad = states[0]
     balancer.load_state_dict(state)
-    assert balancer._steps._counts is counts
+    assert balancer._engine.steps._count is count
     balancer([(p - t).square().sum() for t in range(3)]).backward()
     rows = state["buffer"]["rows"]["0"].flatten(1)
     close(state_of(balancer).rows.numpy(), 2 * rows.numpy(), rtol=1e-6)
-    counts += 1  # as a replayed graph would
+    count += 1  # as a replayed graph would
     assert balancer.step == 2

@@ -166,7 +166,7 @@ def test_losses_are_needed():
         losses[1].backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=r"those of task\(s\) \[1\]"):
         balancer.balance()
-    with pytest.raises(RuntimeError, match="observe the losses"):
+    with pytest.raises(RuntimeError, match="must see the losses"):
         dbk.GradNorm(K)(torch.eye(K))
 
 
@@ -185,7 +185,7 @@ def test_a_first_loss_of_zero_is_not_where_a_task_started():
     weighting = dbk.GradNorm(3)
     gramian = torch.diag(torch.tensor([1.0, 4.0, 9.0]))
     for losses in ([0.0, 1.0, 3.0], [2.0, 0.9, 2.9], [1.0, 0.8, 2.8]):
-        weighting.observe(torch.tensor(losses), range(3), False)
+        weighting.begin(range(3), dict(enumerate(torch.tensor(losses))), False)
         weighting(gramian)
     assert weighting.start.tolist() == pytest.approx([2.0, 1.0, 3.0])
     assert weighting.weights.tolist() != [1.0] * 3
@@ -201,7 +201,7 @@ def test_a_step_resumed_in_its_middle_knows_the_losses():
     balancer, other = begin(p), begin(p.detach().clone().requires_grad_())
     losses = quadratics(p, num_tasks=3)
     balancer.backward(losses[:2], tasks=[0, 1], retain_graph=True)
-    q = state_of(other).parameters[0]
+    q = other.shared_parameters[0]
     q.grad = p.grad.clone()
     other.load_state_dict(copy.deepcopy(balancer.state_dict()))
     for each, x in ((balancer, p), (other, q)):

@@ -72,7 +72,7 @@ def test_what_was_given_is_checked():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         balancer = dbk.DBMTL.from_losses(losses, net.trunk.parameters())
-    assert ids(state_of(balancer).parameters) == ids(net.trunk.parameters())
+    assert ids(balancer.shared_parameters) == ids(net.trunk.parameters())
     with pytest.raises(ValueError, match=r"no loss depends on shared parameter 2 of shape \(3, 3\)"):
         dbk.DBMTL.from_losses(losses, [*net.trunk.parameters(), *net.unused.parameters()])
     for check in (check_shared_parameters, dbk.DBMTL.from_losses):

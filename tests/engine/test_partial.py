@@ -233,8 +233,7 @@ def test_the_loss_refused_is_named_by_its_task():
 
 
 def per_task(balancer):
-    buffer = balancer.buffer
-    return [buffer.rows, buffer.sumsq, buffer.norms, buffer.weights, buffer.broken, buffer.nonfinite_steps]
+    return [state_of(balancer).rows, *state_of(balancer).stats]
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -136,7 +136,6 @@ OPTIONS = {
     "beta negative": ({"beta": -0.1}, ValueError, "got -0.1"),
     "beta nan": ({"beta": float("nan")}, ValueError, "got nan"),
     "beta_sigma": ({"beta_sigma": -1.0}, ValueError, "beta_sigma.*-1.0"),
-    "seed": ({"seed": 1.5}, TypeError, "seed.*float"),
     "eps 0": ({"eps": 0.0}, ValueError, "eps must be positive and finite, got 0.0"),
     "eps negative": ({"eps": -1e-8}, ValueError, "-1e-08"),
     "scale": ({"scale": "maximum"}, ValueError, "'maximum'"),

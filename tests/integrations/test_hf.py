@@ -95,7 +95,7 @@ def test_other_methods_and_options(tmp_path):
     trainer.train()
     assert type(trainer.balancer) is dbk.GradientBalancer
     assert trainer.balancer.beta == 0.3
-    assert len(state_of(trainer.balancer).parameters) == 2
+    assert len(trainer.balancer.shared_parameters) == 2
     assert float(trainer.balancer.norms @ trainer.balancer.weights / 2) == pytest.approx(
         float(trainer.balancer.norms.mean()), rel=1e-5
     )
@@ -300,7 +300,7 @@ def test_frozen_parameters_of_a_named_submodule_are_left_out(tmp_path):
     net.encoder.norm1.requires_grad_(False)
     trainer = trainer_of(tmp_path, net, max_steps=3)
     trainer.train()
-    assert len(state_of(trainer.balancer).parameters) == len(list(net.encoder.parameters())) - 2
+    assert len(trainer.balancer.shared_parameters) == len(list(net.encoder.parameters())) - 2
 
 
 class Unlabelled(nn.Module):

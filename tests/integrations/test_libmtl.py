@@ -193,15 +193,12 @@ def test_a_frozen_layer_thawed_later():
 
 def test_a_diverged_task_does_not_end_the_run():
     """Each loss in a graph of its own: in the one graph of a tensor an inf reaches all tasks."""
-    ours, theirs = pair(DB_beta=0.9, DB_beta_sigma=0.5)
-    finite = []
-    for trainer in (ours, theirs):
-        trainer.step(0)
-        apart = [loss * (float("inf") if t == 1 else 1.0) for t, loss in enumerate(trainer.losses(1))]
-        trainer.optimizer.zero_grad(set_to_none=False)
-        trainer.model.backward(apart if trainer is ours else torch.stack(apart), **trainer.weight_args)
-        finite.append(all(p.grad is None or p.grad.isfinite().all() for p in trainer.model.get_share_params()))
-    assert finite == [True, False]
+    ours, _ = pair(DB_beta=0.9, DB_beta_sigma=0.5)
+    ours.step(0)
+    apart = [loss * (float("inf") if t == 1 else 1.0) for t, loss in enumerate(ours.losses(1))]
+    ours.optimizer.zero_grad(set_to_none=False)
+    ours.model.backward(apart, **ours.weight_args)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in ours.model.get_share_params())
     assert ours.model.balancer.nonfinite_steps.tolist() == [0, 1, 0]
 
 

@@ -309,7 +309,7 @@ def test_frozen_parameters_of_a_named_submodule_are_left_out(tmp_path):
     module.net.trunk[0].requires_grad_(False)
     before = module.net.trunk[0].weight.clone()
     _, balancing, _ = fit(tmp_path, 1, module=module)
-    assert [p.shape for p in state_of(balancing.balancer).parameters] == [(5, 33), (5,)]
+    assert [p.shape for p in balancing.balancer.shared_parameters] == [(5, 33), (5,)]
     assert torch.equal(module.net.trunk[0].weight, before)
 
 

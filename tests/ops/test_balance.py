@@ -239,13 +239,14 @@ def test_opcheck(backend):
     assert set(results.values()) == {"SUCCESS"}, results
 
 
-def test_compile_fullgraph():
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
+def test_compile_fullgraph(compiler):
     def step(grads, ema):
         grad, norms = dbk.balance_(grads * 2, ema, beta=0.5)
         return grad + 1, norms
 
     torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True)
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
     for size in (64, 64, 100):
         grads, ema = torch.randn(3, size), torch.randn(3, size)
         eager_ema = ema.clone()
