@@ -20,56 +20,30 @@ SCALES = {"max": 0, "mean": 1, "median": 2, "min": 3, "constant": 4}
 HUGE_BYTES = 8 << 20  # fresh memory of this size is worth a system call for huge pages
 
 
-class Array(Structure):
-    _fields_ = (("data", c_void_p), ("dtype", c_int64))
+def _struct(name: str, **fields: Any) -> Any:
+    return type(name, (Structure,), {"_fields_": list(fields.items())})
 
 
-class Rows(Structure):
-    _fields_ = (*Array._fields_, ("stride", c_int64), ("num_tasks", c_int64), ("num_params", c_int64))
-
-
-class Weighting(Structure):
-    _fields_ = (("eps", c_double), ("constant", c_double), ("scale", c_int64))
-
-
-class Where(Structure):
-    _fields_ = (("num_threads", c_int64), ("workspace", c_void_p), ("stream", c_void_p))
-
-
-class BalanceArgs(Structure):
-    _fields_ = (
-        ("grads", Rows), ("ema", Rows), ("out", Array), ("norms", c_void_p), ("beta", c_double),
-        ("weighting", Weighting), ("where", Where),
-    )  # fmt: skip
-
-
-class AccumulateArgs(Structure):
-    _fields_ = (
-        ("row", Array), ("sumsq", c_void_p), ("coefficients", c_void_p), ("loss_scale", Array),
-        ("num_segments", c_int64), ("segments", c_void_p), ("grads", POINTER(c_void_p)), ("grad_dtypes", c_char_p),
-        ("where", Where),
-    )  # fmt: skip
-
-
-class CombineArgs(Structure):
-    _fields_ = (("rows", Rows), ("weights", Array), ("out", Array), ("accumulate", c_int64), ("where", Where))
-
-
-class Out(Structure):
-    _fields_ = (*Array._fields_, ("start", c_int64), ("numel", c_int64))
-
-
-class BalanceRowsArgs(Structure):
-    _fields_ = (
-        ("rows", Rows), ("sumsq", c_void_p), ("norms", c_void_p), ("weights", c_void_p), ("nonfinite", c_void_p),
-        ("nonfinite_steps", c_void_p), ("active", c_void_p), ("loss_scale", Array), ("outs", Out * MAX_OUTS),
-        ("num_outs", c_int64), ("fresh", c_int64), ("accumulate", c_int64), ("weighting", Weighting), ("where", Where),
-    )  # fmt: skip
-
-
-class GramianArgs(Structure):
-    _fields_ = (("rows", Rows), ("gramian", Array), ("where", Where))
-
+# As in dbmtl.h, where each is explained.
+Array = _struct("Array", data=c_void_p, dtype=c_int64)
+Rows = _struct("Rows", data=c_void_p, dtype=c_int64, stride=c_int64, num_tasks=c_int64, num_params=c_int64)
+Weighting = _struct("Weighting", eps=c_double, constant=c_double, scale=c_int64)
+Where = _struct("Where", num_threads=c_int64, workspace=c_void_p, stream=c_void_p)
+Out = _struct("Out", data=c_void_p, dtype=c_int64, start=c_int64, numel=c_int64)
+BalanceArgs = _struct(
+    "BalanceArgs", grads=Rows, ema=Rows, out=Array, norms=c_void_p, beta=c_double, weighting=Weighting, where=Where
+)
+AccumulateArgs = _struct(
+    "AccumulateArgs", row=Array, sumsq=c_void_p, coefficients=c_void_p, loss_scale=Array, num_segments=c_int64,
+    segments=c_void_p, grads=POINTER(c_void_p), grad_dtypes=c_char_p, where=Where,
+)  # fmt: skip
+CombineArgs = _struct("CombineArgs", rows=Rows, weights=Array, out=Array, accumulate=c_int64, where=Where)
+BalanceRowsArgs = _struct(
+    "BalanceRowsArgs", rows=Rows, sumsq=c_void_p, norms=c_void_p, weights=c_void_p, nonfinite=c_void_p,
+    nonfinite_steps=c_void_p, active=c_void_p, loss_scale=Array, outs=Out * MAX_OUTS, num_outs=c_int64,
+    fresh=c_int64, accumulate=c_int64, weighting=Weighting, where=Where,
+)  # fmt: skip
+GramianArgs = _struct("GramianArgs", rows=Rows, gramian=Array, where=Where)
 
 SIGNATURES: dict[str, tuple[Any, ...]] = {  # result, then arguments
     "dbmtl_balance": (c_int32, POINTER(BalanceArgs)),
@@ -89,11 +63,11 @@ CPU_SIGNATURES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _array(tensor: Tensor | None) -> Array:
+def _array(tensor: Tensor | None) -> Any:
     return Array() if tensor is None else Array(tensor.data_ptr(), DTYPES[tensor.dtype])
 
 
-def _rows(rows: Tensor) -> Rows:
+def _rows(rows: Tensor) -> Any:
     num_tasks, num_params = rows.shape
     return Rows(rows.data_ptr(), DTYPES[rows.dtype], rows.stride(0), num_tasks, num_params)
 
@@ -222,7 +196,7 @@ class CLibrary:
             return nullcontext()
         return torch.cuda.device(device)
 
-    def _where(self, device: torch.device, num_tasks: int) -> Where:
+    def _where(self, device: torch.device, num_tasks: int) -> Any:
         """Threads, or the current stream and its workspace. A captured call gets a workspace of its own."""
         if not self._gpu:
             return Where(torch.get_num_threads())
@@ -312,7 +286,7 @@ class CLibrary:
             self.check(self.library().dbmtl_balance_rows(args))
 
     def gramian(self, rows: Tensor) -> Tensor:
-        """rows @ rows.T; one launch on a GPU, at most 64 tasks."""
+        """Dot products of the rows, (K, K); one launch on a GPU, at most 64 tasks."""
         num_tasks, device = rows.shape[0], rows.device
         out = torch.empty(num_tasks, num_tasks, dtype=_wide(rows.dtype), device=device)
         with self._on(device):
