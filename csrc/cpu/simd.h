@@ -1,5 +1,5 @@
-// 16 lanes of float or double in the compiler's vectors (GCC and Clang), as wide as the instruction set that this file is
-// compiled for. Intrinsics only for conversions and stores past the cache.
+// 16 lanes of float or double in the compiler's vectors (GCC and Clang), as wide as the instruction set that this file
+// is compiled for. Intrinsics only for conversions and stores past the cache.
 #pragma once
 #ifdef __SSE2__
 #include <immintrin.h>

@@ -134,8 +134,8 @@ void combine(const void* const* rows_, const double* weights, int64_t num_rows, 
   if (streaming) stream_fence();
 }
 
-// One block of pairs over whole groups, each pair with its own 16 sums. Part by part, as the baseline has no registers for
-// 16 lanes of two rows.
+// One block of pairs over whole groups, each pair with its own 16 sums. Part by part, as the baseline has no registers
+// for 16 lanes of two rows.
 template <int kRows, int kCols, class S>
 void gram_block(const S* const* a, const S* const* b, int64_t n, double* out, int64_t stride) {
   F64 acc[kRows][kCols];

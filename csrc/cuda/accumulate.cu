@@ -1,5 +1,5 @@
-// Gathering one row from a list of gradients: pointers, sizes and offsets travel in the kernel's own arguments, so nothing
-// is uploaded. As many as fit in 4 KB go by default, in 32 KB where the driver and the device take that.
+// Gathering one row from a list of gradients: pointers, sizes and offsets travel in the kernel's own arguments, so
+// nothing is uploaded. As many as fit in 4 KB go by default, in 32 KB where the driver and the device take that.
 #include <algorithm>
 
 #include "device.cuh"

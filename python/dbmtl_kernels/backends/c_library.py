@@ -21,64 +21,37 @@ SCALES = {"max": 0, "mean": 1, "median": 2, "min": 3, "constant": 4}
 HUGE_BYTES = 8 << 20  # fresh memory of this size is worth a system call for huge pages
 
 
-class _Array(Structure):
-    _fields_ = (("data", c_void_p), ("dtype", c_int64))
+def _struct(name: str, **fields: Any) -> Any:
+    return type(name, (Structure,), {"_fields_": list(fields.items())})
 
 
-class _Rows(Structure):
-    _fields_ = (*_Array._fields_, ("stride", c_int64), ("num_tasks", c_int64), ("num_params", c_int64))
-
-
-class _Weighting(Structure):
-    _fields_ = (("eps", c_double), ("constant", c_double), ("scale", c_int64))
-
-
-class _Where(Structure):
-    _fields_ = (("num_threads", c_int64), ("workspace", c_void_p), ("stream", c_void_p))
-
-
-class _BalanceArgs(Structure):
-    _fields_ = (
-        ("grads", _Rows), ("ema", _Rows), ("out", _Array), ("norms", c_void_p), ("beta", c_double),
-        ("weighting", _Weighting), ("where", _Where),
-    )  # fmt: skip
-
-
-class _AccumulateArgs(Structure):
-    _fields_ = (
-        ("row", _Array), ("sumsq", c_void_p), ("coefficients", c_void_p), ("loss_scale", _Array),
-        ("num_segments", c_int64), ("segments", c_void_p), ("grads", POINTER(c_void_p)), ("grad_dtypes", c_char_p),
-        ("where", _Where),
-    )  # fmt: skip
-
-
-class _CombineArgs(Structure):
-    _fields_ = (("rows", _Rows), ("weights", _Array), ("out", _Array), ("accumulate", c_int64), ("where", _Where))
-
-
-class _Out(Structure):
-    _fields_ = (*_Array._fields_, ("start", c_int64), ("numel", c_int64))
-
-
-class _BalanceRowsArgs(Structure):
-    _fields_ = (
-        ("rows", _Rows), ("sumsq", c_void_p), ("norms", c_void_p), ("weights", c_void_p), ("nonfinite", c_void_p),
-        ("nonfinite_steps", c_void_p), ("active", c_void_p), ("loss_scale", _Array), ("outs", _Out * MAX_OUTS),
-        ("num_outs", c_int64), ("fresh", c_int64), ("accumulate", c_int64), ("weighting", _Weighting),
-        ("where", _Where),
-    )  # fmt: skip
-
-
-class _GramianArgs(Structure):
-    _fields_ = (("rows", _Rows), ("gramian", _Array), ("where", _Where))
-
+# As in dbmtl.h, where each is explained.
+Array = _struct("Array", data=c_void_p, dtype=c_int64)
+Rows = _struct("Rows", data=c_void_p, dtype=c_int64, stride=c_int64, num_tasks=c_int64, num_params=c_int64)
+Weighting = _struct("Weighting", eps=c_double, constant=c_double, scale=c_int64)
+Where = _struct("Where", num_threads=c_int64, workspace=c_void_p, stream=c_void_p)
+Out = _struct("Out", data=c_void_p, dtype=c_int64, start=c_int64, numel=c_int64)
+BalanceArgs = _struct(
+    "BalanceArgs", grads=Rows, ema=Rows, out=Array, norms=c_void_p, beta=c_double, weighting=Weighting, where=Where
+)
+AccumulateArgs = _struct(
+    "AccumulateArgs", row=Array, sumsq=c_void_p, coefficients=c_void_p, loss_scale=Array, num_segments=c_int64,
+    segments=c_void_p, grads=POINTER(c_void_p), grad_dtypes=c_char_p, where=Where,
+)  # fmt: skip
+CombineArgs = _struct("CombineArgs", rows=Rows, weights=Array, out=Array, accumulate=c_int64, where=Where)
+BalanceRowsArgs = _struct(
+    "BalanceRowsArgs", rows=Rows, sumsq=c_void_p, norms=c_void_p, weights=c_void_p, nonfinite=c_void_p,
+    nonfinite_steps=c_void_p, active=c_void_p, loss_scale=Array, outs=Out * MAX_OUTS, num_outs=c_int64,
+    fresh=c_int64, accumulate=c_int64, weighting=Weighting, where=Where,
+)  # fmt: skip
+GramianArgs = _struct("GramianArgs", rows=Rows, gramian=Array, where=Where)
 
 SIGNATURES: dict[str, tuple[Any, ...]] = {  # result, then arguments
-    "dbmtl_balance": (c_int32, POINTER(_BalanceArgs)),
-    "dbmtl_accumulate": (c_int32, POINTER(_AccumulateArgs)),
-    "dbmtl_combine": (c_int32, POINTER(_CombineArgs)),
-    "dbmtl_balance_rows": (c_int32, POINTER(_BalanceRowsArgs)),
-    "dbmtl_gramian": (c_int32, POINTER(_GramianArgs)),
+    "dbmtl_balance": (c_int32, POINTER(BalanceArgs)),
+    "dbmtl_accumulate": (c_int32, POINTER(AccumulateArgs)),
+    "dbmtl_combine": (c_int32, POINTER(CombineArgs)),
+    "dbmtl_balance_rows": (c_int32, POINTER(BalanceRowsArgs)),
+    "dbmtl_gramian": (c_int32, POINTER(GramianArgs)),
     "dbmtl_abi_version": (c_int32,),
     "dbmtl_available": (c_int32,),
     "dbmtl_last_error": (c_char_p,),
@@ -91,16 +64,16 @@ CPU_SIGNATURES: dict[str, tuple[Any, ...]] = {
 }
 
 
-NONE = _Array()
+NONE = Array()
 
 
-def _array(tensor: Tensor) -> _Array:
-    return _Array(tensor.data_ptr(), DTYPES[tensor.dtype])
+def _array(tensor: Tensor) -> Any:
+    return Array(tensor.data_ptr(), DTYPES[tensor.dtype])
 
 
-def _rows(rows: Tensor) -> _Rows:
+def _rows(rows: Tensor) -> Any:
     num_tasks, num_params = rows.shape
-    return _Rows(rows.data_ptr(), DTYPES[rows.dtype], rows.stride(0), num_tasks, num_params)
+    return Rows(rows.data_ptr(), DTYPES[rows.dtype], rows.stride(0), num_tasks, num_params)
 
 
 def _readable(loss_scale: Tensor, device: torch.device) -> Tensor:
@@ -234,7 +207,7 @@ class CLibrary:
         if status != 0:
             self.check(status)
 
-    def _where(self, device: torch.device, num_tasks: int) -> _Where:
+    def _where(self, device: torch.device, num_tasks: int) -> Any:
         """The current stream and its workspace. A captured call gets a workspace of its own."""
         stream, captured = 0, False
         if device.type == "cuda":
@@ -245,7 +218,7 @@ class CLibrary:
             found = torch.zeros(needed, dtype=torch.uint8, device=device)
             if not captured:
                 self._workspaces[device, stream] = found
-        return _Where(0, found.data_ptr(), stream)
+        return Where(0, found.data_ptr(), stream)
 
     # --- the calls --------------------------------------------------------------------------------------------------
 
@@ -259,8 +232,8 @@ class CLibrary:
         if not self._gpu:
             self.advise_huge_pages(out)
         norms = torch.empty(num_tasks, dtype=_wide(ema.dtype), device=device)
-        weighting = _Weighting(eps, constant, SCALES[scale])
-        args = _BalanceArgs(_rows(grads), _rows(ema), _array(out), norms.data_ptr(), beta, weighting)
+        weighting = Weighting(eps, constant, SCALES[scale])
+        args = BalanceArgs(_rows(grads), _rows(ema), _array(out), norms.data_ptr(), beta, weighting)
         self._call("dbmtl_balance", device, num_tasks, args)
         return out, norms
 
@@ -284,8 +257,8 @@ class CLibrary:
         if loss_scale is not None:
             loss_scale = _readable(loss_scale, row.device)  # a name, as only its address is passed on
             factor = _array(loss_scale)
-        args = _AccumulateArgs(
-            _Array(row.data_ptr(), DTYPES[row.dtype]), sumsq.data_ptr(), coefficients.data_ptr(), factor, len(grads),
+        args = AccumulateArgs(
+            Array(row.data_ptr(), DTYPES[row.dtype]), sumsq.data_ptr(), coefficients.data_ptr(), factor, len(grads),
             segments.data_ptr(), (c_void_p * len(grads))(*addresses), bytes(dtypes),
         )  # fmt: skip
         self._call("dbmtl_accumulate", row.device, 1, args)
@@ -293,7 +266,7 @@ class CLibrary:
     def combine_out(self, rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) -> None:
         """Add weighted rows up; one launch on a GPU."""
         weights = weights.contiguous()
-        args = _CombineArgs(_rows(rows), _array(weights), _array(out), accumulate)
+        args = CombineArgs(_rows(rows), _array(weights), _array(out), accumulate)
         self._call("dbmtl_combine", rows.device, rows.shape[0], args)
 
     def balance_rows_(self, step: BalanceRows) -> None:
@@ -302,13 +275,13 @@ class CLibrary:
         if step.loss_scale is not None:
             loss_scale = _readable(step.loss_scale, rows.device)  # a name, as only its address is passed on
             factor = _array(loss_scale)
-        outs = (_Out * MAX_OUTS)()
+        outs = (Out * MAX_OUTS)()
         for i, (out, start) in enumerate(zip(step.outs, step.starts, strict=True)):
-            outs[i] = _Out(out.data_ptr(), DTYPES[out.dtype], start, out.numel())
-        args = _BalanceRowsArgs(
+            outs[i] = Out(out.data_ptr(), DTYPES[out.dtype], start, out.numel())
+        args = BalanceRowsArgs(
             _rows(rows), *map(Tensor.data_ptr, step.stats), None if step.active is None else step.active.data_ptr(),
             factor, outs, len(step.outs), step.fresh, step.accumulate,
-            _Weighting(step.eps, step.constant, SCALES[step.scale]),
+            Weighting(step.eps, step.constant, SCALES[step.scale]),
         )  # fmt: skip
         self._call("dbmtl_balance_rows", rows.device, rows.shape[0], args)
 
@@ -316,7 +289,7 @@ class CLibrary:
         """The product of the rows with themselves; one launch on a GPU, at most 64 tasks."""
         num_tasks, device = rows.shape[0], rows.device
         out = torch.empty(num_tasks, num_tasks, dtype=_wide(rows.dtype), device=device)
-        self._call("dbmtl_gramian", device, num_tasks, _GramianArgs(_rows(rows), _array(out)))
+        self._call("dbmtl_gramian", device, num_tasks, GramianArgs(_rows(rows), _array(out)))
         return out
 
 
