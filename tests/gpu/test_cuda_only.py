@@ -16,6 +16,7 @@ from device import (
     MARKS,
     STATES,
     EngineStep,
+    Net,
     assert_accumulates_as_native,
     assert_dense_as_native,
     assert_same_bits,
@@ -23,7 +24,6 @@ from device import (
     row_problem,
     there,
 )  # fmt: skip
-from test_gpu import Net, form, gpu  # noqa: F401
 
 pytestmark = [*MARKS, needs_cuda]
 
@@ -49,7 +49,7 @@ def network():
     return net, torch.randn(16, 2, 8, 8, device=DEVICE), torch.randn(3, 16, 4, device=DEVICE)
 
 
-def test_launches(gpu, tmp_path, monkeypatch):  # noqa: F811
+def test_launches(gpu, tmp_path, monkeypatch):
     dense, row, end, gramian = KERNELS[gpu]
     grads, ema = torch.randn(2, 3, LARGE, device=DEVICE)
     trace = tmp_path / "trace.json"
@@ -72,7 +72,7 @@ def test_launches(gpu, tmp_path, monkeypatch):  # noqa: F811
     assert [n for n in names if n in (row, end)] == [row] * 3 + [end]
 
 
-def test_the_host_waits_for_nothing(gpu):  # noqa: F811
+def test_the_host_waits_for_nothing(gpu):
     net, x, y = network()
     balancer = dbk.DBMTL(net.trunk.parameters(), 3, backend=gpu)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
@@ -95,7 +95,7 @@ def test_the_host_waits_for_nothing(gpu):  # noqa: F811
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_memory_held_beside_the_model(gpu):  # noqa: F811
+def test_memory_held_beside_the_model(gpu):
     """(K + 1) P elements, to 5 %."""
     K, parameters = 4, [torch.zeros(1 << 20, device=DEVICE, requires_grad=True) for _ in range(8)]
 
@@ -124,7 +124,7 @@ def test_memory_held_beside_the_model(gpu):  # noqa: F811
     assert grown <= 1.05 * 4 * sum(p.numel() for p in parameters) * (K + 1)
 
 
-def test_two_streams_at_once(form):  # noqa: F811
+def test_two_streams_at_once(form):
     cases = []
     for size in (1 << 20, 300007):  # both fill the GPU: their barriers must not wait for each other
         grads, ema = torch.randn(5, 3, size), torch.randn(3, size)
@@ -144,7 +144,7 @@ def test_two_streams_at_once(form):  # noqa: F811
         torch.testing.assert_close(results[index][0].cpu(), grad, rtol=1e-6, atol=1e-6 * float(grad.abs().max()))
 
 
-def test_the_rows_on_a_stream_of_ones_own(gpu):  # noqa: F811
+def test_the_rows_on_a_stream_of_ones_own(gpu):
     """What it waits for is slow: kernels on another stream would come too early."""
     ours, other = EngineStep(gpu), EngineStep(gpu)
     stream = torch.cuda.Stream(DEVICE)
@@ -163,7 +163,7 @@ def test_the_rows_on_a_stream_of_ones_own(gpu):  # noqa: F811
     assert_same_bits(ours.results(), other.results())
 
 
-def test_every_device_whichever_is_current(gpu, monkeypatch):  # noqa: F811
+def test_every_device_whichever_is_current(gpu, monkeypatch):
     """With one device, that; with two, each while the other is current."""
     count = torch.cuda.device_count()
     for index in range(count):
@@ -185,7 +185,7 @@ def captured(run):
     return graph, result
 
 
-def test_graph_replay_of_the_dense_op(form):  # noqa: F811
+def test_graph_replay_of_the_dense_op(form):
     start, grads = torch.randn(2, 3, LARGE, device=DEVICE)
     state, mine = torch.zeros(2, 3, LARGE, device=DEVICE)
     graph, (grad, norms) = captured(lambda: dbk.balance_(grads, mine, backend=form))
@@ -199,7 +199,7 @@ def test_graph_replay_of_the_dense_op(form):  # noqa: F811
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_graph_replay_with_other_coefficients(gpu, state):  # noqa: F811
+def test_graph_replay_with_other_coefficients(gpu, state):
     row, segments, grads = row_problem(state, GRADS)
     grads, coefficients = [there(g) for g in grads], there(torch.tensor([0.0, 1.0], dtype=F64))
     rows, sums = there(torch.stack([row, row])), there(torch.zeros(2, 1, dtype=F64))
@@ -214,7 +214,7 @@ def test_graph_replay_with_other_coefficients(gpu, state):  # noqa: F811
 
 
 @pytest.mark.parametrize("state", [torch.float32, BF16], ids=str)
-def test_graph_replay_of_an_engine_step(gpu, state):  # noqa: F811
+def test_graph_replay_of_an_engine_step(gpu, state):
     ours, other = EngineStep(gpu, state=state), EngineStep(gpu, state=state)
     graph, _ = captured(ours)
     for tensor in (ours.rows, *ours.stats):

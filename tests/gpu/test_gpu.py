@@ -17,6 +17,7 @@ from device import (
     PAIRS,
     STATES,
     EngineStep,
+    Net,
     assert_accumulates_as_native,
     assert_dense_as_native,
     assert_near,
@@ -24,30 +25,15 @@ from device import (
     dense,
     numbers,
     row_problem,
-    serve,
     stats,
     there,
 )  # fmt: skip
-from torch import nn
 
 pytestmark = MARKS
 SIZES = (1, 7, 33, 1000, 4096, 100003, 1 << 20, (1 << 22) + 16) if ON_GPU else (1, 33, 1000, 4096)
 TASKS = (1, 2, 3, 5, 11, 16, 33)
 SCALES = ("max", "mean", "median", "min", 0.5)
-FORMS = {"triton": "1", "triton in two launches": "2", "cuda": "1"}
 spell = lambda dtypes: "-".join(str(d).removeprefix("torch.") for d in dtypes)  # noqa: E731
-
-
-@pytest.fixture(params=["triton", "cuda"])
-def gpu(request):
-    return serve(request.param, request)
-
-
-@pytest.fixture(params=FORMS)
-def form(request, monkeypatch):
-    """A backend, with Triton's dense op in either form."""
-    monkeypatch.setenv("DBMTL_TRITON_LAUNCHES", FORMS[request.param])
-    return serve(request.param.split()[0], request)
 
 
 # --- The dense op ---------------------------------------------------------------------------------------------
@@ -281,32 +267,6 @@ def test_a_row_of_more_than_two_to_the_31_elements(gpu):
 
 
 # --- The engine -----------------------------------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    """A small trunk of convolutions, and three heads."""
-
-    def __init__(self):
-        super().__init__()
-        convolutions = [nn.Conv2d(2, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 5, 3, stride=2), nn.Tanh()]
-        self.trunk = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(45, 17), nn.Tanh())
-        self.heads = nn.ModuleList(nn.Linear(17, 4) for _ in range(3))
-
-    def losses(self, x, y):
-        z = self.trunk(x)
-        return [nn.functional.mse_loss(head(z), target) + 0.1 for head, target in zip(self.heads, y, strict=True)]
-
-    def backward(self, mode, balancer, x, y):
-        self.zero_grad()
-        if mode == "scaled":
-            (balancer(self.losses(x, y)) * 1024).backward()
-        elif mode == "plain":
-            balancer.backward(self.losses(x, y))
-        else:  # a step without task 1
-            for task in (0, 2):
-                with balancer.task(task):
-                    dbk.log_transform(self.losses(x, y)[task]).backward()
-            balancer.balance()
 
 
 def flat(grads):

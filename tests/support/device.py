@@ -9,7 +9,8 @@ import dbmtl_kernels as dbk
 import numpy as np
 import pytest
 import torch
-from dbmtl_kernels import backends, ops
+from dbmtl_kernels import ops
+from torch import nn
 
 DEVICE = torch.device(os.environ.get("DBMTL_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
@@ -30,15 +31,6 @@ KERNELS = {
     ),
     "cuda": (["balance_kernel"], "accumulate_kernel", "rows_kernel", ["gramian_kernel"]),
 }
-
-
-def serve(name, request):
-    """Skip where ``name`` is not built; on a CPU emulate it."""
-    if name == "cuda" and not ON_GPU:
-        request.getfixturevalue("emulated_cuda")
-    elif name == "cuda" and (reason := backends.get(name).missing(DEVICE)):
-        pytest.skip(reason)
-    return name
 
 
 def there(x):
@@ -111,7 +103,7 @@ def stats(num_tasks, device=DEVICE):
 
 
 class EngineStep:
-    """Rows, gradients of each task, a flat result; a call is a step: `accumulate_` for each task, then `balance_rows_`."""
+    """Rows, gradients of each task, a flat result. A call is a step: `accumulate_` K times, then `balance_rows_`."""
 
     def __init__(self, backend, num_tasks=3, state=F32):
         row, self.segments, _ = row_problem(state, (F32,), sizes=(LARGE, 7, 4096, 1))
@@ -141,3 +133,29 @@ def assert_near(actual, expected, tolerance):
     """To ``tolerance`` times the largest element."""
     actual, expected = numbers(actual), numbers(expected)
     assert np.abs(actual - expected).max() <= tolerance * max(1e-30, np.abs(expected).max())
+
+
+class Net(nn.Module):
+    """A small trunk of convolutions, and three heads."""
+
+    def __init__(self):
+        super().__init__()
+        convolutions = [nn.Conv2d(2, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 5, 3, stride=2), nn.Tanh()]
+        self.trunk = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(45, 17), nn.Tanh())
+        self.heads = nn.ModuleList(nn.Linear(17, 4) for _ in range(3))
+
+    def losses(self, x, y):
+        z = self.trunk(x)
+        return [nn.functional.mse_loss(head(z), target) + 0.1 for head, target in zip(self.heads, y, strict=True)]
+
+    def backward(self, mode, balancer, x, y):
+        self.zero_grad()
+        if mode == "scaled":
+            (balancer(self.losses(x, y)) * 1024).backward()
+        elif mode == "plain":
+            balancer.backward(self.losses(x, y))
+        else:  # a step without task 1
+            for task in (0, 2):
+                with balancer.task(task):
+                    dbk.log_transform(self.losses(x, y)[task]).backward()
+            balancer.balance()
