@@ -311,7 +311,12 @@ class Loop(RuleBasedStateMachine):
 
 def test_any_sequence():
     RAN.clear()
-    options = {"max_examples": 500 if os.environ.get("CI") else 60, "stateful_step_count": 40, "derandomize": True, "deadline": None}
+    options = {
+        "max_examples": 500 if os.environ.get("CI") else 60,
+        "stateful_step_count": 40,
+        "derandomize": True,
+        "deadline": None,
+    }
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much]
     run_state_machine_as_test(
         Loop, settings=settings(**options, report_multiple_bugs=False, suppress_health_check=checks)

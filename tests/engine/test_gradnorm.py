@@ -6,7 +6,7 @@ import dbmtl_kernels as dbk
 import numpy as np
 import pytest
 import torch
-from problems import assert_same_state, close, flat_gradients, leaf, quadratics, state_of
+from problems import assert_same_state, close, flat_gradients, leaf, quadratics
 
 K = 3
 

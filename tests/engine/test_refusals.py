@@ -5,7 +5,6 @@ import copy
 import dbmtl_kernels as dbk
 import pytest
 import torch
-from dbmtl_kernels import ops
 from problems import assert_same_state, state_of
 from torch import nn
 

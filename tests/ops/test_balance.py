@@ -8,8 +8,23 @@ import oracle
 import pytest
 import torch
 from cases import (
-    BACKENDS, BETAS, BF16, DTYPES, F16, F32, F64, REAL, SCALES, SIMULATED, ULP, assert_like_the_oracle,
-    assert_same_bits, dense, numpy, problem, relative,
+    BACKENDS,
+    BETAS,
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    REAL,
+    SCALES,
+    SIMULATED,
+    ULP,
+    assert_like_the_oracle,
+    assert_same_bits,
+    dense,
+    numpy,
+    problem,
+    relative,
 )  # fmt: skip
 from dbmtl_kernels.backends import native
 

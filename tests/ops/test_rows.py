@@ -8,8 +8,21 @@ import oracle
 import pytest
 import torch
 from cases import (
-    BACKENDS, BF16, F16, F32, F64, GRADS, REAL, SCALES, SIMULATED, STATES, assert_same_bits, new_stats, numpy,
-    row_problem, step_of,
+    BACKENDS,
+    BF16,
+    F16,
+    F32,
+    F64,
+    GRADS,
+    REAL,
+    SCALES,
+    SIMULATED,
+    STATES,
+    assert_same_bits,
+    new_stats,
+    numpy,
+    row_problem,
+    step_of,
 )  # fmt: skip
 from dbmtl_kernels import ops, reference
 from dbmtl_kernels.backends import native
