@@ -1,8 +1,12 @@
-"""What the dense op is measured against, each as (grads, ema) -> balanced gradient, with ema updated in place."""
+"""What the dense op and the engine are measured against.
+
+Of the dense op each is (grads, ema) -> balanced gradient, with ema updated in place; of the engine, see `Engine`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import dbmtl_kernels as dbk
 import torch
@@ -52,3 +56,76 @@ def all_contenders() -> dict[str, Contender]:
         "torch.compile (mul_, add_)": torch.compile(eager_addmul),
         "authors' arithmetic": authors,
     }
+
+
+class Given(torch.autograd.Function):
+    """A loss of 1 whose backward pass hands out copies of the gradients given."""
+
+    @staticmethod
+    def forward(ctx, grads, *parameters):
+        ctx.grads = grads
+        return torch.ones((), device=parameters[0].device)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (None, *(given.clone() for given in ctx.grads))
+
+
+class Engine:
+    """Parameters of given shapes, K lists of gradients, and ways from those to a balanced ``.grad``."""
+
+    def __init__(self, K: int, shapes: list[tuple[int, ...]], device: torch.device) -> None:
+        self.parameters = [torch.zeros(shape, device=device, requires_grad=True) for shape in shapes]
+        self.sizes = [p.numel() for p in self.parameters]
+        self.grads = [[torch.randn_like(p) * (1 + task) for p in self.parameters] for task in range(K)]
+
+    def clear(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def passes(self, each: Callable[..., Any] = lambda task: None, let_go: bool = True) -> None:
+        """K backward passes; ``each`` follows every one."""
+        for task, grads in enumerate(self.grads):
+            if let_go or task == 0:
+                self.clear()
+            Given.apply(grads, *self.parameters).backward()
+            each(task)
+
+    def ours(self, backend: str) -> Callable[..., Any]:
+        balancer = dbk.DBMTL(self.parameters, len(self.grads), beta=BETA, beta_sigma=0.0, backend=backend)
+
+        def call() -> None:
+            self.clear()
+            balancer.backward([Given.apply(grads, *self.parameters) for grads in self.grads])
+
+        return call
+
+    def eager(self, change: Callable[..., Any] = lambda f: f, foreach: bool = False) -> Callable[..., Any]:
+        """`torch.cat` and lerp_ (7 K P + P elements), or `torch._foreach_lerp_` on views of the state (5 K P + P)."""
+        state = torch.zeros(len(self.grads), sum(self.sizes), device=self.parameters[0].device)
+        views = [self.split(row) for row in state]
+        cat = change(lambda row, grads: row.lerp_(torch.cat([grad.reshape(-1) for grad in grads]), 1.0 - BETA))
+
+        def gather(task: int) -> None:
+            grads = [p.grad for p in self.parameters]
+            torch._foreach_lerp_(views[task], grads, 1.0 - BETA) if foreach else cat(state[task], grads)
+
+        @change
+        def combine() -> Tensor:
+            norms = torch.linalg.vector_norm(state, dim=1)
+            return (norms.max() / (norms + EPS)) @ state
+
+        def call() -> None:
+            self.passes(gather)
+            for p, grad in zip(self.parameters, self.split(combine()), strict=True):
+                p.grad = grad
+
+        return call
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        return [part.view_as(p) for part, p in zip(flat.split(self.sizes), self.parameters, strict=True)]
+
+    def expected(self) -> Tensor:
+        """The balanced gradient of the first step, flat."""
+        rows = torch.stack([torch.cat([grad.reshape(-1) for grad in grads]) for grads in self.grads])
+        return dbk.reference.balance(rows, torch.zeros_like(rows), BETA, EPS)[0]

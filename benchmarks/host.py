@@ -1,9 +1,9 @@
-"""Host time of a step beyond its backward passes; of two source trees in turn, that, the op and a whole step.
+"""Host time of a step beyond its backward passes; and that, the op and a whole step of two source trees in turn.
 
-``python benchmarks/host.py`` times ``balancer.backward(losses)`` of 161 small parameters (as many tensors as a ResNet-50
-has) and K=3 losses, and the K backward passes alone. ``--base PATH`` runs the same with the package of another checkout,
-which must be built, in a process of its own; rounds alternate, so that what disturbs the machine disturbs both. It adds
-``balance_`` and a training step. Medians and the ratio head / base.
+``python benchmarks/host.py`` times ``balancer.backward(losses)`` of 161 small parameters (a ResNet-50 has as many
+tensors) and K=3 losses, and the K backward passes alone. ``--base PATH`` does the same with the package of another
+checkout, which must be built, in a process of its own: rounds alternate, so what disturbs the machine disturbs both.
+It adds ``balance_`` and a training step. Prints medians, and the ratio head / base.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 K = 3
 NUM_PARAMETERS = 161
 Call = Callable[[], object]
@@ -77,13 +78,12 @@ def step() -> dict[str, Call]:
     import torch
 
     problem = test_step.Problem((torch.float32,))
+    backward = {"step": partial(test_step.ours, torch.float32), "step, bare passes": test_step.bare}
 
-    def run(backward: Callable[..., None]) -> None:
-        problem.optimizer.zero_grad()
-        backward(problem, problem.losses())
-        problem.optimizer.step()
+    def whole(call: Callable[..., None]) -> None:
+        problem.step(call)
 
-    return {"step": lambda: run(test_step.ours), "step, bare passes": lambda: run(test_step.bare)}
+    return {name: partial(whole, call) for name, call in backward.items()}
 
 
 CASES: dict[str, tuple[Callable[[], dict[str, Call]], int]] = {  # and calls a round
@@ -94,7 +94,10 @@ CASES: dict[str, tuple[Callable[[], dict[str, Call]], int]] = {  # and calls a r
 
 
 def work(case: str) -> None:
-    """Seconds of every call of a case, a line of JSON for each line read."""
+    """Where the package is from; then seconds of every call of a case, a line of JSON for each line read."""
+    import dbmtl_kernels
+
+    print(dbmtl_kernels.__file__, flush=True)
     make, repeat = CASES[case]
     calls = make()
     for _ in sys.stdin:
@@ -117,6 +120,10 @@ def measure(case: str, trees: dict[str, Path], rounds: int, warmup: int = 3) -> 
         )
         for name, tree in trees.items()
     }  # fmt: skip
+    for name, tree in trees.items():
+        found = Path(workers[name].stdout.readline().strip())
+        if not found.is_relative_to(tree):
+            raise RuntimeError(f"{name} is not of {tree}: {found}")
     times: dict[str, dict[str, list[float]]] = {name: {} for name in trees}
     for round_ in range(warmup + rounds):
         for name in list(trees)[:: 1 if round_ % 2 else -1]:

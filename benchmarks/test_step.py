@@ -1,6 +1,8 @@
 """A whole training step: an MLP trunk of 8 M parameters, K=3, batch 32, against the bare K backward passes."""
 
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import dbmtl_kernels as dbk
@@ -14,23 +16,42 @@ WIDTHS = (1000, 2000, 2000, 1000)
 
 
 class Problem:
-    """The model, one batch, and its optimizer; all contenders share them."""
+    """The model, one batch, its optimizer, and a balancer for each state's dtype or backend; contenders share them."""
 
-    def __init__(self, states: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> None:
+    def __init__(
+        self,
+        kinds: Sequence[torch.dtype | str],
+        widths: Sequence[int] = WIDTHS,
+        batch: int = BATCH,
+        device: str = "cpu",
+    ) -> None:
         layers: list[nn.Module] = []
-        for a, b in pairwise(WIDTHS):
+        for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.ReLU()]
-        self.trunk = nn.Sequential(*layers)
-        self.heads = nn.ModuleList(nn.Linear(WIDTHS[-1], 10) for _ in range(K))
+        self.trunk = nn.Sequential(*layers).to(device)
+        self.heads = nn.ModuleList(nn.Linear(widths[-1], 10) for _ in range(K)).to(device)
         self.parameters = [*self.trunk.parameters(), *self.heads.parameters()]
-        self.x = torch.randn(BATCH, WIDTHS[0])
-        self.y = torch.randint(0, 10, (K, BATCH))
+        self.x = torch.randn(batch, widths[0], device=device)
+        self.y = torch.randint(0, 10, (K, batch), device=device)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
-        self.balancers = {dtype: dbk.DBMTL(self.trunk.parameters(), K, state_dtype=dtype) for dtype in states}
+        self.balancers = {}
+        for kind in kinds:
+            options = {"backend": kind} if isinstance(kind, str) else {"state_dtype": kind}
+            self.balancers[kind] = dbk.DBMTL(self.trunk.parameters(), K, **options)
 
     def losses(self) -> list[torch.Tensor]:
         z = self.trunk(self.x)
         return [functional.cross_entropy(head(z), y) for head, y in zip(self.heads, self.y, strict=True)]
+
+    def step(self, backward: Callable[..., None]) -> float:
+        """Forward, ``backward``, optimizer; seconds of the second."""
+        self.optimizer.zero_grad()
+        losses = self.losses()
+        began = time.perf_counter()
+        backward(self, losses)
+        elapsed = time.perf_counter() - began
+        self.optimizer.step()
+        return elapsed
 
 
 def bare(problem, losses):
@@ -51,12 +72,8 @@ def equal_weighting(problem, losses):
     sum(losses).backward()
 
 
-def ours(problem, losses):
-    problem.balancers[torch.float32](losses).backward()
-
-
-def ours_bf16_state(problem, losses):
-    problem.balancers[torch.bfloat16](losses).backward()
+def ours(kind, problem, losses):
+    problem.balancers[kind](losses).backward()
 
 
 def authors(problem, losses):
@@ -88,28 +105,23 @@ LIGHT = {
     "bare K backward passes": bare,
     "bare, each .grad let go": bare_let_go,
     "equal weighting": equal_weighting,
-    "dbmtl_kernels": ours,
-    "dbmtl_kernels, bf16 state": ours_bf16_state,
+    "dbmtl_kernels": partial(ours, torch.float32),
+    "dbmtl_kernels, bf16 state": partial(ours, torch.bfloat16),
 }
 # A run of its own: the memory it allocates and frees slows down whoever comes after.
-HEAVY = {"bare K backward passes": bare, "dbmtl_kernels": ours, "authors' arithmetic": authors}
+HEAVY = {"bare K backward passes": bare, "dbmtl_kernels": partial(ours, torch.float32), "authors' arithmetic": authors}
 
 
 def measure(contenders, rounds, warmup=3):
     """Whole steps (forward, backward passes, optimizer) in turn; rows of figures, by contender."""
-    problem = Problem()
+    problem = Problem((torch.float32, torch.bfloat16))
     assert sum(p.numel() for p in problem.trunk.parameters()) >= 8_000_000
     backward: dict[str, list[float]] = {name: [] for name in contenders}
 
     def step(name):
-        problem.optimizer.zero_grad()
-        losses = problem.losses()
-        start = time.perf_counter()
-        contenders[name](problem, losses)
-        backward[name].append(time.perf_counter() - start)
-        problem.optimizer.step()
+        backward[name].append(problem.step(contenders[name]))
 
-    whole = timing.interleaved({n: lambda n=n: step(n) for n in contenders}, rounds, warmup)
+    whole = timing.interleaved({n: partial(step, n) for n in contenders}, rounds, warmup)
     backward = {name: times[warmup:] for name, times in backward.items()}
     rows = {}
     for name in contenders:

@@ -81,8 +81,8 @@ def torchjd():
 
 
 CASES = [
-    assert_async, compiled_module, distributed_data_parallel, donated_buffer, dtensor_local, fully_sharded_1, node_names,
-    tensor_version, torchjd, trainer,
+    assert_async, compiled_module, distributed_data_parallel, donated_buffer, dtensor_local, fully_sharded_1,
+    node_names, tensor_version, torchjd, trainer,
 ]  # fmt: skip
 
 

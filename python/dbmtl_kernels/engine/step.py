@@ -74,7 +74,6 @@ class Engine:
         collectors: list[Any] = []
         last = len(losses.tasks) - 1
         try:
-            grads.hook()
             with self.heads.averaging(grads.touched, self._stepped_parameters(), losses.losses):
                 for index, task in enumerate(losses.tasks):
                     collectors.append(rows.collect(task, steps.coefficients(task), steps.loss_scale))
@@ -88,7 +87,7 @@ class Engine:
             self._recover(stash, collectors, begun)
             raise
         finally:
-            grads.unhook()
+            grads.stop_collecting()
         self._write(stash)
 
     # --- task by task -----------------------------------------------------------------------------------------
