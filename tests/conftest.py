@@ -3,7 +3,6 @@ import os
 import emulator
 import pytest
 import torch
-from dbmtl_kernels import backends
 
 os.environ.pop("DBMTL_BACKEND", None)
 os.environ.pop("DBMTL_TRITON_LAUNCHES", None)
@@ -22,24 +21,11 @@ def _same_start():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
-def emulated_library(tmp_path_factory):
-    return emulator.build(tmp_path_factory.mktemp("cuda"))
-
-
-def _forget():
-    backends.cuda.forget()
-    backends.clear_cache()
-
-
 @pytest.fixture
-def emulated_cuda(emulated_library, monkeypatch):
+def emulated_cuda():
     """The `cuda` backend serves CPU tensors, with its kernels emulated."""
-    monkeypatch.setattr(backends.cuda, "path", emulated_library)
-    monkeypatch.setattr(backends.cuda, "serves", "cpu")
-    _forget()
-    yield
-    _forget()
+    with emulator.serving_cpu() as cuda:
+        yield cuda
 
 
 @pytest.fixture(autouse=True)
