@@ -13,6 +13,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; a test that 
     torch.set_num_threads(1)
 
 
+# Fixtures that run a script for many seconds: one worker shall have all tests of it.
+RUN_ONCE = {"four", "folder", "ranks", "measured"}
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     torch.manual_seed(0)
@@ -37,6 +41,9 @@ def _emulated_where_asked_for(request):
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        if RUN_ONCE.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
         if "gpu" in item.keywords and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))

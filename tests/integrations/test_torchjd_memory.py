@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 K, P = 4, 2_500_000
 
 PROGRAM = """
@@ -58,6 +60,7 @@ print(json.dumps(peak() - before))
 """
 
 
+@pytest.mark.slow
 def test_one_matrix_where_the_jac_path_holds_two():
     """Beyond the model and one task's gradient, in units of K x P float32."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}  # as in test_memory.py
