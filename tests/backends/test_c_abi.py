@@ -114,7 +114,11 @@ ON_CUDA = [
 TABLE = [(backend, *case) for backend in BACKENDS for case in CASES] + [("cuda", *case) for case in ON_CUDA]
 
 
-@pytest.mark.parametrize(("backend", "entry", "path", "value", "status", "message"), TABLE)
+# No address in a name: all workers must find the same names.
+NAMES = [f"{backend}-{entry}-{path}-{message}" for backend, entry, path, _, _, message in TABLE]
+
+
+@pytest.mark.parametrize(("backend", "entry", "path", "value", "status", "message"), TABLE, ids=NAMES)
 def test_it_is_refused_by_name_and_nothing_is_written(backend, entry, path, value, status, message):
     call = Call(backend, entry)
     call.set(path, value)
