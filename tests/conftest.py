@@ -3,7 +3,6 @@ import os
 import emulator
 import pytest
 import torch
-from dbmtl_kernels import backends
 
 os.environ.pop("DBMTL_BACKEND", None)
 os.environ.pop("DBMTL_TRITON_LAUNCHES", None)
@@ -14,6 +13,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; a test that 
     torch.set_num_threads(1)
 
 
+# Fixtures that run a script for many seconds: one worker shall have all tests of it.
+RUN_ONCE = {"four", "folder", "ranks", "measured"}
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     torch.manual_seed(0)
@@ -22,24 +25,11 @@ def _same_start():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
-def emulated_library(tmp_path_factory):
-    return emulator.build(tmp_path_factory.mktemp("cuda"))
-
-
-def _forget():
-    backends.cuda.forget()
-    backends.clear_cache()
-
-
 @pytest.fixture
-def emulated_cuda(emulated_library, monkeypatch):
+def emulated_cuda():
     """The `cuda` backend serves CPU tensors, with its kernels emulated."""
-    monkeypatch.setattr(backends.cuda, "path", emulated_library)
-    monkeypatch.setattr(backends.cuda, "serves", "cpu")
-    _forget()
-    yield
-    _forget()
+    with emulator.serving_cpu() as cuda:
+        yield cuda
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +41,9 @@ def _emulated_where_asked_for(request):
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        if RUN_ONCE.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
         if "gpu" in item.keywords and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -1,4 +1,4 @@
-"""What 4 ranks do together, run by torchrun; rank 0 writes what came of it for tests/test_distributed.py to judge."""
+"""What 4 ranks do together, run by torchrun; rank 0 writes what came of it for test_distributed.py to judge."""
 
 import functools
 import io
@@ -10,7 +10,9 @@ from pathlib import Path
 import dbmtl_kernels as dbk
 import torch
 import torch.distributed as dist
+from dbmtl_kernels.rows import placement
 from job import NUM_TASKS, Job, Net, batches, first_net, identical, load, save, whole
+from problems import state_of
 from refusals import attempts
 from torch import nn
 
@@ -30,7 +32,7 @@ def difference(a, b):
 
 
 def held(balancer):
-    parts = getattr(state_of(balancer), "parts", state_of([balancer)])
+    parts = getattr(state_of(balancer), "parts", [state_of(balancer)])
     return sum(part.rows.numel() for part in parts)
 
 

@@ -12,6 +12,7 @@ import torch
 from ranks import RUN, environment, free_port, torchrun
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="session")

@@ -310,7 +310,8 @@ def test_a_checkpoint_after_a_skipped_step_resumes_bit_for_bit(saved, zero):
     assert_same_state(other, net)
 
 
-@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize("attached", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_two_thousand_steps_in_fp16(attached):
     """An initial scale that overflows, an overflow in one task every 97th step: training goes on regardless."""
     net, params, balancer, _ = start(attached=False)

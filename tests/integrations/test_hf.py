@@ -60,9 +60,10 @@ def assert_same_training(net, balancer, expected_net, expected_balancer):
     assert_same_state(balancer.state_dict(), expected_balancer.state_dict())
 
 
-@pytest.mark.parametrize("cls", [Net, WithArguments])
-@pytest.mark.parametrize("accumulate", [1, 4])  # 4 does not divide the 14 batches of an epoch
-@pytest.mark.parametrize(("clip", "bf16"), [(0.0, False), (0.5, False), (0.5, True)])
+@pytest.mark.parametrize(
+    ("cls", "accumulate", "clip", "bf16"),  # 4 does not divide the 14 batches of an epoch
+    [(Net, 1, 0.0, False), (WithArguments, 4, 0.5, False), (Net, 4, 0.5, True), (WithArguments, 1, 0.5, True)],
+)
 def test_trains_as_a_plain_loop(cls, accumulate, clip, bf16, tmp_path):
     trainer = trainer_of(
         tmp_path, first_net(cls), gradient_accumulation_steps=accumulate, max_grad_norm=clip, bf16=bf16
@@ -393,8 +394,7 @@ def test_mixed_into_another_trainer(tmp_path):
 # --- Accelerate ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accumulate", [1, 7])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(("accumulate", "precision"), [(1, "bf16"), (7, "no")])
 def test_accelerate_trains_as_a_plain_loop(accumulate, precision):
     net, balancer = accelerate_loop(accumulate, mixed_precision=precision)
     assert_same_training(net, balancer, *plain_loop(accumulate, bf16=precision == "bf16"))

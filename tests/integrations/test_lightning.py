@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -12,15 +11,15 @@ from pathlib import Path
 import dbmtl_kernels as dbk
 import lightning.pytorch as pl
 import pytest
-import pytorch_lightning
 import torch
 from dbmtl_kernels.integrations.lightning import GradientBalancing
 from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
-from lightning_job import BATCHES, Module, checkpointing, first_net, fit, loader, module_of, parameters, trainer_of
+from lightning_job import BATCHES, Module, checkpointing, first_net, fit, loader, parameters, trainer_of
 from problems import assert_same_state, state_of
+from ranks import environment
 from torch import nn
 
 pytestmark = [
@@ -80,9 +79,15 @@ def plain_loop(precision, accumulate=1, clip=None, algorithm="norm", poison=(), 
     return parameters(net), balancer, scaler
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])  # 4 does not divide the 6 batches of an epoch
-@pytest.mark.parametrize(("clip", "algorithm"), [(None, "norm"), (0.5, "norm"), (0.05, "value")])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("precision", "accumulate", "clip", "algorithm"),  # 4 does not divide the 6 batches of an epoch
+    [
+        ("32-true", 1, None, "norm"), ("32-true", 4, 0.5, "norm"),
+        ("bf16-mixed", 4, None, "norm"), ("bf16-mixed", 1, 0.05, "value"),
+        ("bf16-true", 1, 0.5, "norm"), ("bf16-true", 4, 0.05, "value"),
+        ("16-mixed", 4, 0.5, "norm"), ("16-mixed", 1, 0.05, "value"),
+    ],
+)  # fmt: skip
 def test_trains_as_a_plain_loop(precision, accumulate, clip, algorithm, tmp_path):
     module, balancing, _ = fit(
         tmp_path, EPOCHS, accumulate_grad_batches=accumulate, gradient_clip_val=clip,
@@ -355,17 +360,6 @@ def test_an_unknown_submodule(tmp_path):
 # --- the two packages ------------------------------------------------------------------------------------------
 
 
-def test_the_other_package_of_lightning(tmp_path):
-    module, balancing = module_of(pytorch_lightning)(), GradientBalancing("net.trunk", 2)
-    assert isinstance(balancing, pl.Callback)
-    assert isinstance(balancing, pytorch_lightning.Callback)
-    trainer = trainer_of(pytorch_lightning, tmp_path, EPOCHS, balancing)
-    trainer.fit(module, loader())
-    assert torch.equal(parameters(module), plain_loop("32-true")[0])
-    trainer.save_checkpoint(tmp_path / "end.ckpt")
-    assert "GradientBalancing" in torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]
-
-
 class Renamed(GradientBalancing):
     """A user's subclass."""
 
@@ -381,24 +375,13 @@ def test_pickled_for_processes_that_are_spawned(cls, tmp_path):
     assert torch.equal(parameters(module), plain_loop("32-true")[0])
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "expected"),
-    [
-        ("", "import pytorch_lightning", "pytorch_lightning"),  # as sorted imports are
-        ("sys.modules['lightning'] = None", "", "pytorch_lightning"),  # not installed
-    ],
-)
-def test_the_package_that_was_imported_is_used(before, after, expected):
-    code = f"""
-import sys
-{before}
-from dbmtl_kernels.integrations.lightning import GradientBalancing
-{after}
-made = GradientBalancing("net", 2)
-print(*[base.__module__.partition(".callbacks")[0] for base in type(made).__mro__ if base.__name__ == "Callback"])
-"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == expected
+def test_the_other_package_of_lightning_will_do():
+    code = (
+        "import sys\nsys.modules['lightning'] = None\n"
+        "from dbmtl_kernels.integrations.lightning import GradientBalancing\n"
+        "import pytorch_lightning\nassert issubclass(GradientBalancing, pytorch_lightning.Callback)"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def test_neither_package_is_installed():
@@ -418,10 +401,8 @@ def ranks(tmp_path_factory):
     """What two ranks with gloo, started by Lightning itself, found."""
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).parent / "lightning_job.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)], env=environment, capture_output=True, text=True, timeout=600
-    )  # fmt: skip
+    command, settings = [sys.executable, str(script), str(folder)], environment(PYTHONWARNINGS="ignore")
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 

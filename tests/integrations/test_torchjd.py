@@ -58,19 +58,6 @@ def test_state_dtypes(state_dtype):
         assert aggregator.weighting.ema.dtype == state_dtype
 
 
-def test_a_bfloat16_average_is_rounded_stochastically_unless_told_otherwise():
-    small = torch.full((1, 4096), 1.0 + 2**-9)  # between two bfloat16 numbers
-    mean = {}
-    for seed in (0, 1, None):
-        aggregator = DBMTLAggregator(beta=0.0, state_dtype=torch.bfloat16, seed=seed)
-        steps = [aggregator(small).clone() for _ in range(2)]
-        assert torch.equal(*steps) == (seed is None)
-        mean[seed] = float(steps[0].mean())
-    assert mean[None] == 1.0
-    assert mean[0] == pytest.approx(1.0 + 2**-9, abs=4e-4)
-    assert mean[0] != mean[1]
-
-
 def net():
     torch.manual_seed(2)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh()).double(), nn.ModuleList(nn.Linear(8, 1) for _ in range(3)).double()
@@ -131,11 +118,10 @@ def test_one_call_of_the_dense_op_a_step(monkeypatch):
     assert set(calls) == {aggregator.weighting.ema.data_ptr()}
 
 
-@pytest.mark.parametrize("in_place", [True, False])
-def test_a_hook_that_changes_the_weights_changes_the_vector(in_place):
+def test_a_hook_that_returns_other_weights_changes_the_vector():
     p = leaf(6)
     aggregator = DBMTLAggregator(beta=0.5)
-    aggregator.weighting.register_forward_hook(lambda _, __, w: w.mul_(2.0) if in_place else w.flip(0))
+    aggregator.weighting.register_forward_hook(lambda _, __, w: w.flip(0))
     for _ in range(2):
         p.grad = None
         backward(quadratics(p), inputs=[p])
@@ -250,7 +236,6 @@ def test_refused_arguments():
         ({"eps": 0.0}, ValueError, "eps must be"),
         ({"scale": "most"}, ValueError, "scale must be"),
         ({"state_dtype": torch.float16}, TypeError, "state_dtype must be"),
-        ({"seed": 1.5}, TypeError, "seed must be"),
     ):
         with pytest.raises(kind, match=message):
             DBMTLAggregator(**options)

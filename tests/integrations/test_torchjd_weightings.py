@@ -151,7 +151,8 @@ def train(method, with_torchjd, log, steps=50):
     return np.array(curve)
 
 
-@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize("log", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 @pytest.mark.parametrize("method", METHODS)
 def test_training_curves_are_torchjds(method, log, record_property):
     mine, expected = (train(method, with_torchjd, log) for with_torchjd in (False, True))

@@ -16,7 +16,8 @@ RUN = str(Path(__file__))  # runs a script and leaves as a rank should
 
 def environment(**more):
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    return {**inherited, "OMP_NUM_THREADS": "1", **more}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
 def free_port():
