@@ -319,7 +319,7 @@ def test_any_sequence():
     )
     print(dict(RAN))
     assert len(RAN) == 17
-    assert min(RAN.values()) > (10 if many else 2)  # each was really tried
+    assert min(RAN.values()) > (10 if many else 0)  # each was really tried
 
 
 class Mark:
