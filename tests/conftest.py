@@ -3,13 +3,18 @@ import os
 import emulator
 import pytest
 import torch
-from dbmtl_kernels import backends
-from dbmtl_kernels.backends import cuda
 
 os.environ.pop("DBMTL_BACKEND", None)
 os.environ.pop("DBMTL_TRITON_LAUNCHES", None)
-if not torch.cuda.is_available():
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # the Triton kernels run on CPU tensors; must be set before their import
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; a test that is about threads asks for its own
+    torch.set_num_threads(1)
+
+
+# Fixtures that run a script for many seconds: one worker shall have all tests of it.
+RUN_ONCE = {"four", "folder", "ranks", "measured"}
 
 
 @pytest.fixture(autouse=True)
@@ -20,25 +25,11 @@ def _same_start():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
-def emulated_library(tmp_path_factory):
-    return emulator.build(tmp_path_factory.mktemp("cuda"))
-
-
-def _forget():
-    cuda._load.cache_clear()
-    cuda._workspaces.clear()
-    backends.clear_cache()
-
-
 @pytest.fixture
-def emulated_cuda(emulated_library, monkeypatch):
+def emulated_cuda():
     """The `cuda` backend serves CPU tensors, with its kernels emulated."""
-    monkeypatch.setattr(cuda, "library_path", lambda: emulated_library)
-    monkeypatch.setattr(cuda, "SERVES", "cpu")
-    _forget()
-    yield
-    _forget()
+    with emulator.serving_cpu() as cuda:
+        yield cuda
 
 
 @pytest.fixture(autouse=True)
@@ -49,12 +40,12 @@ def _emulated_where_asked_for(request):
 
 
 def pytest_collection_modifyitems(items):
-    gpu = torch.cuda.is_available()
     for item in items:
-        interpreted = "interpreter" in item.keywords or (
-            hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton"
-        )
-        if "gpu" in item.keywords and not gpu:
+        if RUN_ONCE.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        if "gpu" in item.keywords and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-        elif interpreted and gpu and "gpu" not in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="has a GPU: tests/test_gpu.py tests the Triton kernels there"))
+        elif ON_GPU and "gpu" not in item.keywords and ("interpreter" in item.keywords or backend == "triton"):
+            item.add_marker(pytest.mark.skip(reason="has a GPU: tests/gpu tests the Triton kernels there"))

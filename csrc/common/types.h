@@ -1,5 +1,5 @@
-// Storage types, and the scalar conversions that the baseline instruction set and the CUDA kernels use. Functions are
-// static: one compiled for AVX-512 must never be linked in place of the baseline's.
+// Storage types, and their conversions. Functions are static: one compiled for AVX-512 must never be linked in place of
+// the baseline's.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -19,55 +19,47 @@ struct f16 {
 // Logical vector width: every instruction set works on 16 lanes, so that all of them add in the same order.
 constexpr int kLanes = 16;
 
-DBMTL_HD static inline float bits_to_float(uint32_t u) {
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
-DBMTL_HD static inline uint32_t float_to_bits(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
-  return u;
+template <class To, class From>
+DBMTL_HD static inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
 }
 
-DBMTL_HD static inline float to_float(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+// The conversions by bits, of one number (U is uint32_t, F float) or of the compiler's vectors of them.
 
-// Round to nearest, ties to even; NaN stays NaN.
-DBMTL_HD static inline bf16 to_bf16(float f) {
-  const uint32_t u = float_to_bits(f);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
-  return bf16{uint16_t(nan ? (u >> 16) | 0x40u : rounded)};
+// fp32 to bf16: to nearest, ties to even; NaN stays NaN and is made quiet.
+template <class U, class F>
+DBMTL_HD static inline U bf16_bits(const F& f) {
+  const U u = bit_cast<U>(f), top = u >> 16;
+  return f != f ? top | 0x40u : (u + 0x7fffu + (top & 1u)) >> 16;
 }
 
-DBMTL_HD static inline float to_float(f16 x) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
-  const uint32_t magnitude = x.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) {  // inf, or NaN made quiet as the hardware does
-    const uint32_t quiet = magnitude > 0x7c00u ? 0x400000u : 0u;
-    return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13) | quiet);
-  }
-  if (magnitude < 0x400u) {  // zero or subnormal: magnitude * 2^-24, exact
-    const float f = float(magnitude) * 5.9604644775390625e-8f;
-    return bits_to_float(sign | float_to_bits(f));
-  }
-  return bits_to_float(sign | ((magnitude << 13) + 0x38000000u));
+// fp16 to fp32. Subnormal numbers are multiples of the distance of numbers from 0.5 on, 2^-24.
+template <class U, class F>
+DBMTL_HD static inline U bits_of_f16(const U& h) {
+  const U sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu, shifted = magnitude << 13;
+  const U tiny = bit_cast<U>(F(bit_cast<F>(U(magnitude + 0x3f000000u)) - 0.5f));
+  const U special = magnitude > 0x7c00u ? shifted | 0x7fc00000u : shifted | 0x7f800000u;  // NaN made quiet, or inf
+  return sign | (magnitude >= 0x7c00u ? special : magnitude < 0x400u ? tiny : shifted + 0x38000000u);
 }
 
-DBMTL_HD static inline f16 to_f16(float f) {
-  const uint32_t u = float_to_bits(f);
-  const uint16_t sign = uint16_t((u >> 16) & 0x8000u);
-  const uint32_t magnitude = u & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return f16{uint16_t(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu))};
-  if (magnitude >= 0x477ff000u) return f16{uint16_t(sign | 0x7c00u)};  // rounds to inf
-  if (magnitude < 0x38800000u) {
-    // Subnormal: adding 0.5 lets the float adder round to a multiple of 2^-24.
-    const float shifted = bits_to_float(magnitude) + 0.5f;
-    return f16{uint16_t(sign | (float_to_bits(shifted) - 0x3f000000u))};
-  }
-  const uint32_t rounded = magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u);
-  return f16{uint16_t(sign | (rounded >> 13))};
+// fp32 to fp16: to nearest, ties to even; NaN stays NaN and is made quiet.
+template <class U, class F>
+DBMTL_HD static inline U f16_bits(const F& f) {
+  const U u = bit_cast<U>(f), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  const U tiny = bit_cast<U>(F(bit_cast<F>(magnitude) + 0.5f)) - 0x3f000000u;  // the adder rounds to multiples of 2^-24
+  const U rounded = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const U finite = magnitude < 0x38800000u ? tiny : rounded;
+  const U special = f != f ? ((magnitude >> 13) & 0x3ffu) | 0x7e00u : (magnitude & 0u) | 0x7c00u;
+  return sign | (magnitude >= 0x477ff000u ? special : finite);  // from there on it rounds to inf
 }
+
+DBMTL_HD static inline float to_float(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+DBMTL_HD static inline float to_float(f16 x) { return bit_cast<float>(bits_of_f16<uint32_t, float>(x.bits)); }
+DBMTL_HD static inline bf16 to_bf16(float f) { return {uint16_t(bf16_bits<uint32_t>(f))}; }
+DBMTL_HD static inline f16 to_f16(float f) { return {uint16_t(f16_bits<uint32_t>(f))}; }
 
 // Between storage and arithmetic types, one number at a time.
 DBMTL_HD static inline float widen_lane(float x) { return x; }

@@ -1,5 +1,5 @@
-// From norms to the weights alpha / (norm + eps), as python/dbmtl_kernels/reference.py writes it. One task at a time, so
-// that threads can share the work.
+// From norms to the weights alpha / (norm + eps), as python/dbmtl_kernels/reference.py writes it. One task at a time,
+// so that threads can share the work.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -52,8 +52,8 @@ DBMTL_HD inline double weight_of(double norm, bool use, double alpha, int64_t nu
   return weight < kLargest ? weight : kLargest;
 }
 
-// What the balanced gradient carries of a weight: times the loss scale, or NaN where a GradScaler must see that the task
-// is not finite. A factor up to 1 is one of accumulation, where nobody looks.
+// What the balanced gradient carries of a weight: times the loss scale, or NaN where a GradScaler must see that the
+// task is not finite. A factor up to 1 is one of accumulation, where nobody looks.
 DBMTL_HD inline double carried_of(double weight, bool nonfinite, bool scaled, double factor) {
   if (!scaled) return weight;
   return nonfinite && factor > 1.0 ? std::nan("") : weight * factor;

@@ -134,32 +134,35 @@ void combine(const void* const* rows_, const double* weights, int64_t num_rows, 
   if (streaming) stream_fence();
 }
 
-// One block of kGramBlock x kGramBlock pairs over whole groups, each pair with its own 16 sums.
+// One block of pairs over whole groups, each pair with its own 16 sums. Part by part, as the baseline has no registers
+// for 16 lanes of two rows.
 template <int kRows, int kCols, class S>
 void gram_block(const S* const* a, const S* const* b, int64_t n, double* out, int64_t stride) {
   F64 acc[kRows][kCols];
   for (int r = 0; r < kRows; ++r)
     for (int c = 0; c < kCols; ++c) broadcast(acc[r][c], 0.0);
-  const auto group = [&](auto&& at) {
-    F64 y[kCols];
-    for (int c = 0; c < kCols; ++c) load(y[c], at(b[c]));
-    for (int r = 0; r < kRows; ++r) {
-      F64 x;
-      load(x, at(a[r]));
-      for (int c = 0; c < kCols; ++c) acc[r][c] = acc[r][c] + x * y[c];
+  const auto group = [&](const S* const* a, const S* const* b, int64_t first) {
+    for (int part = 0; part < F32::kParts; ++part) {
+      const int64_t i = first + part * F32::kWidth;
+      Double x[2], y[kCols][2];
+      for (int c = 0; c < kCols; ++c) load_wide(y[c], b[c] + i);
+      for (int r = 0; r < kRows; ++r) {
+        load_wide(x, a[r] + i);
+        for (int c = 0; c < kCols; ++c)
+          for (int half = 0; half < 2; ++half) acc[r][c].part[2 * part + half] += x[half] * y[c][half];
+      }
     }
   };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) group([&](const S* p) { return p + i; });
+  for (; i + kLanes <= n; i += kLanes) group(a, b, i);
   if (i < n) {
-    S tails[kRows + kCols][kLanes];
-    int next = 0;
-    group([&](const S* p) {
-      S* tail = tails[next++];
-      std::memset(tail, 0, sizeof(tails[0]));
-      std::memcpy(tail, p + i, sizeof(S) * (n - i));
-      return tail;
-    });
+    S tails[kRows + kCols][kLanes] = {};
+    const S* rows[kRows + kCols];
+    for (int r = 0; r < kRows + kCols; ++r) {
+      std::memcpy(tails[r], (r < kRows ? a[r] : b[r - kRows]) + i, sizeof(S) * (n - i));
+      rows[r] = tails[r];
+    }
+    group(rows, rows + kRows, 0);
   }
   for (int r = 0; r < kRows; ++r)
     for (int c = 0; c < kCols; ++c) out[r * stride + c] += tree_sum(acc[r][c]);

@@ -17,24 +17,15 @@ constexpr int kTaskBytes = 8;
 constexpr int kRowBytes = 16;
 
 struct BalanceArguments {
-  const void* grads;
-  int64_t grad_stride;
-  void* ema;
-  int64_t state_stride;
-  void* out;
-  void* norms;
-  int64_t num_params;
+  dbmtl_balance_args call;
   int num_tasks;
   int columns;  // of a tile
-  int kept;     // pieces of each block in shared memory: the first ones, task after task and tile after tile
-  double beta, eps, constant;
-  int scale;
-  uint64_t seed;
+  int cached;   // pieces of each block in shared memory: the first ones, task after task and tile after tile
   Counters* counters;
   double* slots;
 };
 
-// Shared memory: sums per warp and task, then norms and weights, then the tiles kept.
+// Shared memory: sums per warp and task, then norms and weights, then the cached tiles.
 struct SharedParts {
   double* sums;     // [K][warps]
   double* norms;    // [K]
@@ -59,14 +50,14 @@ __device__ inline SharedParts parts_of(char* shared, int num_tasks) {
 }
 
 // A thread's part of piece `index` in shared memory, if it lies below `end`. Aligned, its vectors lie as far apart as
-// threads take part, so that a warp meets no bank twice; otherwise a piece is in its own order.
+// threads take part, so that a warp uses no bank twice; otherwise a piece is in its own order.
 template <class S, bool kAligned>
-__device__ inline void keep(const BalanceArguments& a, char* tiles, int64_t index, const Place<kAligned>& place,
+__device__ inline void store_cached(const BalanceArguments& a, char* tiles, int64_t index, const Slice<kAligned>& slice,
                             int64_t end, const S (&x)[kElements]) {
   S* slot = reinterpret_cast<S*>(tiles) + index * a.columns;
   if (kAligned) {
     constexpr int kPerVector = 16 / sizeof(S);
-    if (!inside(place, end, 0)) return;
+    if (!inside(slice, end, 0)) return;
 #pragma unroll
     for (int j = 0; j < kElements / kPerVector; ++j) {
       Vector<S> out;
@@ -77,19 +68,19 @@ __device__ inline void keep(const BalanceArguments& a, char* tiles, int64_t inde
   } else {
 #pragma unroll
     for (int e = 0; e < kElements; ++e)
-      if (inside(place, end, e)) slot[threadIdx.x + e * kThreads] = x[e];
+      if (inside(slice, end, e)) slot[threadIdx.x + e * kThreads] = x[e];
   }
 }
 
 template <class S, bool kAligned, class V>
-__device__ inline void recall(V (&x)[kElements], const BalanceArguments& a, char* tiles, int64_t index,
-                              const Place<kAligned>& place, int64_t end) {
+__device__ inline void load_cached(V (&x)[kElements], const BalanceArguments& a, char* tiles, int64_t index,
+                              const Slice<kAligned>& slice, int64_t end) {
   const S* slot = reinterpret_cast<S*>(tiles) + index * a.columns;
 #pragma unroll
   for (int e = 0; e < kElements; ++e) x[e] = V(0);
   if (kAligned) {
     constexpr int kPerVector = 16 / sizeof(S);
-    if (!inside(place, end, 0)) return;
+    if (!inside(slice, end, 0)) return;
 #pragma unroll
     for (int j = 0; j < kElements / kPerVector; ++j) {
       const Vector<S> in = reinterpret_cast<const Vector<S>*>(slot)[threadIdx.x + j * (a.columns / kElements)];
@@ -99,89 +90,87 @@ __device__ inline void recall(V (&x)[kElements], const BalanceArguments& a, char
   } else {
 #pragma unroll
     for (int e = 0; e < kElements; ++e)
-      if (inside(place, end, e)) x[e] = V(widen_lane(slot[threadIdx.x + e * kThreads]));
+      if (inside(slice, end, e)) x[e] = V(widen_lane(slot[threadIdx.x + e * kThreads]));
   }
 }
 
 // Where the tile that begins at `begin` ends.
 __device__ inline int64_t end_of(const BalanceArguments& a, int64_t begin) {
-  return begin + a.columns < a.num_params ? begin + a.columns : a.num_params;
+  return begin + a.columns < a.call.ema.num_params ? begin + a.columns : a.call.ema.num_params;
 }
 
 enum class Where { kShared, kGlobal, kBoth };
 
 // total += sum_t weights[t] * row t of a tile whose first piece is `first`. Several rows are loaded before the first is
-// used: no branch lies between their loads, but where the pieces of one tile are kept in part.
+// used: no branch lies between their loads, but where the pieces of one tile are cached in part.
 template <Where kWhere, class S, bool kAligned, class V>
 __device__ inline void add_rows(V (&total)[kElements], const BalanceArguments& a, const SharedParts& part,
-                                const Place<kAligned>& place, int64_t end, int64_t first) {
+                                const Slice<kAligned>& slice, int64_t end, int64_t first) {
   constexpr int kRowsAtOnce = kRowBytes / sizeof(V);
-  const S* ema = static_cast<const S*>(a.ema);
+  const S* ema = static_cast<const S*>(a.call.ema.data);
   for (int t0 = 0; t0 < a.num_tasks; t0 += kRowsAtOnce) {
     V m[kRowsAtOnce][kElements];
 #pragma unroll
     for (int u = 0; u < kRowsAtOnce; ++u) {
       const int t = t0 + u < a.num_tasks ? t0 + u : a.num_tasks - 1;  // once more, for nothing
-      if (kWhere == Where::kShared || (kWhere == Where::kBoth && first + t < a.kept))
-        recall<S>(m[u], a, part.tiles, first + t, place, end);
+      if (kWhere == Where::kShared || (kWhere == Where::kBoth && first + t < a.cached))
+        load_cached<S>(m[u], a, part.tiles, first + t, slice, end);
       else
-        load<Hint::kStream>(m[u], ema + t * a.state_stride, place, t0 + u < a.num_tasks ? end : 0);
+        load<Hint::kStream>(m[u], ema + t * a.call.ema.stride, slice, t0 + u < a.num_tasks ? end : 0);
     }
 #pragma unroll
     for (int u = 0; u < kRowsAtOnce; ++u) {
       const V weight = t0 + u < a.num_tasks ? V(part.weights[t0 + u]) : V(0);
 #pragma unroll
       for (int e = 0; e < kElements; ++e) {
-        const V more = multiply_add(total[e], weight, m[u][e]);
+        const V more = total[e] + weight * m[u][e];
         total[e] = weight != V(0) ? more : total[e];
       }
     }
   }
 }
 
-template <class S, class G, bool kAligned, bool kStochastic>
+template <class S, class G, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 1) balance_kernel(const __grid_constant__ BalanceArguments a) {
   using V = Wide<S>;
   constexpr int kTasksAtOnce = kTaskBytes / sizeof(V);
   DBMTL_DYNAMIC_SHARED(shared);
   const SharedParts part = parts_of(shared, a.num_tasks);
-  const G* grads = static_cast<const G*>(a.grads);
-  S* ema = static_cast<S*>(a.ema);
-  const V decay = V(a.beta), gain = V(gain_of(a.beta));
+  const G* grads = static_cast<const G*>(a.call.grads.data);
+  S* ema = static_cast<S*>(a.call.ema.data);
+  const V decay = V(a.call.beta), gain = V(1.0 - a.call.beta);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t tiles = (a.num_params + a.columns - 1) / a.columns;
+  const int64_t tiles = (a.call.ema.num_params + a.columns - 1) / a.columns;
   const int64_t mine = tiles > blockIdx.x ? (tiles - blockIdx.x + gridDim.x - 1) / gridDim.x : 0;
   for (int i = threadIdx.x; i < a.num_tasks * (kThreads / kWarp); i += kThreads) part.sums[i] = 0.0;
   __syncthreads();
 
   for (int64_t i = 0; i < mine; ++i) {
     const int64_t begin = (blockIdx.x + i * gridDim.x) * a.columns, end = end_of(a, begin);
-    const Place<kAligned> place(begin, threadIdx.x, kThreads);
+    const Slice<kAligned> slice(begin, threadIdx.x, kThreads);
     for (int t0 = 0; t0 < a.num_tasks; t0 += kTasksAtOnce) {
       V g[kTasksAtOnce][kElements], m[kTasksAtOnce][kElements];
 #pragma unroll
       for (int u = 0; u < kTasksAtOnce; ++u) {
         if (t0 + u >= a.num_tasks) break;
-        load<Hint::kStream>(g[u], grads + (t0 + u) * a.grad_stride, place, end);
+        load<Hint::kStream>(g[u], grads + (t0 + u) * a.call.grads.stride, slice, end);
         // A state that does not count is not read.
-        load<Hint::kKeep>(m[u], ema + (t0 + u) * a.state_stride, place, decay == V(0) ? 0 : end);
+        load<Hint::kKeep>(m[u], ema + (t0 + u) * a.call.ema.stride, slice, decay == V(0) ? 0 : end);
       }
 #pragma unroll
       for (int u = 0; u < kTasksAtOnce; ++u) {
         const int t = t0 + u;
         if (t >= a.num_tasks) break;
-        const uint64_t key = kStochastic ? row_key(a.seed, t) : 0;
         S stored[kElements];
         double sum = 0.0;
 #pragma unroll
         for (int e = 0; e < kElements; ++e) {
-          stored[e] = rounded<kStochastic, S>(updated(m[u][e], g[u][e], decay, gain, true), key,
-                                              place.first + int64_t(e) * place.step);
+          narrow_lane(stored + e, updated(m[u][e], g[u][e], decay, gain, true));
           const double x = double(widen_lane(stored[e]));
-          if (inside(place, end, e)) sum = multiply_add(sum, x, x);
+          if (inside(slice, end, e)) sum += x * x;
         }
-        store<Hint::kKeep>(ema + t * a.state_stride, stored, place, end);
-        if (i * a.num_tasks + t < a.kept) keep(a, part.tiles, i * a.num_tasks + t, place, end, stored);
+        store<Hint::kKeep>(ema + t * a.call.ema.stride, stored, slice, end);
+        if (i * a.num_tasks + t < a.cached) store_cached(a, part.tiles, i * a.num_tasks + t, slice, end, stored);
         sum = warp_sum(sum);
         if (lane == 0) part.sums[t * (kThreads / kWarp) + warp] += sum;
       }
@@ -209,76 +198,77 @@ __global__ void __launch_bounds__(kThreads, 1) balance_kernel(const __grid_const
   __syncthreads();
   bool forget = false;
   for (int t = threadIdx.x; t < a.num_tasks; t += kThreads) {
-    const double alpha = alpha_of(part.norms, part.use, a.num_tasks, a.scale, a.constant);
-    part.weights[t] = weight_of(part.norms[t], part.use[t], alpha, a.eps, a.num_tasks, a.scale);
+    const double alpha = alpha_of(part.norms, part.use, a.num_tasks, a.call.weighting);
+    part.weights[t] = weight_of(part.norms[t], part.use[t], alpha, a.num_tasks, a.call.weighting);
     forget |= !part.use[t];
     if (blockIdx.x == 0) {
       if (std::is_same<S, double>::value)
-        static_cast<double*>(a.norms)[t] = part.norms[t];
+        static_cast<double*>(a.call.norms)[t] = part.norms[t];
       else
-        static_cast<float*>(a.norms)[t] = float(part.norms[t]);
+        static_cast<float*>(a.call.norms)[t] = float(part.norms[t]);
     }
   }
   forget = __syncthreads_or(forget);
 
   for (int64_t i = mine - 1; i >= 0; --i) {
     const int64_t begin = (blockIdx.x + i * gridDim.x) * a.columns, end = end_of(a, begin);
-    const Place<kAligned> place(begin, threadIdx.x, kThreads);
+    const Slice<kAligned> slice(begin, threadIdx.x, kThreads);
     V total[kElements];
 #pragma unroll
     for (int e = 0; e < kElements; ++e) total[e] = V(0);
     const int64_t first = i * a.num_tasks;
-    if (first + a.num_tasks <= a.kept)
-      add_rows<Where::kShared, S>(total, a, part, place, end, first);
-    else if (first >= a.kept)
-      add_rows<Where::kGlobal, S>(total, a, part, place, end, first);
+    if (first + a.num_tasks <= a.cached)
+      add_rows<Where::kShared, S>(total, a, part, slice, end, first);
+    else if (first >= a.cached)
+      add_rows<Where::kGlobal, S>(total, a, part, slice, end, first);
     else
-      add_rows<Where::kBoth, S>(total, a, part, place, end, first);
+      add_rows<Where::kBoth, S>(total, a, part, slice, end, first);
     G out[kElements];
 #pragma unroll
     for (int e = 0; e < kElements; ++e) narrow_lane(out + e, total[e]);
-    store<Hint::kStream>(static_cast<G*>(a.out), out, place, end);
+    store<Hint::kStream>(static_cast<G*>(a.call.out.data), out, slice, end);
     if (forget) {
       const S zeros[kElements] = {};
       for (int t = 0; t < a.num_tasks; ++t)
-        if (!part.use[t]) store<Hint::kKeep>(ema + t * a.state_stride, zeros, place, end);
+        if (!part.use[t]) store<Hint::kKeep>(ema + t * a.call.ema.stride, zeros, slice, end);
     }
   }
 }
 
 int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-template <class S, class G, bool kAligned, bool kStochastic>
-int32_t launch(BalanceArguments a, cudaStream_t stream) {
-  const auto kernel = balance_kernel<S, G, kAligned, kStochastic>;
+template <class S, class G, bool kAligned>
+int32_t launch(BalanceArguments a) {
+  const auto kernel = balance_kernel<S, G, kAligned>;
   const Device device = current_device();
+  const int64_t num_params = a.call.ema.num_params, most = device.multiprocessors;
   // As many tiles for every block, as narrow as that allows: no block has more to do, or to keep, than another.
-  const int64_t most = device.multiprocessors, rounds = divided_up(a.num_params, most * kMostColumns);
-  const int64_t even = divided_up(divided_up(a.num_params, most * std::max<int64_t>(rounds, 1)), kColumnStep);
+  const int64_t rounds = divided_up(num_params, most * kMostColumns);
+  const int64_t even = divided_up(divided_up(num_params, most * std::max<int64_t>(rounds, 1)), kColumnStep);
   a.columns = int(std::clamp<int64_t>(even * kColumnStep, kLeastColumns, kMostColumns));
   const size_t fixed = fixed_shared_bytes(a.num_tasks), size = size_t(a.columns) * sizeof(S);
-  a.kept = int(std::min<int64_t>((size_t(device.shared_bytes) - fixed) / size, rounds * a.num_tasks));
+  a.cached = int(std::min<int64_t>((size_t(device.shared_bytes) - fixed) / size, rounds * a.num_tasks));
   static Prepared prepared;
-  const int32_t status = prepare(kernel, kThreads, device, &prepared);
-  if (status) return status;
-  const int blocks = int(std::clamp<int64_t>(divided_up(a.num_params, a.columns), 1, most));
-  return launch_kernel(kernel, blocks, kThreads, fixed + size_t(a.kept) * size, stream, true, a);
+  DBMTL_TRY(prepare(kernel, kThreads, device, &prepared));
+  const int blocks = int(std::clamp<int64_t>(divided_up(num_params, a.columns), 1, most));
+  return launch_kernel(kernel, blocks, kThreads, fixed + size_t(a.cached) * size,
+                       static_cast<cudaStream_t>(a.call.where.stream), true, a);
 }
 
-template <class S, class G, bool kStochastic>
-int32_t launch_aligned(const BalanceArguments& a, cudaStream_t stream) {
-  const bool aligned = on_16_bytes(a.grads, a.ema, a.out) && a.num_params % kElements == 0 &&
-                       a.grad_stride % kElements == 0 && a.state_stride % kElements == 0;
-  return aligned ? launch<S, G, true, kStochastic>(a, stream) : launch<S, G, false, kStochastic>(a, stream);
+template <class S, class G>
+int32_t launch_aligned(const BalanceArguments& a) {
+  const dbmtl_rows &grads = a.call.grads, &ema = a.call.ema;
+  const bool aligned = on_16_bytes(grads.data, ema.data, a.call.out.data) && ema.num_params % kElements == 0 &&
+                       grads.stride % kElements == 0 && ema.stride % kElements == 0;
+  return aligned ? launch<S, G, true>(a) : launch<S, G, false>(a);
 }
 
-template <class S, bool kStochastic>
-int32_t launch_for(int32_t grad_dtype, const BalanceArguments& a, cudaStream_t stream) {
-  switch (grad_dtype) {
-    case DBMTL_F32: return launch_aligned<S, float, kStochastic>(a, stream);
-    case DBMTL_BF16: return launch_aligned<S, bf16, kStochastic>(a, stream);
-    case DBMTL_F16: return launch_aligned<S, f16, kStochastic>(a, stream);
-    default: return fail(DBMTL_UNSUPPORTED_DTYPE, "grad_dtype: float64 goes with a float64 state");
+template <class S>
+int32_t launch_for(const BalanceArguments& a) {
+  switch (a.call.grads.dtype) {
+    case DBMTL_F32: return launch_aligned<S, float>(a);
+    case DBMTL_BF16: return launch_aligned<S, bf16>(a);
+    default: return launch_aligned<S, f16>(a);
   }
 }
 
@@ -287,38 +277,18 @@ int32_t launch_for(int32_t grad_dtype, const BalanceArguments& a, cudaStream_t s
 
 using namespace dbmtl;
 
-extern "C" int32_t dbmtl_balance(const void* grads, int32_t grad_dtype, int64_t grad_row_stride, void* ema,
-                                 int32_t state_dtype, int64_t state_row_stride, void* out, int32_t out_dtype,
-                                 void* norms, int64_t num_tasks, int64_t num_params, double beta, double eps,
-                                 int32_t scale, double constant, int32_t stochastic, uint64_t seed,
-                                 int32_t /*num_threads*/, void* workspace, void* stream) {
-  const Fault fault = check_balance(grads, grad_dtype, grad_row_stride, ema, state_dtype, state_row_stride, out,
-                                    out_dtype, norms, num_tasks, num_params, beta, eps, scale, stochastic);
-  if (fault.status) return fail(fault);
-  if (out_dtype != grad_dtype) return fail(DBMTL_UNSUPPORTED_DTYPE, "out_dtype must be that of grads");
-  const int32_t status = ready(num_tasks, workspace);
-  if (status) return status;
-  BalanceArguments a = {};
-  a.grads = grads;
-  a.grad_stride = num_tasks > 1 ? grad_row_stride : 0;
-  a.ema = ema;
-  a.state_stride = num_tasks > 1 ? state_row_stride : 0;
-  a.out = out;
-  a.norms = norms;
-  a.num_params = num_params;
-  a.num_tasks = int(num_tasks);
-  a.beta = beta;
-  a.eps = eps;
-  a.constant = constant;
-  a.scale = scale;
-  a.seed = seed;
-  a.counters = counters_of(workspace);
-  a.slots = slots_of(workspace);
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  if (state_dtype == DBMTL_F64) {
-    if (grad_dtype != DBMTL_F64) return fail(DBMTL_UNSUPPORTED_DTYPE, "grad_dtype: float64 goes with a float64 state");
-    return launch_aligned<double, double, false>(a, s);
+extern "C" int32_t dbmtl_balance(const dbmtl_balance_args* args) {
+  DBMTL_TRY(check(*args));
+  BalanceArguments a = {*args, int(args->ema.num_tasks), 0, 0, counters_of(args->where), slots_of(args->where)};
+  dbmtl_rows &grads = a.call.grads, &ema = a.call.ema;
+  if (a.call.out.dtype != grads.dtype) return fail(DBMTL_UNSUPPORTED_DTYPE, "out: dtype is not that of grads");
+  if ((grads.dtype == DBMTL_F64) != (ema.dtype == DBMTL_F64))
+    return fail(DBMTL_UNSUPPORTED_DTYPE, "grads: dtype float64 goes with a float64 ema");
+  DBMTL_TRY(ready(ema.num_tasks, args->where));
+  if (ema.num_tasks < 2) grads.stride = ema.stride = 0;  // any: it is not used
+  switch (ema.dtype) {
+    case DBMTL_F64: return launch_aligned<double, double>(a);
+    case DBMTL_F32: return launch_for<float>(a);
+    default: return launch_for<bf16>(a);
   }
-  if (state_dtype == DBMTL_F32) return launch_for<float, false>(grad_dtype, a, s);
-  return stochastic ? launch_for<bf16, true>(grad_dtype, a, s) : launch_for<bf16, false>(grad_dtype, a, s);
 }

@@ -1,4 +1,4 @@
-// What the CUDA kernels share: 128-bit accesses, sums of a block, and the meetings of blocks.
+// What the CUDA kernels share: 128-bit accesses, sums of a block, and barriers.
 // fp32 arithmetic whatever the storage (fp64 for fp64), sums in fp64, no float atomics; compiled without contraction,
 // so that state has the bits of the CPU kernels.
 #pragma once
@@ -7,7 +7,6 @@
 
 #include "common/arguments.h"
 #include "common/ema.h"
-#include "common/rounding.h"
 #include "common/types.h"
 #include "common/weights.h"
 #include "runtime.h"
@@ -29,17 +28,17 @@ struct alignas(16) Vector {
 // Where a thread's elements of a tile lie. kAligned: side by side, every first one on 16 bytes; otherwise as far apart
 // as the block is wide, loaded one by one.
 template <bool kAligned>
-struct Place {
+struct Slice {
   int64_t first;
   int step;
-  __device__ Place(int64_t tile_begin, int thread, int threads)
+  __device__ Slice(int64_t tile_begin, int thread, int threads)
       : first(tile_begin + (kAligned ? int64_t(thread) * kElements : thread)), step(kAligned ? 1 : threads) {}
 };
 
 // How many of a thread's elements lie below `bound`. Aligned ones are all inside or all outside: bounds are multiples.
 template <bool kAligned>
-__device__ inline bool inside(const Place<kAligned>& place, int64_t bound, int element) {
-  return kAligned ? place.first < bound : place.first + int64_t(element) * place.step < bound;
+__device__ inline bool inside(const Slice<kAligned>& slice, int64_t bound, int element) {
+  return kAligned ? slice.first < bound : slice.first + int64_t(element) * slice.step < bound;
 }
 
 // Read once, or read for the last time: need not stay in a cache. A plain pointer must not be marked so.
@@ -79,41 +78,41 @@ __device__ inline void store_one(T* p, T x) {
 
 // kElements numbers as arithmetic type; zeros where outside.
 template <Hint kHint, bool kAligned, class T, class V>
-__device__ inline void load(V (&x)[kElements], const T* base, const Place<kAligned>& place, int64_t bound) {
+__device__ inline void load(V (&x)[kElements], const T* base, const Slice<kAligned>& slice, int64_t bound) {
   constexpr int kPerVector = 16 / sizeof(T);
 #pragma unroll
   for (int e = 0; e < kElements; ++e) x[e] = V(0);
   if (kAligned) {
-    if (!inside(place, bound, 0)) return;
+    if (!inside(slice, bound, 0)) return;
 #pragma unroll
     for (int j = 0; j < kElements / kPerVector; ++j) {
-      const Vector<T> in = load_vector<kHint>(base + place.first + j * kPerVector);
+      const Vector<T> in = load_vector<kHint>(base + slice.first + j * kPerVector);
 #pragma unroll
       for (int i = 0; i < kPerVector; ++i) x[j * kPerVector + i] = V(widen_lane(in.v[i]));
     }
   } else {
 #pragma unroll
     for (int e = 0; e < kElements; ++e)
-      if (inside(place, bound, e)) x[e] = V(widen_lane(load_one(base + place.first + int64_t(e) * place.step)));
+      if (inside(slice, bound, e)) x[e] = V(widen_lane(load_one(base + slice.first + int64_t(e) * slice.step)));
   }
 }
 
 template <Hint kHint, bool kAligned, class T>
-__device__ inline void store(T* base, const T (&x)[kElements], const Place<kAligned>& place, int64_t bound) {
+__device__ inline void store(T* base, const T (&x)[kElements], const Slice<kAligned>& slice, int64_t bound) {
   constexpr int kPerVector = 16 / sizeof(T);
   if (kAligned) {
-    if (!inside(place, bound, 0)) return;
+    if (!inside(slice, bound, 0)) return;
 #pragma unroll
     for (int j = 0; j < kElements / kPerVector; ++j) {
       Vector<T> out;
 #pragma unroll
       for (int i = 0; i < kPerVector; ++i) out.v[i] = x[j * kPerVector + i];
-      store_vector<kHint>(base + place.first + j * kPerVector, out);
+      store_vector<kHint>(base + slice.first + j * kPerVector, out);
     }
   } else {
 #pragma unroll
     for (int e = 0; e < kElements; ++e)
-      if (inside(place, bound, e)) store_one(base + place.first + int64_t(e) * place.step, x[e]);
+      if (inside(slice, bound, e)) store_one(base + slice.first + int64_t(e) * slice.step, x[e]);
   }
 }
 
@@ -126,18 +125,7 @@ __device__ inline V updated(V m, V g, V decay, V gain, bool has_grad) {
   return has_grad ? updated<true, true>(m, g, decay, gain) : decayed;
 }
 
-// What is stored of x, as column `column` of the row with `key`.
-template <bool kStochastic, class S, class V>
-__device__ inline S rounded(V x, uint64_t key, int64_t column) {
-  S out;
-  if constexpr (kStochastic)
-    out.bits = to_bf16_stochastic(float_to_bits(x), key, column);
-  else
-    narrow_lane(&out, x);
-  return out;
-}
-
-__device__ inline int64_t size_of(int32_t dtype) { return dtype == DBMTL_F32 ? 4 : dtype == DBMTL_F64 ? 8 : 2; }
+__device__ inline int64_t size_of(int64_t dtype) { return dtype == DBMTL_F32 ? 4 : dtype == DBMTL_F64 ? 8 : 2; }
 
 __device__ inline double warp_sum(double x) {
 #pragma unroll
@@ -158,18 +146,18 @@ __device__ inline double block_sum(double x, double* scratch) {
 
 // Counters that set themselves back to zero, and one that only says how often the barrier has opened.
 struct Counters {
-  unsigned come, opened, ticket, unused;
+  unsigned arrived, opened, ticket, unused;
 };
 
-// Wait until every block of the (cooperative) grid has come here.
+// Wait until every block of the (cooperative) grid has arrived here.
 __device__ inline void grid_barrier(Counters* counters) {
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
     const unsigned opened = *reinterpret_cast<volatile unsigned*>(&counters->opened);
     __threadfence();
-    if (atomicAdd(&counters->come, 1u) == gridDim.x - 1) {
-      counters->come = 0;
+    if (atomicAdd(&counters->arrived, 1u) == gridDim.x - 1) {
+      counters->arrived = 0;
       __threadfence();
       atomicAdd(&counters->opened, 1u);
     } else {
@@ -180,7 +168,7 @@ __device__ inline void grid_barrier(Counters* counters) {
   __syncthreads();
 }
 
-// Whether this block is the last of the grid to come here; it then sees what the others wrote before.
+// Whether this block is the last of the grid to arrive here; it then sees what the others wrote before.
 __device__ inline bool is_last(Counters* counters) {
   __shared__ bool last;
   __syncthreads();

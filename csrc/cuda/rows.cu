@@ -1,5 +1,7 @@
-// Combining rows: with weights given, or at the end of an engine step, where the weights are formed first and the books
-// are kept besides. One launch each.
+// Combining rows: with weights given, or at the end of an engine step, where the weights are formed first and the
+// statistics are kept besides. One launch each.
+#include <algorithm>
+
 #include "device.cuh"
 
 namespace dbmtl {
@@ -8,103 +10,87 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kTileElements = kThreads * kElements;
 
-struct Out {
-  void* to;
-  int64_t start, numel;
-  int32_t dtype;
-  int32_t aligned;
-};
-
 struct RowsArguments {
-  void* rows;
-  int64_t row_stride;
-  int num_tasks, num_outs, accumulate;
-  Out outs[kMaxOuts];
-  const void* weights;  // given, in weights_dtype; null at the end of a step
-  int32_t weights_dtype;
-  // the books of a step
-  double* sumsq;
-  uint8_t* broken;
-  int64_t* nonfinite_steps;
-  double* norms;
-  double* step_weights;
-  const uint8_t* active;
-  const void* loss_scale;
-  int32_t loss_scale_dtype, scale, fresh;
-  double eps, constant;
+  dbmtl_balance_rows_args step;          // without stats where weights are given
+  dbmtl_array given;                     // weights, or null at the end of a step
+  int32_t aligned[DBMTL_MAX_OUTS];
   Counters* counters;
 };
 
-struct Books {
+struct Stats {
   double norms[kMaxTasks];
   double weights[kMaxTasks];
   double carried[kMaxTasks];
   uint8_t use[kMaxTasks];
-  uint8_t broken[kMaxTasks];
+  uint8_t nonfinite[kMaxTasks];
   uint8_t now[kMaxTasks];
 };
 
 template <class S, class O, bool kAligned>
-__device__ void combine(const RowsArguments& a, const Out& out, const Books& books, bool forget) {
+__device__ void combine(const RowsArguments& a, const dbmtl_out& out, const Stats& stats, bool forget) {
   using V = Wide<S>;
-  S* rows = static_cast<S*>(a.rows) + out.start;
-  O* to = static_cast<O*>(out.to);
+  const int num_tasks = int(a.step.rows.num_tasks);
+  S* rows = static_cast<S*>(a.step.rows.data) + out.start;
+  O* to = static_cast<O*>(out.data);
   const int64_t tiles = (out.numel + kTileElements - 1) / kTileElements;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const Place<kAligned> place(tile * kTileElements, threadIdx.x, kThreads);
+    const Slice<kAligned> slice(tile * kTileElements, threadIdx.x, kThreads);
     V total[kElements];
-    load<Hint::kStream>(total, to, place, a.accumulate ? out.numel : 0);
+    load<Hint::kStream>(total, to, slice, a.step.accumulate ? out.numel : 0);
 #pragma unroll 4
-    for (int t = 0; t < a.num_tasks; ++t) {
+    for (int t = 0; t < num_tasks; ++t) {
       V m[kElements];
-      load<Hint::kStream>(m, rows + t * a.row_stride, place, out.numel);
-      const V weight = V(books.carried[t]);
+      load<Hint::kStream>(m, rows + t * a.step.rows.stride, slice, out.numel);
+      const V weight = V(stats.carried[t]);
 #pragma unroll
       for (int e = 0; e < kElements; ++e)
-        if (weight != V(0)) total[e] = multiply_add(total[e], weight, m[e]);
+        if (weight != V(0)) total[e] = total[e] + weight * m[e];
     }
     O result[kElements];
 #pragma unroll
     for (int e = 0; e < kElements; ++e) narrow_lane(result + e, total[e]);
-    store<Hint::kStream>(to, result, place, out.numel);
+    store<Hint::kStream>(to, result, slice, out.numel);
     if (forget) {
       const S zeros[kElements] = {};
-      for (int t = 0; t < a.num_tasks; ++t)
-        if (books.broken[t]) store<Hint::kKeep>(rows + t * a.row_stride, zeros, place, out.numel);
+      for (int t = 0; t < num_tasks; ++t)
+        if (stats.nonfinite[t]) store<Hint::kKeep>(rows + t * a.step.rows.stride, zeros, slice, out.numel);
     }
   }
 }
 
 template <class S, class O>
-__device__ void combine_out(const RowsArguments& a, const Out& out, const Books& books, bool forget) {
-  if (out.aligned)
-    combine<S, O, true>(a, out, books, forget);
+__device__ void combine_out(const RowsArguments& a, int index, const Stats& stats, bool forget) {
+  if (a.aligned[index])
+    combine<S, O, true>(a, a.step.outs[index], stats, forget);
   else
-    combine<S, O, false>(a, out, books, forget);
+    combine<S, O, false>(a, a.step.outs[index], stats, forget);
 }
 
 // Every block forms the weights for itself. Returns whether a row is to be set to zero.
-__device__ bool open_books(const RowsArguments& a, Books& books) {
+__device__ bool form_weights(const RowsArguments& a, Stats& stats) {
+  const dbmtl_balance_rows_args& step = a.step;
+  const int num_tasks = int(step.rows.num_tasks);
   bool forget = false;
-  for (int t = threadIdx.x; t < a.num_tasks; t += kThreads) {
-    if (a.weights != nullptr) {
-      books.carried[t] = number(static_cast<const char*>(a.weights) + t * size_of(a.weights_dtype), a.weights_dtype);
+  for (int t = threadIdx.x; t < num_tasks; t += kThreads) {
+    if (a.given.data != nullptr) {
+      stats.carried[t] = number(static_cast<const char*>(a.given.data) + t * size_of(a.given.dtype), a.given.dtype);
       continue;
     }
-    const bool before = a.broken[t] && !a.fresh, now = !is_finite(a.sumsq[t]);
-    books.norms[t] = sqrt(a.sumsq[t]);
-    books.now[t] = now && !before;
-    books.broken[t] = before || now;
-    books.use[t] = !books.broken[t] && (a.active == nullptr || a.active[t]);
-    forget |= books.broken[t];
+    const bool before = step.nonfinite[t] && !step.fresh, now = !is_finite(step.sumsq[t]);
+    stats.norms[t] = sqrt(step.sumsq[t]);
+    stats.now[t] = now && !before;
+    stats.nonfinite[t] = before || now;
+    stats.use[t] = !stats.nonfinite[t] && (step.active == nullptr || step.active[t]);
+    forget |= stats.nonfinite[t];
   }
   forget = __syncthreads_or(forget);
-  if (a.weights != nullptr) return false;
-  for (int t = threadIdx.x; t < a.num_tasks; t += kThreads) {
-    const double alpha = alpha_of(books.norms, books.use, a.num_tasks, a.scale, a.constant);
-    const double factor = a.loss_scale == nullptr ? 1.0 : number(a.loss_scale, a.loss_scale_dtype);
-    books.weights[t] = weight_of(books.norms[t], books.use[t], alpha, a.eps, a.num_tasks, a.scale);
-    books.carried[t] = carried_of(books.weights[t], books.broken[t], a.loss_scale != nullptr, factor);
+  if (a.given.data != nullptr) return false;
+  const dbmtl_array& scale = step.loss_scale;
+  for (int t = threadIdx.x; t < num_tasks; t += kThreads) {
+    const double alpha = alpha_of(stats.norms, stats.use, num_tasks, step.weighting);
+    const double factor = scale.data == nullptr ? 1.0 : number(scale.data, scale.dtype);
+    stats.weights[t] = weight_of(stats.norms[t], stats.use[t], alpha, num_tasks, step.weighting);
+    stats.carried[t] = carried_of(stats.weights[t], stats.nonfinite[t], scale.data != nullptr, factor);
   }
   __syncthreads();
   return forget;
@@ -112,43 +98,44 @@ __device__ bool open_books(const RowsArguments& a, Books& books) {
 
 template <class S>
 __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant__ RowsArguments a) {
-  __shared__ Books books;
-  const bool forget = open_books(a, books);
-  for (int i = 0; i < a.num_outs; ++i) {
-    const Out& out = a.outs[i];
-    switch (out.dtype) {
-      case DBMTL_F32: combine_out<S, float>(a, out, books, forget); break;
-      case DBMTL_F64: combine_out<S, double>(a, out, books, forget); break;
-      case DBMTL_BF16: combine_out<S, bf16>(a, out, books, forget); break;
-      default: combine_out<S, f16>(a, out, books, forget);
+  __shared__ Stats stats;
+  const bool forget = form_weights(a, stats);
+  for (int i = 0; i < int(a.step.num_outs); ++i) {
+    switch (a.step.outs[i].dtype) {
+      case DBMTL_F32: combine_out<S, float>(a, i, stats, forget); break;
+      case DBMTL_F64: combine_out<S, double>(a, i, stats, forget); break;
+      case DBMTL_BF16: combine_out<S, bf16>(a, i, stats, forget); break;
+      default: combine_out<S, f16>(a, i, stats, forget);
     }
   }
-  // Only when everybody has read the books may they be changed.
-  if (a.weights != nullptr || !is_last(a.counters)) return;
-  for (int t = threadIdx.x; t < a.num_tasks; t += kThreads) {
-    a.norms[t] = books.norms[t];
-    a.step_weights[t] = books.weights[t];
-    a.nonfinite_steps[t] += books.now[t];
-    a.broken[t] = books.broken[t];
-    if (books.broken[t]) a.sumsq[t] = 0.0;
+  // Only when every block has read them may they be changed.
+  if (a.given.data != nullptr || !is_last(a.counters)) return;
+  for (int t = threadIdx.x; t < int(a.step.rows.num_tasks); t += kThreads) {
+    a.step.norms[t] = stats.norms[t];
+    a.step.weights[t] = stats.weights[t];
+    a.step.nonfinite_steps[t] += stats.now[t];
+    a.step.nonfinite[t] = stats.nonfinite[t];
+    if (stats.nonfinite[t]) a.step.sumsq[t] = 0.0;
   }
 }
 
-int32_t launch(RowsArguments& a, int32_t state_dtype, void* stream) {
+int32_t launch(RowsArguments& a) {
+  dbmtl_rows& rows = a.step.rows;
+  if (rows.num_tasks < 2) rows.stride = 0;  // any: it is not used
+  a.counters = counters_of(a.step.where);
   int64_t tiles = 0;
-  for (int i = 0; i < a.num_outs; ++i) {
-    Out& out = a.outs[i];
-    const char* first = at(static_cast<const void*>(a.rows), out.start, state_dtype);
-    out.aligned = on_16_bytes(first, out.to) && out.numel % kElements == 0 && a.row_stride % kElements == 0;
+  for (int i = 0; i < a.step.num_outs; ++i) {
+    const dbmtl_out& out = a.step.outs[i];
+    a.aligned[i] = on_16_bytes(at(rows.data, out.start, rows.dtype), out.data) && out.numel % kElements == 0 &&
+                   rows.stride % kElements == 0;
     tiles += (out.numel + kTileElements - 1) / kTileElements;
   }
-  const int64_t most = int64_t(current_device().multiprocessors) * 2;
-  const int blocks = int(tiles < 1 ? 1 : tiles < most ? tiles : most);
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  switch (state_dtype) {
-    case DBMTL_F32: return launch_kernel(rows_kernel<float>, blocks, kThreads, 0, s, false, a);
-    case DBMTL_F64: return launch_kernel(rows_kernel<double>, blocks, kThreads, 0, s, false, a);
-    default: return launch_kernel(rows_kernel<bf16>, blocks, kThreads, 0, s, false, a);
+  const int blocks = int(std::clamp<int64_t>(tiles, 1, int64_t(current_device().multiprocessors) * 2));
+  const cudaStream_t stream = static_cast<cudaStream_t>(a.step.where.stream);
+  switch (rows.dtype) {
+    case DBMTL_F32: return launch_kernel(rows_kernel<float>, blocks, kThreads, 0, stream, false, a);
+    case DBMTL_F64: return launch_kernel(rows_kernel<double>, blocks, kThreads, 0, stream, false, a);
+    default: return launch_kernel(rows_kernel<bf16>, blocks, kThreads, 0, stream, false, a);
   }
 }
 
@@ -157,61 +144,24 @@ int32_t launch(RowsArguments& a, int32_t state_dtype, void* stream) {
 
 using namespace dbmtl;
 
-extern "C" int32_t dbmtl_combine(const void* rows, int32_t state_dtype, int64_t row_stride, int64_t num_tasks,
-                                 int64_t num_params, const void* weights, int32_t weights_dtype, void* out,
-                                 int32_t out_dtype, int32_t accumulate, int32_t /*num_threads*/, void* workspace,
-                                 void* stream) {
-  const Fault fault =
-      check_combine(rows, state_dtype, row_stride, num_tasks, num_params, weights, weights_dtype, out, out_dtype);
-  if (fault.status) return fail(fault);
-  const int32_t status = ready(num_tasks, workspace);
-  if (status) return status;
-  if (num_params == 0) return DBMTL_OK;
+extern "C" int32_t dbmtl_combine(const dbmtl_combine_args* args) {
+  DBMTL_TRY(check(*args));
+  DBMTL_TRY(ready(args->rows.num_tasks, args->where));
+  if (args->rows.num_params == 0) return DBMTL_OK;
   RowsArguments a = {};
-  a.rows = const_cast<void*>(rows);  // nothing is written without books
-  a.row_stride = num_tasks > 1 ? row_stride : 0;
-  a.num_tasks = int(num_tasks);
-  a.num_outs = 1;
-  a.outs[0] = {out, 0, num_params, out_dtype, 0};
-  a.accumulate = accumulate;
-  // Without a task there is no weight to read, yet this says that there are no books.
-  a.weights = weights != nullptr ? weights : workspace;
-  a.weights_dtype = weights_dtype;
-  return launch(a, state_dtype, stream);
+  a.step.rows = args->rows;
+  a.step.outs[0] = {args->out.data, args->out.dtype, 0, args->rows.num_params};
+  a.step.num_outs = 1;
+  a.step.accumulate = args->accumulate;
+  a.step.where = args->where;
+  a.given = args->weights;
+  if (args->rows.num_tasks == 0) a.given.data = args->where.workspace;  // not read: says that there are no stats
+  return launch(a);
 }
 
-extern "C" int32_t dbmtl_balance_rows(void* rows, int32_t state_dtype, int64_t row_stride, int64_t num_tasks,
-                                      double* sumsq, uint8_t* broken, int64_t* nonfinite_steps, double* norms,
-                                      double* weights, int32_t num_outs, void* const* outs, const int32_t* out_dtypes,
-                                      const int64_t* starts, const int64_t* numels, const uint8_t* active,
-                                      const void* loss_scale, int32_t loss_scale_dtype, double eps, int32_t scale,
-                                      double constant, int32_t fresh, int32_t accumulate, int32_t /*num_threads*/,
-                                      void* workspace, void* stream) {
-  const Fault fault =
-      check_balance_rows(rows, state_dtype, row_stride, num_tasks, sumsq, broken, nonfinite_steps, norms, weights,
-                         num_outs, outs, out_dtypes, starts, numels, loss_scale, loss_scale_dtype, eps, scale);
-  if (fault.status) return fail(fault);
-  const int32_t status = ready(num_tasks, workspace);
-  if (status) return status;
-  RowsArguments a = {};
-  a.rows = rows;
-  a.row_stride = num_tasks > 1 ? row_stride : 0;
-  a.num_tasks = int(num_tasks);
-  a.num_outs = num_outs;
-  for (int32_t i = 0; i < num_outs; ++i) a.outs[i] = {outs[i], starts[i], numels[i], out_dtypes[i], 0};
-  a.accumulate = accumulate;
-  a.sumsq = sumsq;
-  a.broken = broken;
-  a.nonfinite_steps = nonfinite_steps;
-  a.norms = norms;
-  a.step_weights = weights;
-  a.active = active;
-  a.loss_scale = loss_scale;
-  a.loss_scale_dtype = loss_scale_dtype;
-  a.scale = scale;
-  a.fresh = fresh;
-  a.eps = eps;
-  a.constant = constant;
-  a.counters = counters_of(workspace);
-  return launch(a, state_dtype, stream);
+extern "C" int32_t dbmtl_balance_rows(const dbmtl_balance_rows_args* args) {
+  DBMTL_TRY(check(*args));
+  DBMTL_TRY(ready(args->rows.num_tasks, args->where));
+  RowsArguments a = {*args, {}, {}, nullptr};
+  return launch(a);
 }

@@ -1,39 +1,19 @@
-#include <atomic>
-#include <cstdio>
-#include <mutex>
-
 #include "device.cuh"
 
 namespace dbmtl {
-namespace {
 
-thread_local const char* last_error = "";
 constexpr int64_t kCounterBytes = 256;  // slots begin on a line of their own
 constexpr int kBlocksAMultiprocessor = 2;
-
-}  // namespace
-
-int32_t fail(int32_t status, const char* message) {
-  last_error = message;
-  return status;
-}
 
 #ifdef DBMTL_EMULATED
 static int32_t available() { return DBMTL_OK; }
 Device current_device() { return {0, emulated_multiprocessors(), emulated_shared_bytes(), emulated_large_arguments()}; }
 #else
 
-static thread_local char composed[256];
-
-static int32_t fail_with(int32_t status, const char* format, const char* reason) {
-  std::snprintf(composed, sizeof(composed), format, reason);
-  return fail(status, composed);
-}
-
 int32_t fail_cuda(cudaError_t error) {
   if (error == cudaSuccess) return DBMTL_OK;
   cudaGetLastError();  // it was this call's, not the next one's
-  return fail_with(DBMTL_LAUNCH_FAILED, "CUDA: %s", cudaGetErrorString(error));
+  return fail(DBMTL_LAUNCH_FAILED, "CUDA: ", cudaGetErrorString(error));
 }
 
 __global__ void probe() {}
@@ -45,38 +25,33 @@ static int current_index() {
 
 // Whether the current device can run what was built: there is code for it, and it can launch cooperatively.
 static int32_t available() {
-  static std::atomic<bool> found[kMostDevices];  // a device does not go away; a missing one may come
-  int count = 0;
+  static thread_local bool found[kMostDevices];  // a device does not go away; a missing one may come
+  int count = 0, cooperative = 0;
   cudaError_t error = cudaGetDeviceCount(&count);
-  const char* no_device = "no CUDA device to run on: %s";
   if (error != cudaSuccess || count < 1) {
     cudaGetLastError();
-    return fail_with(DBMTL_UNAVAILABLE, no_device,
-                     error == cudaSuccess ? "the driver sees none" : cudaGetErrorString(error));
+    return fail(DBMTL_UNAVAILABLE, "no CUDA device to run on: ",
+                error == cudaSuccess ? "the driver sees none" : cudaGetErrorString(error));
   }
   const int index = current_index();
-  if (found[index].load(std::memory_order_relaxed)) return DBMTL_OK;
+  if (found[index]) return DBMTL_OK;
   cudaFuncAttributes attributes;
   error = cudaFuncGetAttributes(&attributes, probe);
   if (error != cudaSuccess) {
     cudaGetLastError();
-    return fail_with(DBMTL_UNAVAILABLE, "the library has no code for this device: %s", cudaGetErrorString(error));
+    return fail(DBMTL_UNAVAILABLE, "the library has no code for this device: ", cudaGetErrorString(error));
   }
-  int cooperative = 0;
   error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, index);
   if (error != cudaSuccess || !cooperative)
     return fail(DBMTL_UNAVAILABLE, "the device cannot launch cooperatively");
-  found[index].store(true, std::memory_order_relaxed);
+  found[index] = true;
   return DBMTL_OK;
 }
 
 Device current_device() {
-  static Device devices[kMostDevices];
-  static std::atomic<bool> known[kMostDevices];
-  static std::mutex asking;
+  static thread_local Device known[kMostDevices];
   const int index = current_index();
-  if (known[index].load(std::memory_order_acquire)) return devices[index];
-  const std::lock_guard<std::mutex> lock(asking);
+  if (known[index].multiprocessors > 0) return known[index];
   Device d = {index, 0, 0, false};
   int major = 0, driver = 0;
   const bool ok =
@@ -86,24 +61,21 @@ Device current_device() {
       cudaDriverGetVersion(&driver) == cudaSuccess;
   if (!ok) return {index, 0, 0, false};
   d.large_arguments = major >= 7 && driver >= 12010;
-  devices[index] = d;
-  known[index].store(true, std::memory_order_release);
-  return d;
+  return known[index] = d;
 }
 #endif
 
-int32_t ready(int64_t num_tasks, const void* workspace) {
+int32_t ready(int64_t num_tasks, const dbmtl_where& where) {
   if (num_tasks > kMaxTasks) return fail(DBMTL_INVALID_ARGUMENT, "num_tasks: the CUDA kernels take at most 256");
-  const int32_t status = available();
-  if (status) return status;
-  if (workspace == nullptr) return fail(DBMTL_INVALID_ARGUMENT, "workspace is null");
+  DBMTL_TRY(available());
+  if (where.workspace == nullptr) return fail(DBMTL_INVALID_ARGUMENT, "workspace is null");
   if (current_device().multiprocessors < 1) return fail(DBMTL_UNAVAILABLE, "the device does not say what it is");
   return DBMTL_OK;
 }
 
-Counters* counters_of(void* workspace) { return static_cast<Counters*>(workspace); }
-double* slots_of(void* workspace) {
-  return reinterpret_cast<double*>(static_cast<char*>(workspace) + kCounterBytes);
+Counters* counters_of(const dbmtl_where& where) { return static_cast<Counters*>(where.workspace); }
+double* slots_of(const dbmtl_where& where) {
+  return reinterpret_cast<double*>(static_cast<char*>(where.workspace) + kCounterBytes);
 }
 
 }  // namespace dbmtl

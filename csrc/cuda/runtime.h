@@ -33,18 +33,14 @@ struct Prepared {
   std::atomic<bool> done[kMostDevices];
 };
 
-// Of the current device; each is asked once.
+// Of the current device; each thread asks each once.
 Device current_device();
 
-// Remember `message` for dbmtl_last_error() and return `status`.
-int32_t fail(int32_t status, const char* message);
-inline int32_t fail(const Fault& fault) { return fail(fault.status, fault.message); }
-
 // Whether there is a device, a workspace, and room for so many tasks.
-int32_t ready(int64_t num_tasks, const void* workspace);
+int32_t ready(int64_t num_tasks, const dbmtl_where& where);
 
-Counters* counters_of(void* workspace);
-double* slots_of(void* workspace);
+Counters* counters_of(const dbmtl_where& where);
+double* slots_of(const dbmtl_where& where);
 
 // Numbers that a block of the Gramian leaves in the slots.
 int64_t gramian_slots(int64_t num_tasks);

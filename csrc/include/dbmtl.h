@@ -1,8 +1,8 @@
 /* The C ABI of dbmtl_kernels: plain structs of pointers and sizes, no torch, no Python.
  *
  * csrc/cpu and csrc/cuda implement it; ctypes loads them (python/dbmtl_kernels/backends/c_library.py). Rules:
- *   - A call takes one struct. It returns DBMTL_OK, or says in dbmtl_last_error() what was wrong. No exception crosses
- *     the boundary.
+ *   - A call takes one struct. It returns DBMTL_OK, or dbmtl_last_error() says what was wrong. No exception crosses the
+ *     boundary.
  *   - The caller has checked the values. A call checks what protects memory (null pointers, dtypes, sizes), and then has
  *     written nothing. A device may still fail later, or a second launch of one call after the first:
  *     DBMTL_LAUNCH_FAILED.
@@ -77,8 +77,8 @@ typedef struct {
  * norms <- ||ema_t||                                        [num_tasks], f64 if ema is f64, else f32
  * out   <- sum_t alpha / (norms_t + eps) * ema_t            [num_params]
  *
- * With one task and any scale but CONSTANT the weight is exactly 1. A task whose norm is not finite has weight 0 and its
- * row of ema is set to zero. */
+ * With one task and any scale but CONSTANT the weight is exactly 1. A task whose norm is not finite has weight 0 and
+ * its row of ema is set to zero. */
 typedef struct {
   dbmtl_rows grads, ema;
   dbmtl_array out;
@@ -162,12 +162,12 @@ DBMTL_API int64_t dbmtl_workspace_bytes(int64_t num_tasks);
 /* The instruction set in use: "avx512", "avx2" or "baseline". */
 DBMTL_API const char* dbmtl_isa(void);
 
-/* Use another instruction set than the best one found; null goes back to the best. DBMTL_INVALID_ARGUMENT if the machine
- * lacks it. */
+/* Use another instruction set than the best one found; null goes back to the best. DBMTL_INVALID_ARGUMENT if the
+ * machine lacks it. */
 DBMTL_API int32_t dbmtl_set_isa(const char* name);
 
-/* Ask for huge pages under a large buffer that nothing has touched yet: its first write then costs a page fault in every
- * 2 MiB, not in every 4 KiB. A hint. */
+/* Ask for huge pages under a large buffer that nothing has touched yet: its first write then costs a page fault in
+ * every 2 MiB, not in every 4 KiB. A hint. */
 DBMTL_API void dbmtl_advise_huge_pages(void* buffer, int64_t num_bytes);
 
 #ifdef __cplusplus

@@ -13,7 +13,6 @@ import torch
 import dbmtl_kernels
 
 from . import backends, reference
-from .backends.c_library import native
 from .functional import balance_
 
 # What float32 arithmetic may be off by, relative to the largest element.
@@ -26,7 +25,7 @@ SECONDS = 0.3
 
 def _detail(name: str, device: torch.device) -> str:
     if name == "native":
-        return str(native.isa())
+        return str(backends.native.isa())
     from .backends.triton.device import launches
 
     count, reason = launches(device)

@@ -184,7 +184,7 @@ class GradientBalancer:
         return self._attachment
 
     def _losses(self, losses: Given, tasks: Sequence[int] | None) -> TaskLosses:
-        return TaskLosses(losses, tasks, self.num_tasks, self.eps if self.log_transform else None)
+        return TaskLosses(losses, tasks, len(self._engine.steps.seen), self.eps if self.log_transform else None)
 
     # --- what it tells: copies, that later steps do not change ------------------------------------------------
 

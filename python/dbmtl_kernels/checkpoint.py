@@ -168,7 +168,7 @@ def _make_room(module: nn.Module, name: str, value: Any) -> None:
     """For a buffer that a module makes when it first runs, as several of TorchJD's do."""
     path, _, buffer = name.rpartition(".")
     owner = dict(module.named_modules()).get(path)
-    if owner is not None and buffer in owner._buffers and owner._buffers[buffer] is None:
+    if owner is not None and getattr(owner, buffer, value) is None:
         setattr(owner, buffer, torch.empty_like(value))
 
 

@@ -13,6 +13,8 @@
 #include <thread>
 #include <vector>
 
+#include "common/arguments.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -184,8 +186,6 @@ void __stcs(T* p, T x) {
 }
 
 namespace dbmtl {
-
-int32_t fail(int32_t status, const char* message);
 
 inline int from_environment(const char* name, int otherwise) {
   const char* value = std::getenv(name);

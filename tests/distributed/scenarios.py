@@ -1,4 +1,4 @@
-"""What 4 ranks do together, run by torchrun; rank 0 writes what came of it for tests/test_distributed.py to judge."""
+"""What 4 ranks do together, run by torchrun; rank 0 writes what came of it for test_distributed.py to judge."""
 
 import functools
 import io
@@ -10,7 +10,9 @@ from pathlib import Path
 import dbmtl_kernels as dbk
 import torch
 import torch.distributed as dist
+from dbmtl_kernels.rows import placement
 from job import NUM_TASKS, Job, Net, batches, first_net, identical, load, save, whole
+from problems import state_of
 from refusals import attempts
 from torch import nn
 
@@ -30,7 +32,7 @@ def difference(a, b):
 
 
 def held(balancer):
-    parts = getattr(balancer.buffer, "parts", [balancer.buffer])
+    parts = getattr(state_of(balancer), "parts", [state_of(balancer)])
     return sum(part.rows.numel() for part in parts)
 
 
@@ -65,7 +67,7 @@ def compare(name, kind, play, **options):
 
 
 def gramian(job):
-    return job.balancer.buffer.gramian().double()
+    return state_of(job.balancer).gramian().double()
 
 
 @scenario
@@ -124,7 +126,7 @@ def scaled(job):
 
 @scenario
 def bfloat16_state():
-    """Rounded stochastically, with random numbers of its own on every rank: close on average, replicas the same."""
+    """Rounded to 8 bits: close, replicas the same."""
     compare("ddp, bfloat16 state", "ddp", lambda job: job.train(0, STEPS), state_dtype=torch.bfloat16)
 
 
@@ -233,7 +235,7 @@ def overflow_on_one_rank():
             scaler.step(job.optimizer)
             scaler.update()
             scales.append(scaler.get_scale())
-            states.append(bool(torch.isfinite(job.balancer.buffer.rows).all()))
+            states.append(bool(torch.isfinite(state_of(job.balancer).rows).all()))
         RESULTS[f"overflow, {kind}"] = {
             "nans": nans,
             "states": states,
@@ -300,12 +302,12 @@ def refusals():
 def after_the_fact():
     """A process group that is initialised after the balancer was made."""
     net = Net()
-    placed = dbk.placement.refuse_unnamed_group
-    dbk.placement.refuse_unnamed_group = lambda: None
+    placed = placement.refuse_unnamed_group
+    placement.refuse_unnamed_group = lambda: None
     try:
         balancer = dbk.DBMTL(net.shared(), 3)
     finally:
-        dbk.placement.refuse_unnamed_group = placed
+        placement.refuse_unnamed_group = placed
     (x,) = batches(0, 1)
     RESULTS["unnamed at the step"] = refusal(lambda: balancer(net(x)).backward())
     RESULTS["evaluation needs no other rank"] = [float(evaluate(balancer, net, x))]

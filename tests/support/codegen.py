@@ -37,7 +37,7 @@ def machine(arch):
         launcher_cls=lambda source, metadata: "launcher",
         utils=SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 227 << 10},
-            load_binary=lambda *args: ("module", 77, 128, 0, 1024),
+            load_binary=lambda *args: ("module", 77, 128, 0, 1024)[: 4 if triton.__version__.startswith("3.3") else 5],
             unload_module=lambda module: None,
         ),
     )

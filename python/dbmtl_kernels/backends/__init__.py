@@ -15,7 +15,8 @@ from torch import Tensor
 
 from . import eager, triton
 from .arguments import BalanceRows, Coefficients
-from .c_library import cuda, native
+from .c_library import cuda as cuda
+from .c_library import native as native
 
 NAMES = ("native", "triton", "cuda", "eager")
 # For each type of device, the first that can serve; "auto" says why if it is the last.

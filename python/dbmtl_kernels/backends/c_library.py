@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from ctypes import CDLL, POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .arguments import BalanceRows, Coefficients
+from .memory import upload
 
 ABI_VERSION = 5
 MAX_OUTS = 4
@@ -20,56 +21,30 @@ SCALES = {"max": 0, "mean": 1, "median": 2, "min": 3, "constant": 4}
 HUGE_BYTES = 8 << 20  # fresh memory of this size is worth a system call for huge pages
 
 
-class Array(Structure):
-    _fields_ = (("data", c_void_p), ("dtype", c_int64))
+def _struct(name: str, **fields: Any) -> Any:
+    return type(name, (Structure,), {"_fields_": list(fields.items())})
 
 
-class Rows(Structure):
-    _fields_ = (*Array._fields_, ("stride", c_int64), ("num_tasks", c_int64), ("num_params", c_int64))
-
-
-class Weighting(Structure):
-    _fields_ = (("eps", c_double), ("constant", c_double), ("scale", c_int64))
-
-
-class Where(Structure):
-    _fields_ = (("num_threads", c_int64), ("workspace", c_void_p), ("stream", c_void_p))
-
-
-class BalanceArgs(Structure):
-    _fields_ = (
-        ("grads", Rows), ("ema", Rows), ("out", Array), ("norms", c_void_p), ("beta", c_double),
-        ("weighting", Weighting), ("where", Where),
-    )  # fmt: skip
-
-
-class AccumulateArgs(Structure):
-    _fields_ = (
-        ("row", Array), ("sumsq", c_void_p), ("coefficients", c_void_p), ("loss_scale", Array),
-        ("num_segments", c_int64), ("segments", c_void_p), ("grads", POINTER(c_void_p)), ("grad_dtypes", c_char_p),
-        ("where", Where),
-    )  # fmt: skip
-
-
-class CombineArgs(Structure):
-    _fields_ = (("rows", Rows), ("weights", Array), ("out", Array), ("accumulate", c_int64), ("where", Where))
-
-
-class Out(Structure):
-    _fields_ = (*Array._fields_, ("start", c_int64), ("numel", c_int64))
-
-
-class BalanceRowsArgs(Structure):
-    _fields_ = (
-        ("rows", Rows), ("sumsq", c_void_p), ("norms", c_void_p), ("weights", c_void_p), ("nonfinite", c_void_p),
-        ("nonfinite_steps", c_void_p), ("active", c_void_p), ("loss_scale", Array), ("outs", Out * MAX_OUTS),
-        ("num_outs", c_int64), ("fresh", c_int64), ("accumulate", c_int64), ("weighting", Weighting), ("where", Where),
-    )  # fmt: skip
-
-
-class GramianArgs(Structure):
-    _fields_ = (("rows", Rows), ("gramian", Array), ("where", Where))
-
+# As in dbmtl.h, where each is explained.
+Array = _struct("Array", data=c_void_p, dtype=c_int64)
+Rows = _struct("Rows", data=c_void_p, dtype=c_int64, stride=c_int64, num_tasks=c_int64, num_params=c_int64)
+Weighting = _struct("Weighting", eps=c_double, constant=c_double, scale=c_int64)
+Where = _struct("Where", num_threads=c_int64, workspace=c_void_p, stream=c_void_p)
+Out = _struct("Out", data=c_void_p, dtype=c_int64, start=c_int64, numel=c_int64)
+BalanceArgs = _struct(
+    "BalanceArgs", grads=Rows, ema=Rows, out=Array, norms=c_void_p, beta=c_double, weighting=Weighting, where=Where
+)
+AccumulateArgs = _struct(
+    "AccumulateArgs", row=Array, sumsq=c_void_p, coefficients=c_void_p, loss_scale=Array, num_segments=c_int64,
+    segments=c_void_p, grads=POINTER(c_void_p), grad_dtypes=c_char_p, where=Where,
+)  # fmt: skip
+CombineArgs = _struct("CombineArgs", rows=Rows, weights=Array, out=Array, accumulate=c_int64, where=Where)
+BalanceRowsArgs = _struct(
+    "BalanceRowsArgs", rows=Rows, sumsq=c_void_p, norms=c_void_p, weights=c_void_p, nonfinite=c_void_p,
+    nonfinite_steps=c_void_p, active=c_void_p, loss_scale=Array, outs=Out * MAX_OUTS, num_outs=c_int64,
+    fresh=c_int64, accumulate=c_int64, weighting=Weighting, where=Where,
+)  # fmt: skip
+GramianArgs = _struct("GramianArgs", rows=Rows, gramian=Array, where=Where)
 
 SIGNATURES: dict[str, tuple[Any, ...]] = {  # result, then arguments
     "dbmtl_balance": (c_int32, POINTER(BalanceArgs)),
@@ -89,20 +64,22 @@ CPU_SIGNATURES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _array(tensor: Tensor | None) -> Array:
-    return Array() if tensor is None else Array(tensor.data_ptr(), DTYPES[tensor.dtype])
+NONE = Array()
 
 
-def _rows(rows: Tensor) -> Rows:
+def _array(tensor: Tensor) -> Any:
+    return Array(tensor.data_ptr(), DTYPES[tensor.dtype])
+
+
+def _rows(rows: Tensor) -> Any:
     num_tasks, num_params = rows.shape
     return Rows(rows.data_ptr(), DTYPES[rows.dtype], rows.stride(0), num_tasks, num_params)
 
 
-def _scale(loss_scale: Tensor | None, device: torch.device) -> Tensor | None:
+def _readable(loss_scale: Tensor, device: torch.device) -> Tensor:
     """The loss scale where the kernel can read it."""
-    if loss_scale is None or (loss_scale.device == device and loss_scale.dtype in DTYPES):
-        return loss_scale
-    return loss_scale.to(device, torch.float64)
+    known = loss_scale.device == device and loss_scale.dtype in DTYPES
+    return loss_scale if known else loss_scale.to(device, torch.float64)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -216,16 +193,22 @@ class CLibrary:
             return str(library.dbmtl_last_error().decode())
         return library
 
-    def _on(self, device: torch.device) -> AbstractContextManager[Any]:
-        """The library launches on the current device: make it the tensors' own."""
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return nullcontext()
-        return torch.cuda.device(device)
-
-    def _where(self, device: torch.device, num_tasks: int) -> Where:
-        """Threads, or the current stream and its workspace. A captured call gets a workspace of its own."""
+    def _call(self, name: str, device: torch.device, num_tasks: int, args: Any) -> None:
+        """Call a function on the tensors' own device, which the library takes to be the current one."""
+        library = self._loaded if isinstance(self._loaded, CDLL) else self.library()
         if not self._gpu:
-            return Where(torch.get_num_threads())
+            args.where.num_threads = torch.get_num_threads()
+            status = getattr(library, name)(args)
+        else:
+            elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+            with torch.cuda.device(device) if elsewhere else nullcontext():
+                args.where = self._where(device, num_tasks)
+                status = getattr(library, name)(args)
+        if status != 0:
+            self.check(status)
+
+    def _where(self, device: torch.device, num_tasks: int) -> Any:
+        """The current stream and its workspace. A captured call gets a workspace of its own."""
         stream, captured = 0, False
         if device.type == "cuda":
             stream, captured = torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
@@ -236,14 +219,6 @@ class CLibrary:
             if not captured:
                 self._workspaces[device, stream] = found
         return Where(0, found.data_ptr(), stream)
-
-    def _coefficients(self, coefficients: Coefficients, device: torch.device) -> Tensor:
-        """Decay and gain in the memory that the kernel reads."""
-        if isinstance(coefficients, Tensor):
-            return coefficients
-        on_gpu = device.type == "cuda"
-        numbers = torch.tensor(coefficients, dtype=torch.float64, pin_memory=on_gpu)
-        return numbers.to(device, non_blocking=True) if on_gpu else numbers
 
     # --- the calls --------------------------------------------------------------------------------------------------
 
@@ -258,10 +233,8 @@ class CLibrary:
             self.advise_huge_pages(out)
         norms = torch.empty(num_tasks, dtype=_wide(ema.dtype), device=device)
         weighting = Weighting(eps, constant, SCALES[scale])
-        with self._on(device):
-            where = self._where(device, num_tasks)
-            args = BalanceArgs(_rows(grads), _rows(ema), _array(out), norms.data_ptr(), beta, weighting, where)
-            self.check(self.library().dbmtl_balance(args))
+        args = BalanceArgs(_rows(grads), _rows(ema), _array(out), norms.data_ptr(), beta, weighting)
+        self._call("dbmtl_balance", device, num_tasks, args)
         return out, norms
 
     def accumulate_(
@@ -274,49 +247,49 @@ class CLibrary:
         loss_scale: Tensor | None,
     ) -> None:
         """Gather a row; a launch for each thousand gradients on a GPU (with an older driver, each hundred)."""
-        addresses = (c_void_p * len(grads))(*[None if g is None else g.data_ptr() for g in grads])
-        factor = _scale(loss_scale, row.device)  # a name, as only its address is passed on
-        dtypes = bytes([0 if g is None else DTYPES[g.dtype] for g in grads])
-        with self._on(row.device):
-            numbers = self._coefficients(coefficients, row.device)
-            args = AccumulateArgs(
-                _array(row), sumsq.data_ptr(), numbers.data_ptr(), _array(factor), len(grads),
-                segments.data_ptr(), addresses, dtypes, self._where(row.device, 1),
-            )  # fmt: skip
-            self.check(self.library().dbmtl_accumulate(args))
+        addresses, dtypes = [], []
+        for grad in grads:
+            addresses.append(None if grad is None else grad.data_ptr())
+            dtypes.append(0 if grad is None else DTYPES[grad.dtype])
+        if not isinstance(coefficients, Tensor):
+            coefficients = upload(coefficients, torch.float64, row.device)
+        factor = NONE
+        if loss_scale is not None:
+            loss_scale = _readable(loss_scale, row.device)  # a name, as only its address is passed on
+            factor = _array(loss_scale)
+        args = AccumulateArgs(
+            Array(row.data_ptr(), DTYPES[row.dtype]), sumsq.data_ptr(), coefficients.data_ptr(), factor, len(grads),
+            segments.data_ptr(), (c_void_p * len(grads))(*addresses), bytes(dtypes),
+        )  # fmt: skip
+        self._call("dbmtl_accumulate", row.device, 1, args)
 
     def combine_out(self, rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) -> None:
         """Add weighted rows up; one launch on a GPU."""
         weights = weights.contiguous()
-        with self._on(rows.device):
-            where = self._where(rows.device, rows.shape[0])
-            args = CombineArgs(_rows(rows), _array(weights), _array(out), accumulate, where)
-            self.check(self.library().dbmtl_combine(args))
+        args = CombineArgs(_rows(rows), _array(weights), _array(out), accumulate)
+        self._call("dbmtl_combine", rows.device, rows.shape[0], args)
 
     def balance_rows_(self, step: BalanceRows) -> None:
         """All of the end of an engine step; one launch on a GPU."""
-        rows, stats = step.rows, step.stats
-        factor = _scale(step.loss_scale, rows.device)
-        outs = [
-            Out(out.data_ptr(), DTYPES[out.dtype], start, out.numel())
-            for out, start in zip(step.outs, step.starts, strict=True)
-        ]
-        with self._on(rows.device):
-            args = BalanceRowsArgs(
-                _rows(rows), *[x.data_ptr() for x in stats], None if step.active is None else step.active.data_ptr(),
-                _array(factor), (Out * MAX_OUTS)(*outs), len(outs), step.fresh, step.accumulate,
-                Weighting(step.eps, step.constant, SCALES[step.scale]), self._where(rows.device, rows.shape[0]),
-            )  # fmt: skip
-            self.check(self.library().dbmtl_balance_rows(args))
+        rows, factor = step.rows, NONE
+        if step.loss_scale is not None:
+            loss_scale = _readable(step.loss_scale, rows.device)  # a name, as only its address is passed on
+            factor = _array(loss_scale)
+        outs = (Out * MAX_OUTS)()
+        for i, (out, start) in enumerate(zip(step.outs, step.starts, strict=True)):
+            outs[i] = Out(out.data_ptr(), DTYPES[out.dtype], start, out.numel())
+        args = BalanceRowsArgs(
+            _rows(rows), *map(Tensor.data_ptr, step.stats), None if step.active is None else step.active.data_ptr(),
+            factor, outs, len(step.outs), step.fresh, step.accumulate,
+            Weighting(step.eps, step.constant, SCALES[step.scale]),
+        )  # fmt: skip
+        self._call("dbmtl_balance_rows", rows.device, rows.shape[0], args)
 
     def gramian(self, rows: Tensor) -> Tensor:
-        """rows @ rows.T; one launch on a GPU, at most 64 tasks."""
+        """The product of the rows with themselves; one launch on a GPU, at most 64 tasks."""
         num_tasks, device = rows.shape[0], rows.device
         out = torch.empty(num_tasks, num_tasks, dtype=_wide(rows.dtype), device=device)
-        with self._on(device):
-            self.check(
-                self.library().dbmtl_gramian(GramianArgs(_rows(rows), _array(out), self._where(device, num_tasks)))
-            )
+        self._call("dbmtl_gramian", device, num_tasks, GramianArgs(_rows(rows), _array(out)))
         return out
 
 

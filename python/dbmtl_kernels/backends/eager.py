@@ -31,15 +31,14 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
 def _update(row: Tensor, grad: Tensor | None, decay: float | Tensor, gain: float | Tensor) -> None:
     """Row <- decay * row + gain * grad in fp32. With a decay of 0 what was there does not count."""
     work = _arithmetic(row.dtype)
-    gained = None if grad is None else grad.reshape(-1).to(work) * gain
+    gained = torch.zeros((), dtype=work, device=row.device) if grad is None else grad.reshape(-1).to(work) * gain
     if isinstance(decay, Tensor):  # whether it is 0 would take a sync to know
-        decayed = torch.where(decay == 0, 0.0, row.to(work) * decay.to(work))
+        decayed = row.to(work) * decay.to(work)
+        row.copy_(torch.where(decay == 0, gained, decayed if grad is None else decayed + gained))
     elif decay == 0.0:
-        row.zero_() if gained is None else row.copy_(gained)
-        return
+        row.copy_(gained)
     else:
-        decayed = row.to(work) * decay
-    row.copy_(decayed if gained is None else decayed + gained)
+        row.copy_(row.to(work) * decay if grad is None else row.to(work) * decay + gained)
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:

@@ -56,29 +56,32 @@ class Steps:
         """`count` as one number on the device, without a sync."""
         return self._count if isinstance(self._count, Tensor) else torch.full((), self._count, device=device)
 
-    def begin(self, factor: Tensor | None) -> bool:
+    def begin(self, factor: Tensor | None) -> dict[str, Any] | None:
         """Gradients that carry ``factor`` are about to come: begin a step, unless one is open.
 
         Returns:
-            whether one was begun.
+            what `undo_begin` needs, or None if no step was begun.
         """
         self.changes += 1
         if self.open:
             if self.loss_scale is not None and is_zero(self.loss_scale):
                 self.loss_scale = factor  # nothing counted so far
-            return False
+            return None
+        before = {name: getattr(self, name) for name in ("fresh", "seen", "losses", "loss_scale")}
         self.open = self.fresh = True
         self.seen = [False] * len(self.seen)
         self.losses = {}
         self.loss_scale = factor
         self._count += 1
         self._set_beta_k()
-        return True
+        return before
 
-    def undo_begin(self) -> None:
+    def undo_begin(self, before: dict[str, Any]) -> None:
         """The step that was just begun got no gradient: it does not count."""
         self._count -= 1
         self.end()
+        for name, value in before.items():
+            setattr(self, name, value)
 
     def coefficients(self, task: int) -> Coefficients:
         """How a gradient of ``task`` counts in the open step: decay and gain."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -61,14 +62,15 @@ class SharedGradients:
         self._parameters = rows.parameters
         self.touched = [False] * len(self._parameters)
         self.written = False
-        self._collected = False  # whether there was any gradient since `stash_grads`
+        self._collected_any = False  # since `stash_grads`
         self._distributed = any(dtensors.is_dtensor(p) for p in self._parameters)
         self._collector: RowCollector | SplitCollector | None = None  # of the pass that runs
-        # What the pass has released and the collector has not got yet.
+        self._unhooked = list(range(len(self._parameters))) if rows.early else []
+        # What the pass has made and the collector has not got yet.
         self._indices: list[int] = []
-        self._released: list[Tensor | None] = []
+        self._grads: list[Tensor | None] = []
         self._bytes = 0
-        self._handles: list[Any] = []
+        self._early = rows.early
         self._flats: Flats = {}
         self._views: list[Tensor] = []
         # What was written in this step: the tensor left in .grad (None where nothing of ours is), its version then, and
@@ -88,7 +90,7 @@ class SharedGradients:
             if not dropped:
                 grads = self._without_balanced(grads)
             self.forget()
-        self._collected = False
+        self._collected_any = False
         for p in self._parameters:
             p.grad = None
         return Stash(grads, balanced and not dropped, dropped)
@@ -106,55 +108,41 @@ class SharedGradients:
 
     # --- during a pass ----------------------------------------------------------------------------------------
 
-    def hook(self) -> None:
-        """From now on each ``.grad`` is collected as soon as a pass has made it, where rows ask for that."""
-        if self._rows.early:
-            for index, p in enumerate(self._parameters):
-                if p.requires_grad:  # may have been frozen since
-                    self._handles.append(p.register_post_accumulate_grad_hook(partial(self._collect, index)))
-
-    def unhook(self) -> None:
-        """Undo `hook`."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
     def collect_into(self, collector: RowCollector | SplitCollector) -> None:
         """The pass that runs from now on is that of this row."""
+        if self._unhooked:
+            self._hook()
         self._collector = collector
-        self._indices, self._released, self._bytes = [], [], 0
+        self._indices, self._grads, self._bytes = [], [], 0
 
     @torch.no_grad()
     def finish_collecting(self) -> None:
         """The pass is over: what is left in ``.grad`` goes to its row too."""
+        mine, collector = weakref.ref(self), self._collector
+        assert collector is not None
         for index, p in enumerate(self._parameters):
             if p.grad is not None:
-                self._collect(index, p)
-        assert self._collector is not None
-        self._collector.finish(self._indices, self._released)
+                _collect(mine, index, p)
+        self._collector = None
+        collector.finish(self._indices, self._grads)
 
-    def _collect(self, index: int, p: Tensor) -> None:
-        """Take the gradient of a pass out of ``.grad``, and give it to the row when enough have come."""
-        grad = p.grad
-        assert grad is not None
-        if grad.layout is not torch.strided:
-            raise TypeError(
-                f"shared parameter {index} of shape {tuple(p.shape)} has a gradient of layout {grad.layout}; "
-                "only dense ones can be balanced (sparse=False)"
-            )
-        p.grad = None
-        self.touched[index] = self._collected = True
-        grad = grad.detach()
-        if self._distributed:
-            grad = dtensors.local_gradient(p, grad)
-        self._indices.append(index)
-        self._released.append(grad)
-        if self._rows.early:
-            self._bytes += grad.nbytes
-            if self._bytes >= FLUSH_BYTES:
-                assert self._collector is not None
-                self._collector.add(self._indices, self._released)
-                self._indices, self._released, self._bytes = [], [], 0
+    def stop_collecting(self) -> None:
+        """No pass runs: hooks are idle, and no gradient is kept alive here."""
+        self._collector = None
+        self._indices, self._grads = [], []
+
+    def _hook(self) -> None:
+        """Let each ``.grad`` be collected as soon as a pass has made it. Hooks stay, and are idle between passes."""
+        mine = weakref.ref(self)
+        handles, frozen = [], []
+        for index in self._unhooked:
+            p = self._parameters[index]
+            if p.requires_grad:
+                handles.append(p.register_post_accumulate_grad_hook(partial(_collect, mine, index)))
+            else:
+                frozen.append(index)
+        self._unhooked = frozen
+        weakref.finalize(self, _remove, handles)
 
     def check_collected(self, all_tasks: bool) -> None:
         """Raise RuntimeError if no shared parameter had a gradient in the passes of a step.
@@ -162,7 +150,7 @@ class SharedGradients:
         Plain parameters that had one before may go without, and where not ``all_tasks`` were there. In a process of
         its own it is only a warning.
         """
-        if self._collected or not (self._distributed or (all_tasks and not any(self.touched))):
+        if self._collected_any or not (self._distributed or (all_tasks and not any(self.touched))):
             return
         complaint = "no shared parameter got a gradient in this step: are they those of the model that gave the losses?"
         if self._distributed or self._ranks.size > 1:
@@ -263,3 +251,38 @@ class SharedGradients:
                 assert grad is not None
                 rest[index] = grad.sub_(before[index])
         return rest
+
+
+def _collect(owner: weakref.ref[SharedGradients], index: int, p: Tensor) -> None:
+    """Take the gradient of a pass out of ``.grad``; give it to the row when enough have come.
+
+    Also the hook of parameter ``index``, which does nothing while no pass of its owner runs.
+    """
+    grads = owner()
+    if grads is None or grads._collector is None:
+        return
+    grad = p.grad
+    assert grad is not None
+    if grad.layout is not torch.strided:
+        raise TypeError(
+            f"shared parameter {index} of shape {tuple(p.shape)} has a gradient of layout {grad.layout}; "
+            "only dense ones can be balanced (sparse=False)"
+        )
+    p.grad = None
+    grads.touched[index] = grads._collected_any = True
+    if grad.requires_grad:
+        grad = grad.detach()
+    if grads._distributed:
+        grad = dtensors.local_gradient(p, grad)
+    grads._indices.append(index)
+    grads._grads.append(grad)
+    if grads._early:
+        grads._bytes += grad.nbytes
+        if grads._bytes >= FLUSH_BYTES:
+            grads._collector.add(grads._indices, grads._grads)
+            grads._indices, grads._grads, grads._bytes = [], [], 0
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -74,7 +74,6 @@ class Engine:
         collectors: list[Any] = []
         last = len(losses.tasks) - 1
         try:
-            grads.hook()
             with self.heads.averaging(grads.touched, self._stepped_parameters(), losses.losses):
                 for index, task in enumerate(losses.tasks):
                     collectors.append(rows.collect(task, steps.coefficients(task), steps.loss_scale))
@@ -88,7 +87,7 @@ class Engine:
             self._recover(stash, collectors, begun)
             raise
         finally:
-            grads.unhook()
+            grads.stop_collecting()
         self._write(stash)
 
     # --- task by task -----------------------------------------------------------------------------------------
@@ -105,7 +104,7 @@ class Engine:
         factor = None if loss_scale is None else factor_or_none(factor_on(rows.device, loss_scale))
         stash = self._stash()
         steps.inside = index
-        begun, collectors = False, []
+        begun, collectors = None, []
         try:
             with self.heads.averaging(grads.touched, self._stepped_parameters()):
                 with self.heads.sharing_logs(index, log_transform):
@@ -162,7 +161,7 @@ class Engine:
             self.end_step()
 
     @torch.no_grad()
-    def _recover(self, stash: Stash, collectors: list[Any], begun: bool) -> None:
+    def _recover(self, stash: Stash, collectors: list[Any], begun: dict[str, Any] | None) -> None:
         """After a failure: ``.grad`` as it was, as far as the rows still allow.
 
         A step that got nothing does not count. One with nothing but the rows fed before the failure ends, so that
@@ -176,8 +175,8 @@ class Engine:
             self._write(stash)
             return
         self.grads.restore_grads(stash.grads)
-        if begun and not any(collector.fed for collector in collectors):
-            self.steps.undo_begin()
+        if begun is not None and not any(collector.fed for collector in collectors):
+            self.steps.undo_begin(begun)
         elif not (self.steps.pending and self.rows.local):
             self.end_step()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.arguments import BalanceRows, Coefficients, Stats
-from ..backends.memory import allocate, upload
+from ..backends.memory import upload
 from . import arguments
 
 __all__ = [
@@ -37,6 +37,13 @@ __all__ = [
 def gathers_early(backend: str, device: torch.device, num_tasks: int) -> bool:
     """Whether `accumulate_` is best called while a backward pass runs, a few gradients at a time."""
     return backends.resolve(backend, device, num_tasks).gathers_early(device)
+
+
+def allocate(*shape: int, dtype: torch.dtype, device: torch.device, zero: bool = False) -> Tensor:
+    """An empty (or zeroed) tensor; on a CPU with huge pages under it where that helps."""
+    out = torch.empty(*shape, dtype=dtype, device=device)
+    backends.native.advise_huge_pages(out)
+    return out.zero_() if zero else out
 
 
 def balance_(

@@ -98,7 +98,7 @@ class RowCollector:
         self.fed = True
         layout, coefficients = self._layout, self._coefficients
         if decayed:
-            decay, gain = coefficients
+            _, gain = coefficients
             coefficients = torch.stack([torch.ones_like(gain), gain]) if isinstance(gain, Tensor) else (1.0, gain)
         if layout.permuted:
             grads = [None if g is None else layout.in_row_order(i, g) for i, g in zip(indices, grads, strict=True)]

@@ -22,7 +22,11 @@ def is_dtensor(x: object) -> TypeGuard[DTensor]:
 
 def local(x: Tensor) -> Tensor:
     """The local shard of a DTensor; any other tensor itself. Not differentiable."""
-    return x._local_tensor if is_dtensor(x) else x
+    if not is_dtensor(x):
+        return x
+    with torch.no_grad():  # else what comes back has a graph
+        out: Tensor = x.to_local()
+    return out
 
 
 def like(parameter: Tensor, shard: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class ParameterLayout:
         return found
 
     def check_unchanged(self) -> None:
-        """Raise RuntimeError if a parameter has another dtype, device, shape or memory order than when this was made."""
+        """Raise RuntimeError if a parameter has another dtype, device, shape or strides than when this was made."""
         device = self.device
         for index, (p, (shape, strides, dtype)) in enumerate(zip(self.parameters, self._known, strict=True)):
             if self.distributed:

@@ -34,6 +34,7 @@ class TaskGradientBuffer:
         stats: K numbers of each kind; ``sumsq`` of the rows held here, the rest of the last `balance`.
         narrow: the dtype of `gramian`, float64 of float64 rows, else float32.
         early: whether gradients are best collected while a backward pass runs (on a CPU), or at its end in one call.
+        starts: of each parameter dtype, its first column in the rows held here.
         local: whether nothing that is done here needs another rank.
     """
 
@@ -49,6 +50,8 @@ class TaskGradientBuffer:
         self._replicas = Ranks(dtensors.replicated_groups(layout.parameters[0]))
         # FSDP runs hooks while a gradient may still be on its way to a CPU.
         self.early = ops.gathers_early(backend, self.device, num_tasks) and not layout.distributed
+        self._dtypes = [group.dtype for group in layout.groups]
+        self.starts = [group.start for group in layout.groups]
         self.local = self.spread.size == 1 and self._replicas.size == 1
         self._allocate(num_tasks)
 
@@ -111,7 +114,7 @@ class TaskGradientBuffer:
         own = self.stats.sumsq
         total = self.sums() if sums is None else sums
         stats = self.stats if total is own else self.stats._replace(sumsq=total)
-        outs, starts = self._outs(flats), self._starts()
+        outs, starts = self._outs(flats), self.starts
         step = ops.BalanceRows(
             self.rows,
             stats,
@@ -150,7 +153,7 @@ class TaskGradientBuffer:
 
     def combine(self, weights: Tensor, flats: Flats, accumulate: bool = False) -> None:
         """``sum_t weights[t] * rows[t]`` into one flat tensor per parameter dtype (see `new_flats`), in place."""
-        for out, start in zip(self._outs(flats), self._starts(), strict=True):
+        for out, start in zip(self._outs(flats), self.starts, strict=True):
             ops.combine_out(self.rows[:, start : start + out.numel()], weights, out, accumulate, self.backend)
         self._complete(flats)
 
@@ -216,12 +219,8 @@ class TaskGradientBuffer:
         return self.layout.row_numel
 
     def _outs(self, flats: Flats) -> list[Tensor]:
-        """The parts of ``flats`` that the columns held here make."""
-        return [flats[group.dtype] for group in self.layout.groups]
-
-    def _starts(self) -> list[int]:
-        """The first column of each of `_outs`."""
-        return [group.start for group in self.layout.groups]
+        """The parts of ``flats`` that the columns held here make; `starts` has the first column of each."""
+        return list(map(flats.__getitem__, self._dtypes))
 
     def _complete(self, flats: Flats) -> None:
         """Fill in what others hold."""

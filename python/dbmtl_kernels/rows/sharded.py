@@ -72,6 +72,7 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
             self.shards.append(Shard(g.start + self.rank * columns, end, columns))
             end += columns
         super().__init__(layout, num_tasks, backend, Ranks([group]))
+        self.starts = [shard.local for shard in self.shards]
         dtypes = (layout.state_dtype, *(g.dtype for g in layout.groups))
         self._transit_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self._free: deque[Transit] = deque()
@@ -139,9 +140,6 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
             flats[g.dtype][shard.start - g.start :][: shard.columns]
             for g, shard in zip(self.layout.groups, self.shards, strict=True)
         ]
-
-    def _starts(self) -> list[int]:
-        return [shard.local for shard in self.shards]
 
     def _complete(self, flats: Flats) -> None:
         for g, mine in zip(self.layout.groups, self._outs(flats), strict=True):

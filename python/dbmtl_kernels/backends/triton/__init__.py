@@ -66,7 +66,7 @@ def missing(device: torch.device) -> str | None:
 
 
 def most_tasks(gramian: bool) -> int | None:
-    """As many as the compiled code was looked at for (tests/test_codegen.py)."""
+    """As many as the compiled code was looked at for (tests/backends/test_codegen.py)."""
     return MOST_TASKS
 
 

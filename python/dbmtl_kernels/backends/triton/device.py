@@ -38,11 +38,11 @@ def has_cooperative_launch(device: torch.device) -> bool:
 def resident_programs(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> int:
     """How many programs of a kernel one multiprocessor of the current device holds at once.
 
-    Undocumented in Triton 3.3 to 3.9: `warmup` compiles without launching, and of what it returns, reading `run` loads
-    the binary, `function` is its CUfunction, and `metadata` has its threads and bytes of shared memory.
+    Undocumented in Triton 3.3 to 3.9: `warmup` compiles without launching; to index what it returns with a grid loads
+    the binary; `function` is then its CUfunction, and `metadata` has its warps and bytes of shared memory.
     """
     compiled = kernel.warmup(*args, grid=(1,), **options)
-    _ = compiled.run
+    _ = compiled[(1, 1, 1)]
     count, metadata = ctypes.c_int(), compiled.metadata
     _call(
         "cuOccupancyMaxActiveBlocksPerMultiprocessor", ctypes.byref(count), ctypes.c_void_p(compiled.function),

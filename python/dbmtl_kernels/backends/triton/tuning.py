@@ -2,7 +2,7 @@
 
 ``programs`` bounds how many programs a multiprocessor gets in a persistent grid; ``registers`` is the compiler's limit
 for a thread, so that they fit there together (65,536 / (32 x warps x registers)) and nothing spills on sm_80, 90 or 100
-(tests/test_codegen.py). "in flight" is what one multiprocessor then asks for at once, in fp32: some 23 kB are
+(tests/backends/test_codegen.py). "in flight" is what one multiprocessor then asks for at once, in fp32: some 23 kB are
 needed to keep 4.3 TB/s busy for 700 ns. That is arithmetic on the compiler's report; times are not yet measured.
 """
 

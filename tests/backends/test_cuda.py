@@ -1,0 +1,351 @@
+"""The CUDA C++ kernels: emulated on this CPU against the native ones, and what nvcc made of them."""
+
+import ctypes
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import emulator
+import numpy as np
+import pytest
+import torch
+import triton
+from dbmtl_kernels.backends import c_library as c
+from dbmtl_kernels.backends.arguments import BalanceRows, Stats
+from dbmtl_kernels.backends.c_library import cuda, native
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+DTYPES = (F32, F64, BF16, F16)
+BOTH = (cuda, native)
+ARCHITECTURES = ("80", "90", "100") if os.environ.get("CI") else ("90",)
+# Registers a thread at most, and static shared memory, by kernel; nothing may spill or lie in local memory. 512 threads
+# of the dense op have 128 registers, two blocks of 256 threads of the others as many.
+RESOURCES = {
+    "balance_kernel": (128, 1024), "accumulate_kernel": (128, 2048), "rows_kernel": (128, 8192),
+    "gramian_kernel": (128, 37000),
+}  # fmt: skip
+
+
+# --- emulated -----------------------------------------------------------------------------------------------------
+
+
+def same_bits(a, b):
+    """Of numbers: a device may make another NaN."""
+    assert a.dtype == b.dtype
+    if a.is_floating_point():
+        assert torch.equal(a.isnan(), b.isnan())
+        a, b = a.nan_to_num(nan=0.0), b.nan_to_num(nan=0.0)
+    assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def dense(grads, ema, beta=0.9, scale="max"):
+    """One step on both; the states have the same bits."""
+    states = [ema.clone() for _ in BOTH]
+    (out, norms), (expected, exact) = (
+        serve.balance_(grads, state, beta, 1e-8, scale, 0.5) for serve, state in zip(BOTH, states, strict=True)
+    )
+    same_bits(*states)
+    torch.testing.assert_close(norms, exact, rtol=1e-7, atol=0, equal_nan=True)
+    tolerance = {BF16: 2**-7, F16: 2**-10}.get(out.dtype, 1e-6)
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=1e-6)
+
+
+def gathered(row, grads, segments, coefficients, loss_scale=None):
+    """One row on both, with the same bits."""
+    rows, sums = [row.clone() for _ in BOTH], [torch.full((1,), 5.0, dtype=F64) for _ in BOTH]
+    for serve, state, sumsq in zip(BOTH, rows, sums, strict=True):
+        serve.accumulate_(state, sumsq, grads, segments, coefficients, loss_scale)
+    same_bits(*rows)
+    torch.testing.assert_close(*sums, rtol=1e-12, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [1, 8, 4097, 12288, 70000])
+@pytest.mark.usefixtures("emulated_cuda")
+def test_the_dense_op(size):
+    """Up to 24,000 columns of fp32 all tiles stay in shared memory, beyond that only some."""
+    for grad, state, beta, scale in ((F32, F32, 0.9, "max"), (BF16, BF16, 0.0, "mean"), (F64, F64, 0.5, "median")):
+        dense(torch.randn(3, size).to(grad), torch.randn(3, size).to(state), beta, scale)
+    grads = torch.randn(3, size, dtype=F16)
+    grads[1, 0] = torch.nan
+    dense(grads, torch.randn(3, size), 0.9, "constant")
+
+
+@pytest.mark.parametrize("state", [F32, F64, BF16])
+@pytest.mark.usefixtures("emulated_cuda")
+def test_a_gathered_row(state):
+    segments = torch.tensor([[0, 1000], [1000, 0], [1008, 500], [1520, 3]])
+    row = torch.randn(1536, dtype=F64).to(state)
+    for grad, coefficients, scale in zip(
+        DTYPES,
+        ((0.9, 0.1), torch.tensor([0.0, 1.0], dtype=F64), (1.0, 0.5), (0.3, 2.0)),
+        (None, torch.tensor(4.0), torch.tensor(0.0), torch.tensor(7)),
+        strict=True,
+    ):
+        grads = [torch.randn(n, dtype=F64).to(grad) for n in (1000, 0, 500)]
+        grads[0][7] = torch.inf
+        gathered(row, [*grads, torch.ones(3, dtype=F16)], segments, coefficients, scale)
+        gathered(row, [grads[0], None, None, None], segments, coefficients, scale)
+    gathered(row, [None] * 4, segments, (0.0, -1.0), torch.tensor(torch.nan))
+
+
+@pytest.mark.parametrize("state", [F32, F64, BF16])
+@pytest.mark.usefixtures("emulated_cuda")
+def test_combined_rows(state):
+    rows, weights = torch.randn(3, 1003, dtype=F64).to(state), torch.tensor([-2.0, 0.0, 0.3])
+    for out in DTYPES:
+        for accumulate in (False, True):
+            outs = [torch.ones(1003, dtype=out) for _ in BOTH]
+            for serve, result in zip(BOTH, outs, strict=True):
+                serve.combine_out(rows, weights.to(F64 if accumulate else BF16), result, accumulate)
+            same_bits(*outs)
+
+
+@pytest.mark.parametrize("case", ["plain", "nan", "inactive", "again"])
+@pytest.mark.usefixtures("emulated_cuda")
+def test_the_end_of_a_step(case):
+    for state in (F32, F64, BF16):
+        rows = torch.randn(4, 2000, dtype=F64).to(state)
+        sumsq = rows.double().square().sum(dim=1)
+        if case == "nan":
+            sumsq[0] = torch.nan
+        found = []
+        for serve in BOTH:
+            norms, weights = torch.zeros(2, 4, dtype=F64)
+            stats = Stats(sumsq.clone(), norms, weights, torch.arange(4) == 1, torch.arange(4))
+            outs, state_rows = [torch.ones(997), torch.ones(1000, dtype=BF16)], rows.clone()
+            active = torch.arange(4) != 2 if case == "inactive" else None
+            scale = torch.tensor(16.0) if case in ("nan", "again") else None
+            fresh, accumulate = case != "again", case == "inactive"
+            step = (state_rows, stats, outs, [0, 1000], active, scale, 1e-8, "mean", 0.0, fresh, accumulate)
+            serve.balance_rows_(BalanceRows(*step))
+            found.append([state_rows, *stats, *outs])
+        for ours, theirs in zip(*found, strict=True):
+            same_bits(ours, theirs)
+
+
+def moved(monkeypatch, num_tasks, size, dtype):
+    """Elements read and written by the dense op on 4 multiprocessors of an H200."""
+    monkeypatch.setenv("DBMTL_EMULATED_MULTIPROCESSORS", "4")
+    monkeypatch.setenv("DBMTL_EMULATED_SHARED_BYTES", str(227 * 1024))
+    grads, ema = torch.randn(num_tasks, size).to(dtype), torch.zeros(num_tasks, size, dtype=dtype)
+    emulator.traffic(cuda.library())
+    cuda.balance_(grads, ema, 0.9, 1e-8, "max", 0.0)
+    read, written, _ = emulator.traffic(cuda.library())
+    return read // dtype.itemsize, written // dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    ("num_tasks", "megabytes", "state"),
+    [*((k, 25, F32) for k in (1, 3, 11, 16, 64)), (3, 30, F32), (5, 25, BF16)],
+)
+@pytest.mark.usefixtures("emulated_cuda")
+def test_what_fits_on_an_h200_moves_once(num_tasks, megabytes, state, monkeypatch):
+    """3 K P + P elements: 4 of its 132 multiprocessors, with their part of the columns."""
+    size = megabytes * 10**6 // (num_tasks * state.itemsize) // 33 // 8 * 8
+    assert moved(monkeypatch, num_tasks, size, state) == (2 * num_tasks * size, (num_tasks + 1) * size)
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_40_mb_move_in_part_twice(monkeypatch):
+    size = 40_000_000 // 12 // 33 // 8 * 8
+    read, written = moved(monkeypatch, 3, size, F32)
+    assert 6.5 * size < read < 7.5 * size
+    assert written == 4 * size
+
+
+@pytest.mark.parametrize("shared", ["40000", "100000", "150000"])
+@pytest.mark.parametrize("num_tasks", [1, 8, 16])
+@pytest.mark.usefixtures("emulated_cuda")
+def test_tiles_cached_in_part(num_tasks, shared, monkeypatch):
+    """All, some or none of a tile's tasks in shared memory."""
+    monkeypatch.setenv("DBMTL_EMULATED_SHARED_BYTES", shared)
+    for state in (F32, BF16):
+        dense(torch.randn(num_tasks, 20000), torch.randn(num_tasks, 20000).to(state))
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_a_device_that_says_nothing(monkeypatch):
+    monkeypatch.setenv("DBMTL_EMULATED_MULTIPROCESSORS", "0")
+    with pytest.raises(RuntimeError, match="does not say what it is"):
+        cuda.balance_(torch.ones(2, 4), torch.ones(2, 4), 0.9, 1e-8, "max", 0.0)
+
+
+@pytest.mark.parametrize("multiprocessors", ["1", "2", "5"])
+@pytest.mark.usefixtures("emulated_cuda")
+def test_any_number_of_blocks(multiprocessors, monkeypatch):
+    monkeypatch.setenv("DBMTL_EMULATED_MULTIPROCESSORS", multiprocessors)
+    grads = torch.randn(4, 50000)
+    for _ in range(3):  # the counters come back to zero
+        dense(grads, torch.zeros(4, 50000), 0.5)
+        torch.testing.assert_close(cuda.gramian(grads), native.gramian(grads), rtol=1e-5, atol=1e-2)
+    (workspace,) = cuda._workspaces.values()
+    assert workspace[:16].view(torch.int32)[[0, 2, 3]].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("large", ["0", "1"])
+@pytest.mark.usefixtures("emulated_cuda")
+def test_pointer_lists_of_any_length(large, monkeypatch):
+    """125 gradients a launch, or 1,021 where the driver takes 32 KB of arguments; all launches count."""
+    monkeypatch.setenv("DBMTL_EMULATED_LARGE_ARGUMENTS", large)
+    rng = np.random.default_rng(0)
+    for count in (0, 1, 124, 126, 1002, 2100):
+        sizes = rng.integers(0, 40, count)
+        starts = np.cumsum([0, *(-(-sizes // 32) * 32)])
+        segments = torch.tensor(np.stack([starts[:-1], sizes], axis=1).reshape(-1, 2))
+        grads = [torch.randn(int(n)).to(DTYPES[i % 4]) for i, n in enumerate(sizes)]
+        gathered(torch.ones(int(starts[-1])), grads, segments, (0.9, 0.1), torch.tensor(4.0))
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_misaligned_addresses_take_the_slow_path():
+    segments = torch.tensor([[1, 1000], [1004, 999], [2048, 4096]])
+    store = torch.randn(3, 4097)
+    for shift in (0, 1):
+        grads = [store[i, shift : shift + n] for i, n in enumerate((1000, 999, 4096))]
+        gathered(torch.ones(6144), grads, segments, (0.5, 2.0))
+    ema = torch.zeros(8193)[1:].view(2, 4096)  # 4 bytes off
+    out, _ = cuda.balance_(store[:2, 1:], ema, 0.0, 1e-8, "max", 0.0)
+    same_bits(ema, store[:2, 1:])
+    torch.testing.assert_close(out, native.balance_(store[:2, 1:], ema, 0.0, 1e-8, "max", 0.0)[0])
+
+
+@pytest.mark.parametrize("state", [F32, F64, BF16])
+@pytest.mark.usefixtures("emulated_cuda")
+def test_the_gramian_loads_128_bits_where_rows_are_aligned(state):
+    """And the same numbers one by one where they are not: the same bits, whatever the number of columns."""
+    per_vector = 16 // state.itemsize
+    for size in (1, 63, 64, 1000, 6401):
+        values, found = torch.randn(5, size).to(state), []
+        even = -(-size // 8) * 8
+        for first, stride in ((0, even), (1, even), (0, even + 1), (per_vector, even + 16)):
+            rows = torch.empty(5 * stride + 8, dtype=state)[first:].as_strided((5, size), (stride, 1)).copy_(values)
+            emulator.traffic(cuda.library())
+            found.append(cuda.gramian(rows))
+            read, written, vectors = emulator.traffic(cuda.library())
+            aligned = (first % per_vector, stride % per_vector) == (0, 0)
+            assert (read, written) == (values.nbytes, 0)
+            assert vectors == (5 * (size // 64) * 64 // per_vector if aligned else 0)
+        for gram in found:
+            same_bits(gram, found[0])
+        torch.testing.assert_close(found[0], native.gramian(values), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_the_emulation_refuses_a_misaligned_access_as_a_device_does():
+    ones, out = torch.ones(9), torch.zeros(2)
+    off = c.Rows(ones.data_ptr() + 2, 0, 4, 2, 2)  # fp32 between two numbers
+    args = c.CombineArgs(off, c._array(ones), c._array(out), 0, cuda._where(ones.device, 2))
+    with pytest.raises(RuntimeError, match="misaligned"):
+        cuda.check(cuda.library().dbmtl_combine(args))
+
+
+# --- what nvcc made of them -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library():
+    path = emulator.nvcc_library(ARCHITECTURES)
+    if path is None:
+        pytest.skip("no nvcc here")
+    return path
+
+
+def dump(option, path):
+    tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def built(library):
+    """By architecture and mangled kernel: (registers, stack, shared, local, SASS)."""
+    found = {}
+    arch = name = ""
+    for line in dump("-res-usage", library).splitlines():
+        if match := re.search(r"arch = (sm_\d+)", line):
+            arch = match.group(1)
+        elif match := re.search(r"Function (\S+):", line):
+            name = match.group(1)
+        elif "probe" not in name and (match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line)):
+            found[arch, name] = [*map(int, match.groups()), ""]
+    for line in dump("-sass", library).splitlines():
+        if match := re.search(r"arch = (sm_\d+)", line):
+            arch = match.group(1)
+        elif match := re.search(r"Function : (\S+)", line):
+            name = match.group(1)
+        elif "/*" in line and (arch, name) in found:
+            found[arch, name][4] += line + "\n"
+    return found
+
+
+def kernel_of(name):
+    return next(kernel for kernel in RESOURCES if kernel in name)
+
+
+def test_every_kernel_is_built_for_every_architecture(built, library):
+    architectures = {f"sm_{arch}" for arch in ARCHITECTURES}
+    kinds = {(arch, kernel_of(name)) for arch, name in built}
+    assert kinds == {(arch, kernel) for arch in architectures for kernel in RESOURCES}
+    assert len(built) == len(architectures) * (14 + 6 + 3 + 3)
+    assert re.search(r"sm_\d+\.ptx", dump("-lptx", library))  # for what comes after
+
+
+def test_resources_are_within_the_table(built):
+    for (arch, name), (registers, stack, shared, local, sass) in built.items():
+        most, memory = RESOURCES[kernel_of(name)]
+        where = arch, name
+        assert registers <= most, where
+        assert shared <= memory + 1024, where  # of which sm_90 keeps 1 KB for itself
+        assert stack == local == 0, where
+        assert not re.search(r"\b(LDL|STL)\b", sass), where
+
+
+def test_aligned_kernels_move_128_bits(built):
+    for (arch, name), (*_, sass) in built.items():
+        where = arch, name
+        kernel = kernel_of(name)
+        if kernel == "balance_kernel":
+            aligned = re.search(r"Lb([01])E", name).group(1) == "1"
+            wide = re.search(r"\b(LDG|STG)\.E\.[\w.]*128", sass) is not None
+            assert wide == aligned, where
+            if aligned:
+                assert re.search(r"\bLDS\.128", sass), where  # tiles cached across the barrier
+        else:
+            assert re.search(r"\bLDG\.E\.[\w.]*128", sass), where
+            assert re.search(r"\bSTG\.E\.[\w.]*128", sass) or kernel == "gramian_kernel", where  # stores K x K numbers
+
+
+def test_barriers_lie_behind_fences(built):
+    """A block's threads have arrived and a fence lies before it counts itself in; the barrier is polled."""
+    for (arch, name), (*_, sass) in built.items():
+        kernel = kernel_of(name)
+        events = re.findall(r"\b(BAR\.SYNC|MEMBAR\.SC\.GPU|ATOMG?\.E\.ADD\.STRONG\.GPU|STRONG\.SYS)", sass)
+        arrival = next(i for i, event in enumerate(events) if event.startswith("ATOM"))
+        before, after = events[:arrival], events[arrival + 1 :]
+        assert before[-1] == "MEMBAR.SC.GPU", (arch, name)
+        assert "BAR.SYNC" in before, (arch, name)
+        assert "MEMBAR.SC.GPU" in after, (arch, name)
+        assert ("STRONG.SYS" in events) == (kernel == "balance_kernel"), (arch, name)
+        if kernel != "rows_kernel":  # which has no slots
+            assert re.search(r"LDG\.E\.64\.STRONG\.GPU", sass), (arch, name)
+
+
+def test_products_are_not_fused_with_sums(built):
+    """State must have the bits of the CPU kernels. The few FFMA are those of the division and the square root."""
+    for (arch, name), (*_, sass) in built.items():
+        assert len(re.findall(r"\bFFMA\b", sass)) <= 8, (arch, name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver")
+def test_a_library_without_a_driver_says_so(library):
+    """It loads; asking it for anything gives a status."""
+    alone = c.CLibrary("cuda", "libdbmtl_cuda", True, "")
+    alone.path = library
+    assert "no CUDA device to run on" in alone.missing(torch.device("cuda"))
+    assert alone.missing(torch.device("cpu")) == "it serves CUDA tensors only"
+    with pytest.raises(RuntimeError, match="no CUDA device to run on"):
+        alone.library()
+    ones, out = torch.ones(2, 2), torch.ones(2)
+    args = c.CombineArgs(c._rows(ones), c._array(out), c._array(out), 0, c.Where(0, ones.data_ptr(), None))
+    assert ctypes.CDLL(str(library)).dbmtl_combine(ctypes.byref(args)) == 4
+    assert (out == 1).all()

@@ -1,0 +1,354 @@
+"""Mixed precision: autocast, parameters of half precision, GradScaler, overflows. Training in fp16 survives them."""
+
+import copy
+import itertools
+
+import dbmtl_kernels as dbk
+import numpy as np
+import oracle
+import pytest
+import torch
+from problems import EPS, assert_same_state, close, flat_grad, flat_gradients, rows_of, state_of
+from torch import nn
+
+TASKS = 3
+BETA, SIGMA = 0.8, 0.5
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+class Amplify(torch.autograd.Function):
+    """The identity; multiplies what is backpropagated, as a badly scaled layer would."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh())
+        self.heads = nn.ModuleList(nn.Linear(12, 1) for _ in range(TASKS))
+
+    def losses(self, batch, amplify=(), factor=1e30):
+        """Mean squared errors; the gradients of the tasks in ``amplify`` are multiplied by ``factor``."""
+        x, y = batch
+        z = self.trunk(x)
+        branches = [Amplify.apply(z, factor) if task in amplify else z for task in range(TASKS)]
+        return [
+            (head(branch).squeeze(1) - target).square().mean() * 10**task
+            for task, (head, branch, target) in enumerate(zip(self.heads, branches, y, strict=True))
+        ]
+
+
+def data(number, size=16, seed=3, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(TASKS, 6, generator=generator)
+    batches = []
+    for _ in range(number):
+        x = torch.randn(size, 6, generator=generator)
+        batches.append((x.to(dtype), torch.tanh(mix @ x.T).to(dtype)))
+    return batches
+
+
+def start(dtype=torch.float32, lr=0.01, attached=False, **options):
+    torch.manual_seed(1)
+    net = Net().to(dtype)
+    balancer = dbk.DBMTL(net.trunk.parameters(), TASKS, **{"beta": BETA, "beta_sigma": SIGMA, **options})
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+    if attached:
+        balancer.attach(optimizer)
+    return net, list(net.trunk.parameters()), balancer, optimizer
+
+
+def exact_training():
+    """Of which the whole trunk is shared, fed with gradients of whatever precision."""
+    return oracle.Training(TASKS, sum(p.numel() for p in Net().trunk.parameters()), BETA, SIGMA)
+
+
+def task_gradients(losses, params):
+    """Those of the logs in float32, as `log_transform` takes them."""
+    return flat_gradients([torch.log(loss.float() + EPS) for loss in losses], params, log=False)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype, inside):
+    net, params, balancer, optimizer = start()
+    reference, heads = exact_training(), list(net.heads.parameters())
+    for batch in data(6):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=dtype):
+            assert net.trunk(batch[0]).dtype == dtype
+            losses = net.losses(batch)
+        plain = torch.autograd.grad(sum(torch.log(x.float() + EPS) for x in losses), heads, retain_graph=True)
+        expected = reference.update(task_gradients(losses, params))
+        with torch.autocast("cpu", dtype=dtype, enabled=inside):
+            balancer(losses).backward()
+        for head, grad in zip(heads, plain, strict=True):
+            close(head.grad.numpy(), grad.numpy(), rtol=1e-4)
+        assert {p.grad.dtype for p in params} == {torch.float32}
+        close(flat_grad(params), expected, rtol=1e-4)
+        close(rows_of(balancer), reference.rows, rtol=1e-4)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parameters_in_bfloat16(state_dtype):
+    net, params, balancer, optimizer = start(torch.bfloat16, state_dtype=state_dtype)
+    assert state_of(balancer).rows.dtype == state_dtype
+    exact = state_dtype == torch.float32
+    reference = exact_training()
+    for batch in data(12, dtype=torch.bfloat16):
+        optimizer.zero_grad()
+        losses = net.losses(batch)
+        assert {x.dtype for x in losses} == {torch.bfloat16}
+        expected = reference.update(task_gradients(losses, params))
+        value = balancer(losses)
+        assert value.dtype == torch.float32
+        close(value.detach().numpy(), sum(torch.log(x.detach().float() + EPS) for x in losses).numpy(), rtol=1e-5)
+        value.backward()
+        assert {p.grad.dtype for p in params} == {torch.bfloat16}
+        close(rows_of(balancer), reference.rows, rtol=1e-6 if exact else 2e-2)
+        close(flat_grad(params), expected, rtol=1.01 * 2**-8 if exact else 3e-2)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_in_bfloat16(state_dtype):
+    net, _, balancer, _ = start(torch.bfloat16, state_dtype=state_dtype)
+    optimizer = torch.optim.Adam(net.parameters(), lr=4e-3)
+    history = []
+    for batch in itertools.islice(itertools.cycle(data(10, dtype=torch.bfloat16)), 150):
+        optimizer.zero_grad()
+        losses = net.losses(batch)
+        balancer(losses).backward()
+        optimizer.step()
+        history.append([float(x.detach()) for x in losses])
+        assert torch.isfinite(state_of(balancer).rows).all()
+    history = np.array(history)
+    assert (history[-20:].mean(axis=0) < 0.7 * history[:20].mean(axis=0)).all()
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_changing_power_of_two_is_invisible(attached):
+    """In float32 a scale of 2**n is exact: state, gradients and parameters have the bits of a run without one."""
+    results = []
+    for scaling in (False, True):
+        net, params, balancer, optimizer = start(attached=attached)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=2, enabled=scaling)
+        scales, grads = set(), []
+        for batch in data(12):
+            optimizer.zero_grad()
+            scales.add(scaler.get_scale())
+            scaler.scale(balancer(net.losses(batch))).backward()
+            scaler.unscale_(optimizer)
+            grads.append(flat_grad(params))
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        assert len(scales) == (6 if scaling else 1)
+        results.append((balancer.state_dict()["buffer"], np.array(grads), torch.cat([p.view(-1) for p in params])))
+    (state, grads, params), (other, theirs, parameters) = results
+    assert_same_state(state, other)
+    assert np.array_equal(grads, theirs)
+    assert torch.equal(params, parameters)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_fp16_with_a_changing_scale_stays_close_to_fp32(attached):
+    runs = []
+    for half in (False, True):
+        net, params, balancer, optimizer = start(attached=attached)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3, enabled=half)
+        for batch in data(12):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+                losses = net.losses(batch)
+            scaler.scale(balancer(losses)).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == (1024.0 if half else 1.0)
+        assert balancer.nonfinite_steps.sum() == 0
+        runs.append((rows_of(balancer), flat_grad(params), balancer.norms.numpy()))
+    for full, half in zip(*runs, strict=True):
+        close(half, full, rtol=2e-2)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("unscale", [True, False])
+@pytest.mark.parametrize("attached", [False, True])
+def test_an_overflow_in_one_task(attached, unscale, zero):
+    """Scaled, its gradient is not a float32 any more. The step is skipped, the others' averages go on."""
+    net, params, balancer, optimizer = start(attached=attached)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    reference = exact_training()
+    for step, batch in enumerate(data(7)):
+        broken = [1] if step == 3 else []
+        optimizer.zero_grad(set_to_none=zero)
+        before = [p.detach().clone() for p in net.parameters()]
+        scale = scaler.get_scale()
+        expected = reference.update(task_gradients(net.losses(batch), params), broken)
+        scaler.scale(balancer(net.losses(batch, broken, factor=1e36))).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+            if not broken:
+                close(flat_grad(params), expected, rtol=1e-5)
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 100.0)
+        scaler.step(optimizer)
+        scaler.update()
+        close(rows_of(balancer), reference.rows, rtol=1e-5)
+        assert balancer.step == step + 1
+        assert balancer.nonfinite_steps.tolist() == [0, int(step >= 3), 0]
+        assert torch.isfinite(balancer.norms).tolist() == [True, not broken, True]
+        moved = [not torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True)]
+        assert all(moved) != bool(broken)
+        assert any(moved) != bool(broken)
+        assert scaler.get_scale() == (scale / 2 if broken else scale)
+
+
+@pytest.mark.parametrize("scaling", [True, False])
+@pytest.mark.parametrize("zero", [True, False])
+def test_accumulation_of_unequal_micro_batches(scaling, zero):
+    """Attached. Each counts by its size; where one overflows its task is out for the step, or the step is skipped."""
+    net, params, balancer, optimizer = start(attached=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2, enabled=scaling)
+    reference, sizes = exact_training(), (4, 10, 2)
+    micro_batches = [data(6, size, seed=size) for size in sizes]
+    for step in range(6):
+        broken = [2] if step == 3 else []
+        optimizer.zero_grad(set_to_none=zero)
+        before, scale = copy.deepcopy(net.state_dict()), scaler.get_scale()
+        total = np.zeros(())
+        for number, size in enumerate(sizes):
+            batch = micro_batches[number][step]
+            total = total + size / sizes[0] * task_gradients(net.losses(batch), params)
+            bad = broken if number == 1 else []
+            loss = balancer(net.losses(batch, bad, factor=1e36 if scaling else float("inf")))
+            scaler.scale(loss * (size / sum(sizes))).backward()
+        expected = sizes[0] / sum(sizes) * reference.update(total, broken)
+        close(rows_of(balancer), reference.rows, rtol=1e-5)
+        scaler.unscale_(optimizer)
+        if broken and scaling:
+            assert not np.isfinite(flat_grad(params)).any()
+        else:
+            close(flat_grad(params), expected, rtol=1e-5)
+        for p in net.heads.parameters():  # Amplify stands before the heads: theirs are finite
+            assert torch.isfinite(p.grad).all()
+        scaler.step(optimizer)
+        scaler.update()
+        same = [torch.equal(value, before[key]) for key, value in net.state_dict().items()]
+        assert all(same) if broken and scaling else not any(same)
+        if scaling:
+            assert scaler.get_scale() == (scale / 2 if broken else scale * 2 if step in (1, 5) else scale)
+        assert balancer.step == step + 1
+        assert balancer.nonfinite_steps.tolist() == [0, 0, int(step >= 3)]
+
+
+def test_by_task_with_a_scaler():
+    net, params, balancer, optimizer = start(attached=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=2)
+    reference = exact_training()
+    for step, batch in enumerate(data(6)):
+        broken = [0] if step == 2 else []
+        optimizer.zero_grad()
+        expected = reference.update(task_gradients(net.losses(batch), params), broken)
+        for task in (2, 0, 1):
+            with balancer.task(task, loss_scale=scaler.get_scale()):
+                loss = net.losses(batch, broken, factor=1e36)[task]
+                scaler.scale(dbk.log_transform(loss)).backward()
+        balancer.balance()
+        scaler.unscale_(optimizer)
+        assert np.isnan(flat_grad(params)).all() == bool(broken)
+        if not broken:
+            close(flat_grad(params), expected, rtol=1e-5)
+        scaler.step(optimizer)
+        scaler.update()
+        close(rows_of(balancer), reference.rows, rtol=1e-5)
+    assert scaler.get_scale() == 2.0**15  # up, down, up
+    assert balancer.step == 6
+
+
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("saved", ["after zero_grad", "before zero_grad"])
+def test_a_checkpoint_after_a_skipped_step_resumes_bit_for_bit(saved, zero):
+    """Attached: the step that the scaler skipped is over once its gradients are gone, here and where it is loaded."""
+
+    def run(interrupt):
+        net, _, balancer, optimizer = start(attached=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+        for step, batch in enumerate(data(5)):
+            broken = [1] if step == 2 else []
+            scaler.scale(balancer(net.losses(batch, broken, factor=1e36))).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            for moment in ("before zero_grad", "after zero_grad"):
+                if interrupt and step == 2 and moment == saved:
+                    state = copy.deepcopy(balancer.state_dict())
+                    balancer = dbk.DBMTL(net.trunk.parameters(), TASKS, beta=BETA, beta_sigma=SIGMA)
+                    balancer.load_state_dict(state)
+                    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+                    balancer.attach(optimizer)
+                if moment == "before zero_grad":
+                    optimizer.zero_grad(set_to_none=zero)
+        return balancer, copy.deepcopy(net.state_dict())
+
+    (straight, net), (resumed, other) = run(False), run(True)
+    assert resumed.step == straight.step == 5
+    assert_same_state(resumed.state_dict(), straight.state_dict())
+    assert_same_state(other, net)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attached", [pytest.param(False, marks=pytest.mark.exhaustive), True])
+def test_two_thousand_steps_in_fp16(attached):
+    """An initial scale that overflows, an overflow in one task every 97th step: training goes on regardless."""
+    net, params, balancer, _ = start(attached=False)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    if attached:
+        balancer.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26, growth_interval=25)
+    batches, totals, scales, skipped = data(25), [], [], []
+    for step in range(2000):
+        injected = [step // 97 % TASKS] if step % 97 == 96 else []
+        before = params[0].detach().clone()
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            losses = net.losses(batches[step % len(batches)], injected, factor=1e8)
+        scales.append(scaler.get_scale())
+        scaler.scale(balancer(losses)).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        totals.append(float(sum(x.detach() for x in losses)))
+        skipped.append(torch.equal(before, params[0]))
+        assert torch.isfinite(state_of(balancer).rows).all()
+        assert torch.isfinite(state_of(balancer).stats.sumsq).all()
+        assert all(torch.isfinite(p).all() for p in net.parameters())
+        if injected:
+            assert torch.isfinite(balancer.norms).tolist() == [task not in injected for task in range(TASKS)]
+    assert np.isfinite(totals).all()
+    assert np.mean(totals[-50:]) < 0.5 * np.mean(totals[:50])
+    assert balancer.step == 2000
+    assert skipped[:3] == [True, True, True]  # the initial scale
+    for before, after, skip in zip(scales, scales[1:], skipped, strict=False):
+        assert after == before / 2 if skip else after in (before, 2 * before)
+    places = range(96, 2000, 97)
+    assert all(skipped[place] for place in places)
+    for place in places[:-1]:
+        assert scales[place + 1] == scales[place] / 2
+        assert max(scales[place + 2 : place + 98]) > scales[place + 1]  # recovered
+    assert len(places) <= sum(skipped) < 150
+    assert (balancer.nonfinite_steps >= len(places) // TASKS).all()

@@ -1,0 +1,195 @@
+"""What the balancer does to .grad."""
+
+import weakref
+
+import dbmtl_kernels as dbk
+import numpy as np
+import oracle
+import pytest
+import torch
+from problems import EPS, close, flat_grad, flat_gradients, leaf, make, quadratics, state_of
+from torch import nn
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_norms_weights_and_gradient(backend):
+    params = [leaf(3, 4), leaf(5), leaf(1)]
+    balancer = make(*params, num_tasks=3, beta=0.5, backend=backend)
+    ema = np.zeros((3, 18))
+    for _ in range(3):
+        losses = quadratics(*params, num_tasks=3)
+        expected, ema, norms = oracle.balance(flat_gradients(losses, params), ema, 0.5)
+        loss = balancer(losses)
+        assert float(loss.detach()) == pytest.approx(sum(float(torch.log(x.detach() + EPS)) for x in losses))
+        loss.backward()
+        close(flat_grad(params), expected)
+        close(balancer.norms.numpy(), norms)
+        close(balancer.weights.numpy(), norms.max() / (norms + EPS))
+        for p in params:
+            p.grad = None
+    assert balancer.step == 3
+
+
+def test_no_log_transform():
+    p = leaf(6)
+    losses = quadratics(p)
+    expected, _, _ = oracle.balance(flat_gradients(losses, [p], log=False), np.zeros((2, 6)), 0.0)
+    balancer = make(p, log_transform=False, beta=0.0)
+    loss = balancer(losses)
+    assert float(loss.detach()) == pytest.approx(float(sum(losses).detach()))
+    loss.backward()
+    close(flat_grad([p]), expected)
+
+
+def test_heads_get_the_plain_gradient():
+    p, heads = leaf(4), [leaf(4) for _ in range(2)]
+    losses = [(p * h).sum().square() + 1 for h in heads]
+    expected = torch.autograd.grad(sum(torch.log(x + EPS) for x in losses), heads, retain_graph=True)
+    heads[0].grad = torch.ones_like(heads[0])
+    make(p)(losses).backward()
+    close(heads[0].grad.numpy(), 1 + expected[0].numpy())
+    close(heads[1].grad.numpy(), expected[1].numpy())
+
+
+def test_grads_are_views_of_one_flat_tensor_padded_to_128_bytes():
+    params = [leaf(3, 4, dtype=torch.float32), leaf(1, dtype=torch.float32), leaf(33, dtype=torch.float32)]
+    balancer = dbk.DBMTL(params, 2)
+    balancer(quadratics(*params)).backward()
+    storages = {p.grad.untyped_storage().data_ptr() for p in params}
+    assert len(storages) == 1
+    assert [p.grad.storage_offset() for p in params] == [0, 32, 64]
+    assert state_of(balancer).rows.shape == (2, 128)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_existing_grad_is_added_to_in_place(steps):
+    p, q = leaf(5), leaf(3)
+    balancer, twin = make(p, q), make(p, q)
+    mine = torch.randn(5, dtype=torch.float64)
+    p.grad = mine
+    total = mine.numpy().copy()
+    for _ in range(steps):
+        losses = quadratics(p, q)
+        balancer(losses).backward()
+        kept, p.grad, q.grad = (p.grad, q.grad), None, None
+        twin(quadratics(p, q)).backward()
+        total += p.grad.numpy()
+        p.grad, q.grad = kept
+    assert p.grad is mine
+    close(p.grad.numpy(), total)
+
+
+def test_grads_left_over_are_added_to_as_autograd_would():
+    p, q = leaf(5), leaf(3)
+    balancer, twin = make(p, q), make(p, q)
+    total = np.zeros(8)
+    for _ in range(3):
+        balancer(quadratics(p, q)).backward()
+        kept, p.grad, q.grad = (p.grad, q.grad), None, None
+        twin(quadratics(p, q)).backward()
+        total += flat_grad([p, q])
+        p.grad, q.grad = kept
+        close(flat_grad([p, q]), total)
+
+
+def test_none_gradients_count_as_zeros_and_untouched_parameters_stay_none():
+    a, b, never = leaf(4), leaf(3), leaf(2)
+    balancer = make(a, b, never, beta=0.5)
+    losses = [a.square().sum() + 1, (a.sum() - 3).square() + b.square().sum() + 1]
+    rows = flat_gradients(losses, [a, b])
+    expected, ema, _ = oracle.balance(rows, np.zeros((2, 7)), 0.5)
+    balancer(losses).backward()
+    close(flat_grad([a, b]), expected)
+    assert never.grad is None
+
+    a.grad = b.grad = None  # b takes no part now, and is written from its EMA all the same
+    losses = [a.square().sum() + 1, (a.sum() - 3).square() + 1]
+    rows = flat_gradients(losses, [a, b])
+    expected, _, _ = oracle.balance(rows, ema, 0.5)
+    balancer(losses).backward()
+    assert np.abs(expected[4:]).max() > 0
+    close(flat_grad([a, b]), expected)
+    assert never.grad is None
+
+
+def test_a_parameter_frozen_later_is_left_alone():
+    a, b = leaf(4), leaf(3)
+    balancer = make(a, b, beta=0.5)
+    balancer(quadratics(a, b)).backward()
+    a.grad = b.grad = None
+    a.requires_grad_(False)
+    balancer(quadratics(a, b)).backward()
+    assert a.grad is None
+    assert b.grad is not None
+
+
+def test_tied_parameters():
+    embedding, out = nn.Embedding(6, 4).double(), nn.Linear(4, 6, bias=False).double()
+    out.weight = embedding.weight
+    params = list({*embedding.parameters(), *out.parameters()})
+    assert len(params) == 1
+
+    def losses():
+        z = out(embedding(torch.arange(6)))
+        return [z.square().mean() + 1, (z.sum() - 2).square() + 1]
+
+    expected, _, _ = oracle.balance(flat_gradients(losses(), params), np.zeros((2, 24)), 0.9)
+    make(*params)(losses()).backward()
+    close(flat_grad(params), expected)
+
+
+def test_mixed_parameter_dtypes_keep_their_dtypes_in_one_storage():
+    params = [leaf(3, dtype=torch.float32), leaf(70, dtype=torch.bfloat16), leaf(5, dtype=torch.float64)]
+    params += [leaf(2, 2, dtype=torch.float16), leaf(9, dtype=torch.float32)]
+    balancer = dbk.DBMTL(params, 2, beta=0.0)
+    losses = quadratics(*[p.float() for p in params])
+    expected, _, _ = oracle.balance(flat_gradients(losses, params), np.zeros((2, 91)), 0.0)
+    balancer(losses).backward()
+    assert [p.grad.dtype for p in params] == [p.dtype for p in params]
+    assert len({p.grad.untyped_storage().data_ptr() for p in params}) == 1
+    for p in params:
+        assert p.grad.data_ptr() % 128 == params[0].grad.data_ptr() % 128
+    close(flat_grad(params), expected, rtol=2e-2)
+    close(flat_grad([params[0], params[4]]), np.concatenate([expected[:3], expected[-9:]]), rtol=1e-5)
+
+
+def test_channels_last_weights_keep_their_strides():
+    conv = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last).double()
+    params = list(conv.parameters())
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64).to(memory_format=torch.channels_last)
+
+    def losses():
+        z = conv(x)
+        return [z.square().mean(), (z - 1).abs().mean()]
+
+    expected, _, _ = oracle.balance(flat_gradients(losses(), params), np.zeros((2, 224)), 0.9)
+    balancer = make(*params)
+    balancer(losses()).backward()
+    assert conv.weight.grad.stride() == conv.weight.stride()
+    close(flat_grad(params), expected)
+    conv.weight.grad = None
+    assert state_of(balancer).layout.dense == [True, True]
+
+
+def test_a_parameter_that_is_a_strided_view_of_something_larger():
+    p = torch.randn(4, 6, dtype=torch.float64)[:, ::2].detach().requires_grad_()
+    assert not p.is_contiguous()
+    losses = quadratics(p)
+    expected, _, _ = oracle.balance(flat_gradients(losses, [p]), np.zeros((2, 12)), 0.9)
+    make(p)(losses).backward()
+    close(flat_grad([p]), expected)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_grad_of_somebody_else_is_not_kept_alive(attached):
+    p = leaf(5)
+    balancer = make(p)
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    if attached:
+        balancer.attach(optimizer)
+    p.grad = torch.ones(5, dtype=torch.float64)
+    grad = weakref.ref(p.grad)
+    balancer(quadratics(p)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert grad() is None

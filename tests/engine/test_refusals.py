@@ -1,0 +1,320 @@
+"""Every refusal: its type, that its message holds the offending value, and that nothing was written."""
+
+import copy
+
+import dbmtl_kernels as dbk
+import pytest
+import torch
+from problems import assert_same_state, state_of
+from torch import nn
+
+
+def leaf(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+
+@pytest.fixture
+def model():
+    trunk = nn.Linear(4, 5)
+    heads = nn.ModuleList(nn.Linear(5, 1) for _ in range(3))
+    balancer = dbk.DBMTL(trunk.parameters(), 3)
+    balancer(losses(trunk, heads)).backward()
+    return trunk, heads, balancer
+
+
+def losses(trunk, heads):
+    z = trunk(torch.randn(8, 4))
+    return [head(z).square().mean() + 0.1 for head in heads]
+
+
+def snapshot(balancer):
+    return copy.deepcopy(balancer.state_dict()), [p.grad.clone() for p in balancer.shared_parameters]
+
+
+def assert_untouched(balancer, before):
+    state, grads = before
+    assert_same_state(state, balancer.state_dict())
+    for p, grad in zip(balancer.shared_parameters, grads, strict=True):
+        assert torch.equal(p.grad, grad)
+
+
+# --- losses ---------------------------------------------------------------------------------------------------
+
+LOSSES = {
+    "too few": (lambda t, h: losses(t, h)[:2], ValueError, r"expected 3 losses.*got 2"),
+    "too many, tensor": (lambda t, h: torch.stack(losses(t, h) * 2), ValueError, r"expected 3 losses.*got 6"),
+    "matrix": (lambda t, h: torch.stack(losses(t, h))[None], ValueError, r"shape \(3,\), got \(1, 3\)"),
+    "not a sequence": (lambda t, h: sum(losses(t, h)).item(), TypeError, "got float"),
+    "a generator": (lambda t, h: (x for x in losses(t, h)), TypeError, "got generator"),
+    "not a tensor": (
+        lambda t, h: [*losses(t, h)[:2], 1.5],
+        TypeError,
+        "loss of task 2 must be a tensor, got float",
+    ),
+    "not a scalar": (
+        lambda t, h: [*losses(t, h)[:2], h[2](t(torch.randn(8, 4)))],
+        ValueError,
+        r"loss of task 2 must be a scalar, got shape \(8, 1\)",
+    ),
+    "integer": (lambda t, h: [torch.tensor(3), *losses(t, h)[1:]], TypeError, r"loss of task 0.*torch.int64"),
+    "no graph": (
+        lambda t, h: [*losses(t, h)[:1], torch.tensor(1.0), losses(t, h)[2]],
+        RuntimeError,
+        "task 1 has no gr",
+    ),
+    "negative": (
+        lambda t, h: [*losses(t, h)[:2], losses(t, h)[2] - 9.5],
+        ValueError,
+        r"loss of task 2 is -\d",
+    ),
+}
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name, named, model):
+    trunk, heads, balancer = model
+    make, kind, message = LOSSES[name]
+    bad = make(trunk, heads)
+    before = snapshot(balancer)
+    with pytest.raises(kind, match=message):
+        balancer.backward(bad) if named else balancer(bad)
+    assert_untouched(balancer, before)
+
+
+def test_negative_losses_are_fine_without_the_logarithm():
+    p = leaf(4)
+    balancer = dbk.DBMTL([p], 2, log_transform=False)
+    balancer([-p.square().sum(), p.sum()]).backward()
+    assert p.grad is not None
+
+
+def test_backward_a_second_time(model):
+    trunk, heads, balancer = model
+    loss = balancer(losses(trunk, heads))
+    loss.backward()
+    before = snapshot(balancer)
+    with pytest.raises(RuntimeError, match=r"second time.*retain_graph=True"):
+        loss.backward()
+    assert_untouched(balancer, before)
+
+
+# --- construction ---------------------------------------------------------------------------------------------
+
+repeated = leaf(3)
+PARAMETERS = {
+    "empty": (list, ValueError, "empty"),
+    "repeated": (lambda: [leaf(2), repeated, repeated], ValueError, r"\[2\] repeats shared_parameters\[1\]"),
+    "not a leaf": (lambda: [leaf(2), leaf(2, 3) * 2], ValueError, r"\[1\] of shape \(2, 3\) is not a leaf"),
+    "no grad": (
+        lambda: [leaf(2), torch.zeros(7)],
+        ValueError,
+        r"\[1\] of shape \(7,\) does not require grad",
+    ),
+    "not a tensor": (lambda: [leaf(2), "weight"], TypeError, r"\[1\] must be a tensor, got str"),
+    "complex": (lambda: [leaf(2, dtype=torch.complex64)], TypeError, "complex64"),
+    "several devices": (
+        lambda: [leaf(2), torch.zeros(2, device="meta").requires_grad_()],
+        ValueError,
+        "must hold data: they are on cpu, meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters(name):
+    make, kind, message = PARAMETERS[name]
+    with pytest.raises(kind, match=message):
+        dbk.DBMTL(make(), 2)
+
+
+OPTIONS = {
+    "num_tasks 0": ({"num_tasks": 0}, ValueError, "got 0"),
+    "num_tasks float": ({"num_tasks": 2.0}, TypeError, "got float"),
+    "beta 1": ({"beta": 1.0}, ValueError, r"beta must be in \[0, 1\), got 1.0"),
+    "beta negative": ({"beta": -0.1}, ValueError, "got -0.1"),
+    "beta nan": ({"beta": float("nan")}, ValueError, "got nan"),
+    "beta_sigma": ({"beta_sigma": -1.0}, ValueError, "beta_sigma.*-1.0"),
+    "eps 0": ({"eps": 0.0}, ValueError, "eps must be positive and finite, got 0.0"),
+    "eps negative": ({"eps": -1e-8}, ValueError, "-1e-08"),
+    "scale": ({"scale": "maximum"}, ValueError, "'maximum'"),
+    "scale type": ({"scale": None}, TypeError, "NoneType"),
+    "scale negative": ({"scale": -2.0}, ValueError, "-2.0"),
+    "backend": ({"backend": "cudnn"}, ValueError, "unknown backend.*'cudnn'.*native"),
+    "state_dtype": ({"state_dtype": torch.float16}, TypeError, "float16"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name):
+    options, kind, message = OPTIONS[name]
+    with pytest.raises(kind, match=message):
+        dbk.DBMTL([leaf(3)], **{"num_tasks": 2, **options})
+
+
+# --- task(), balance(), attach() ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("index", "kind"), [(3, ValueError), (-1, ValueError), (1.0, TypeError), (True, TypeError)])
+def test_task_index(index, kind, model):
+    balancer = model[2]
+    before = snapshot(balancer)
+    with pytest.raises(kind, match=r"task index"), balancer.task(index):
+        pass
+    assert_untouched(balancer, before)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_task_twice_in_a_step(attached, model):
+    trunk, heads, balancer = model
+    optimizer = torch.optim.SGD(trunk.parameters(), lr=0.1)
+    if attached:
+        balancer.attach(optimizer)
+    with balancer.task(1):
+        losses(trunk, heads)[1].log().backward()
+    before = snapshot(balancer)
+    with pytest.raises(RuntimeError, match="task 1 was entered already"), balancer.task(1):
+        pass
+    assert_untouched(balancer, before)
+    balancer.balance()
+    optimizer.step()
+    with balancer.task(1):
+        losses(trunk, heads)[1].log().backward()
+
+
+def test_nothing_inside_a_task(model):
+    trunk, heads, balancer = model
+    with balancer.task(0):
+        losses(trunk, heads)[0].log().backward()
+        for call in (
+            balancer.balance,
+            lambda: balancer.backward(losses(trunk, heads)),
+            lambda: balancer(losses(trunk, heads)).backward(),
+            lambda: balancer.task(1).__enter__(),
+        ):
+            with pytest.raises(RuntimeError, match=r"inside the context of task\(0\)"):
+                call()
+    balancer.balance()
+
+
+def test_backward_while_tasks_wait(model):
+    trunk, heads, balancer = model
+    with balancer.task(1):
+        losses(trunk, heads)[1].log().backward()
+    before = snapshot(balancer)
+    with pytest.raises(RuntimeError, match=r"task\(s\) \[1\] wait for balance"):
+        balancer.backward(losses(trunk, heads))
+    assert_untouched(balancer, before)
+    balancer.balance()
+
+
+def test_scaled_tasks_left_to_the_optimizer(model):
+    trunk, heads, balancer = model
+    optimizer = torch.optim.SGD(trunk.parameters(), lr=0.1)
+    balancer.attach(optimizer)
+    weight = trunk.weight.detach().clone()
+    with balancer.task(1, loss_scale=1024.0):
+        (losses(trunk, heads)[1].log() * 1024).backward()
+    with pytest.raises(RuntimeError, match=r"balance\(\) before scaler.unscale_"):
+        optimizer.step()
+    assert torch.equal(trunk.weight, weight)
+    balancer.balance()
+    optimizer.step()
+
+
+CHANGES = {
+    "memory order": (lambda m: m.to(memory_format=torch.channels_last), "strides"),
+    "dtype": (lambda m: m.double(), "float64"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_parameters_changed_since(name):
+    change, message = CHANGES[name]
+    conv = nn.Conv2d(3, 4, 3)
+    balancer = dbk.DBMTL(conv.parameters(), 1)
+    change(conv)
+    x = torch.randn(1, 3, 5, 5, dtype=conv.weight.dtype)
+    with pytest.raises(RuntimeError, match=f"shared parameter 0 was .*{message}.*model.to"):
+        balancer([conv(x).square().mean()]).backward()
+    assert (state_of(balancer).rows == 0).all()
+    assert balancer.step == 0
+    assert conv.weight.grad is None
+
+
+def test_state_of_another_memory_order():
+    conv, other_conv = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    state = dbk.DBMTL(conv.parameters(), 2).state_dict()
+    with pytest.raises(ValueError, match=r"memory order \[0, 2, 3, 1\] here and \[0, 1, 2, 3\]"):
+        dbk.DBMTL(other_conv.parameters(), 2).load_state_dict(state)
+
+
+def test_balance_without_a_task(model):
+    balancer = model[2]
+    before = snapshot(balancer)
+    with pytest.raises(RuntimeError, match="no task"):
+        balancer.balance()
+    assert_untouched(balancer, before)
+
+
+def test_attach(model):
+    trunk, heads, balancer = model
+    with pytest.raises(ValueError, match="SGD holds none of the shared parameters"):
+        balancer.attach(torch.optim.SGD(heads.parameters(), lr=0.1))
+    handle = balancer.attach(torch.optim.SGD(trunk.parameters(), lr=0.1))
+    with pytest.raises(RuntimeError, match="already attached"):
+        balancer.attach(torch.optim.SGD(trunk.parameters(), lr=0.1))
+    handle.remove()
+    handle.remove()
+    balancer.attach(torch.optim.SGD(trunk.parameters(), lr=0.1)).remove()
+
+
+def test_sparse_gradient():
+    embedding = nn.Embedding(10, 3, sparse=True)
+    balancer = dbk.DBMTL(embedding.parameters(), 1)
+    with pytest.raises(TypeError, match=r"shared parameter 0 of shape \(10, 3\).*sparse"):
+        balancer([embedding(torch.tensor([1])).square().sum()]).backward()
+    assert embedding.weight.grad is None
+    assert (state_of(balancer).rows == 0).all()
+    assert balancer.step == 0
+
+
+# --- state_dict -----------------------------------------------------------------------------------------------
+
+
+def other(shapes=((4, 5), (3,)), num_tasks=3, dtype=torch.float32, **options):
+    return dbk.DBMTL([leaf(*s, dtype=dtype) for s in shapes], num_tasks, **options).state_dict()
+
+
+def changed(part, key, value):
+    state = other()
+    return state | {part: state[part] | {key: value}}
+
+
+STATES = {
+    "number": (lambda: other(((4, 5),)), r"of 1 shared parameters.*2 here"),
+    "shape": (lambda: other(((5, 4), (3,))), r"shared parameter 0.*\[4, 5\] here.*\[5, 4\]"),
+    "order": (lambda: other(((3,), (4, 5))), "shared parameter 0"),
+    "dtype": (lambda: other(dtype=torch.float64), "shared parameter 0.*float32.*float64"),
+    "num_tasks": (lambda: other(num_tasks=2), "num_tasks"),
+    "state_dtype": (lambda: other(state_dtype=torch.bfloat16), r"rows.0 in torch.bfloat16.*float32"),
+    "version": (lambda: other() | {"version": 99}, "99"),
+    "not ours": (dict, "None"),
+    "incomplete": (lambda: {k: v for k, v in other().items() if k not in ("touched", "steps")}, "lacks steps, touched"),
+    "touched": (lambda: other() | {"touched": [True]}, "1 entries of touched, not 2"),
+    "norms": (lambda: changed("buffer", "norms", torch.zeros(2, dtype=torch.float64)), r"norms of shape \(2,\)"),
+    "seen": (lambda: changed("steps", "seen", [1]), "1 entries of seen, not 3"),
+    "other cut": (lambda: changed("buffer", "rows", {}), r"lacks buffer.rows.0 \(saved of replicas"),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_load_state_dict(name):
+    make, message = STATES[name]
+    a, b = leaf(4, 5), leaf(3)
+    balancer = dbk.DBMTL([a, b], 3)
+    balancer([a.square().sum(), b.square().sum(), (a.sum() + b.sum()).square() + 0.1]).backward()
+    before = snapshot(balancer)
+    with pytest.raises(ValueError, match=message):
+        balancer.load_state_dict(make())
+    assert_untouched(balancer, before)

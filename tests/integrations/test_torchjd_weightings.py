@@ -1,0 +1,370 @@
+"""TorchJD's weightings in GradientBalancer against TorchJD's own aggregators; matrix weightings on a Gramian.
+
+Where a Gramian is singular the last bit decides what its rank is, and with it what several methods give. The rows of
+those families are therefore small multiples of powers of two: their inner products are exact in any order of summation,
+so that both libraries start from the same Gramian and have to agree to the end.
+"""
+
+import copy
+
+import dbmtl_kernels as dbk
+import numpy as np
+import pytest
+import torch
+from dbmtl_kernels.integrations.torchjd import OnMatrix, grad_vac, nash_mtl
+from problems import EPS, assert_same_state, close, flat_gradients, leaf, quadratics
+from torch import nn
+from torchjd import Stateful
+from torchjd import aggregation as jd
+from torchjd.autojac import backward, jac_to_grad
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:torchjd"),  # a solver's
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:cvxpy"),
+]
+K = 4
+CONSTANT = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+
+METHODS = {
+    "PCGrad": (jd.PCGrad, jd.PCGradWeighting),
+    "GradVac": (jd.GradVac, jd.GradVacWeighting),
+    "IMTL-G": (jd.IMTLG, jd.IMTLGWeighting),
+    "CAGrad": (lambda: jd.CAGrad(c=0.4), lambda: jd.CAGradWeighting(c=0.4)),
+    "Aligned-MTL": (jd.AlignedMTL, jd.AlignedMTLWeighting),
+    "MGDA": (jd.MGDA, jd.MGDAWeighting),
+    "UPGrad": (jd.UPGrad, jd.UPGradWeighting),
+    "DualProj": (jd.DualProj, jd.DualProjWeighting),
+    "FairGrad": (lambda: jd.FairGrad(alpha=2.0), lambda: jd.FairGradWeighting(alpha=2.0)),
+    "Krum": (lambda: jd.Krum(1, 2), lambda: jd.KrumWeighting(1, 2)),
+    "Mean": (jd.Mean, jd.MeanWeighting),
+    "Sum": (jd.Sum, jd.SumWeighting),
+    "Random": (jd.Random, jd.RandomWeighting),
+    "Constant": (lambda: jd.Constant(CONSTANT), lambda: jd.ConstantWeighting(CONSTANT)),
+    "Nash-MTL": (lambda: jd.NashMTL(K), lambda: nash_mtl(K)),
+}
+# Nash-MTL asks for G w = 1 / w. Rows that cancel or vanish leave it no solution; where G is nearly singular and not
+# just so, its solver stops on the way, at weights that the last bits decide. All that is well defined is max_norm.
+UNSOLVABLE = {("Nash-MTL", family) for family in ("opposite", "zero row", "ill-conditioned")}
+# Its weights are not unique where rows are multiples of each other; the vector is.
+NOT_UNIQUE = {("Nash-MTL", "parallel")}
+
+
+def rows_of(family, dtype):
+    """(K, 22) task gradients."""
+    generator = torch.Generator().manual_seed(3)
+    random = torch.randn(K, 22, generator=generator, dtype=torch.float64)
+    exact = (random * 8).round() / 8
+    either = exact if dtype == torch.float32 else random  # half of float32's digits go where rows nearly cancel
+    base, small = random[0].sign() * torch.arange(22).fmod(4), random[1].sign()
+    big = 16 if dtype == torch.float32 else 1024
+    rows = {
+        "random": random * torch.tensor([[0.5], [1.0], [1.5], [2.0]]),
+        "conflicting": torch.stack([s * exact[0] + row for s, row in zip((1, -1, 2, -0.5), either, strict=True)]),
+        "parallel": torch.stack([exact[0], 2 * exact[0], exact[0] / 2, 4 * exact[0]]),
+        "opposite": torch.stack([exact[0], 2 * exact[0], -exact[0], 4 * exact[0]]),
+        "zero row": exact * torch.tensor([[1], [0], [1], [1]]),
+        "ill-conditioned": torch.stack([big * base, big * base + small, base / big, small]),
+    }
+    return rows[family].to(dtype)
+
+
+def theirs(method, matrices):
+    """Weights and vectors of TorchJD's own aggregator."""
+    torch.manual_seed(1)
+    aggregator, captured = METHODS[method][0](), []
+    aggregator.weighting.register_forward_hook(lambda _, __, weights: captured.append(weights))
+    return [(aggregator(matrix), captured[-1]) for matrix in matrices]
+
+
+def ours(method, matrices, log):
+    """The same through losses whose gradients are the rows; those to take the log of are powers of two less eps."""
+    torch.manual_seed(1)
+    dtype = matrices[0].dtype
+    p, q = torch.zeros(3, 5, dtype=dtype, requires_grad=True), torch.zeros(7, dtype=dtype, requires_grad=True)
+    balancer = dbk.GradientBalancer(
+        [p, q], K, weighting=METHODS[method][1](), log_transform=log, eps=EPS, state_dtype=dtype
+    )
+    out = []
+    for matrix in matrices:
+        p.grad = q.grad = None
+        flat = torch.cat([p.reshape(-1), q])
+        losses = [(flat * row).sum() + (2.0 ** (t % 2) - EPS) for t, row in enumerate(matrix)]
+        balancer.backward(losses)
+        out.append((torch.cat([p.grad.reshape(-1), q.grad]), balancer.weights))
+    return out
+
+
+def difference(a, b):
+    return float((a - b).abs().max()) / max(float(b.abs().max()), 1e-30)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("family", ["random", "conflicting", "parallel", "opposite", "zero row", "ill-conditioned"])
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_and_gradients_are_torchjds(method, family, log, record_property):
+    worst = 0.0
+    for dtype in (torch.float64, torch.float32):
+        if method == "Constant" and dtype == torch.float32:
+            continue  # TorchJD's needs weights in the dtype of the matrix
+        rows = rows_of(family, dtype)
+        matrices = [rows, rows.flip(0)]  # two steps, for methods with a memory
+        scale = 2.0 ** -(torch.arange(K, dtype=dtype) % 2)[:, None] if log else 1.0
+        for (vector, weights), (expected, their_weights) in zip(
+            ours(method, matrices, log), theirs(method, [matrix * scale for matrix in matrices]), strict=True
+        ):
+            assert expected.isfinite().all()
+            if (method, family) in UNSOLVABLE:
+                assert vector.isfinite().all()
+                assert vector.norm() <= 1.0 + 1e-6
+                continue
+            worst = max(worst, difference(vector, expected))
+            if (method, family) not in NOT_UNIQUE:
+                worst = max(worst, difference(weights, their_weights))
+    record_property("largest relative difference", worst)
+    assert worst <= 1e-5
+
+
+def train(method, with_torchjd, log, steps=50):
+    torch.manual_seed(7)
+    trunk = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh()).double()
+    heads = nn.ModuleList(nn.Linear(12, 1) for _ in range(K)).double()
+    shared, own = list(trunk.parameters()), list(heads.parameters())
+    optimizer = torch.optim.SGD([*shared, *own], lr=0.05)
+    aggregator, weighting = (make() for make in METHODS[method])
+    balancer = dbk.GradientBalancer(shared, K, weighting=weighting, log_transform=log, state_dtype=torch.float64)
+    generator = torch.Generator().manual_seed(8)
+    curve = []
+    for _ in range(steps):
+        x = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+        z = trunk(x)
+        losses = [(head(z).squeeze(1) - (x[:, t] * (-1.5) ** t)).square().mean() for t, head in enumerate(heads)]
+        optimizer.zero_grad()
+        if with_torchjd:
+            values = [torch.log(loss + EPS) if log else loss for loss in losses]
+            backward(values, inputs=shared, retain_graph=True)
+            sum(values).backward(inputs=own)
+            jac_to_grad(shared, aggregator)
+        else:
+            balancer(losses).backward()
+        optimizer.step()
+        curve.append([loss.item() for loss in losses])
+    return np.array(curve)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("log", [pytest.param(False, marks=pytest.mark.exhaustive), True])
+@pytest.mark.parametrize("method", METHODS)
+def test_training_curves_are_torchjds(method, log, record_property):
+    mine, expected = (train(method, with_torchjd, log) for with_torchjd in (False, True))
+    record_property("largest relative difference", float(np.abs(mine / expected - 1.0).max()))
+    np.testing.assert_allclose(mine, expected, rtol=1e-6)
+    assert expected[-5:].mean() < expected[:5].mean()
+
+
+class Inverse(jd.Weighting, Stateful):
+    """By the norms of a matrix's rows; counts its calls in its state."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.seen = None
+
+    def forward(self, matrix):
+        self.calls += 1
+        self.seen = matrix
+        return matrix.norm(dim=1).reciprocal()
+
+    def reset(self):
+        self.calls.zero_()
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_on_matrix_gives_a_root_of_the_gramian(dtype, rtol):
+    weighting = OnMatrix(Inverse())
+    generator = torch.Generator().manual_seed(5)
+    wide = torch.randn(3, 50, generator=generator, dtype=dtype) * torch.tensor([[1e-4], [1.0], [1e4]])
+    for matrix in (wide, torch.ones(3, 1, dtype=dtype), torch.zeros(2, 2, dtype=dtype)):
+        gramian = matrix @ matrix.T
+        weights = weighting(gramian)
+        root = weighting.weighting.seen
+        assert root.dtype == dtype
+        assert root.shape == gramian.shape
+        norms = matrix.norm(dim=1).clamp(min=1e-30)
+        error = root @ root.T - gramian
+        assert (error.abs() <= rtol * norms.outer(norms)).all()  # small rows are as precise as large ones
+        if matrix.any():
+            close(weights.numpy(), norms.reciprocal().numpy(), rtol)
+    weighting(torch.tensor([[1.0, 0.0], [0.0, -1e-9]], dtype=dtype))  # rounding made a square negative
+    assert weighting.weighting.seen.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    weighting(torch.tensor([[1.0, 1.0 + 1e-6], [1.0 + 1e-6, 1.0]], dtype=dtype))  # an eigenvalue negative
+    close(weighting.weighting.seen.numpy(), np.full((2, 2), 0.5**0.5), 1e-5)
+
+
+def test_on_matrix_passes_state_and_reset_through():
+    p = leaf(6)
+    balancer = dbk.GradientBalancer([p], 2, weighting=OnMatrix(Inverse()), state_dtype=torch.float64)
+    for _ in range(3):
+        p.grad = None
+        balancer.backward(quadratics(p))
+    rows = flat_gradients(quadratics(p), [p], log=False)
+    close(p.grad.numpy(), (rows / np.linalg.norm(rows, axis=1)[:, None]).sum(0))
+    other = dbk.GradientBalancer([p], 2, weighting=OnMatrix(Inverse()), state_dtype=torch.float64)
+    other.load_state_dict(balancer.state_dict())
+    assert other.weighting.weighting.calls == 3
+    other.weighting.reset()
+    assert other.weighting.weighting.calls == 0
+    OnMatrix(jd.Constant(torch.ones(2)).weighting).reset()  # nothing to reset
+
+
+def test_on_matrix_refuses():
+    for weighting in (Inverse, lambda matrix: matrix[0], jd.NashMTL(2)):
+        with pytest.raises(TypeError, match="must be a TorchJD weighting"):
+            OnMatrix(weighting)
+    with pytest.raises(ValueError, match=r"a Gramian is square, got shape \(2, 3\)"):
+        OnMatrix(Inverse())(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "different"),
+    [
+        (lambda: nash_mtl(2, max_norm=0.0), 7),
+        (lambda: nash_mtl(2, max_norm=0.0, update_weights_every=3), 3),
+        (lambda: grad_vac(2), 3),  # its targets change in every step
+    ],
+)
+def test_a_weighting_with_a_memory_goes_on_bit_for_bit(make, different):
+    def run(interrupt):
+        torch.manual_seed(4)
+        p = leaf(8)
+        balancer, other = (dbk.GradientBalancer([p], 2, weighting=make()) for _ in range(2))
+        weights = []
+        for step in range(7):
+            if interrupt and step == 4:
+                other.load_state_dict(copy.deepcopy(balancer.state_dict()))
+                balancer = other
+            p.grad = None
+            balancer.backward(quadratics(p))
+            weights.append(balancer.weights.tolist())
+            with torch.no_grad():
+                p -= 1e-3 * p.grad
+        return p.detach(), weights, balancer.state_dict()
+
+    (p, weights, state), (q, others, other) = run(False), run(True)
+    assert torch.equal(p, q)
+    assert weights == others
+    assert_same_state(state, other)
+    assert len({tuple(w) for w in weights}) == different
+
+
+def test_grad_vac_is_torchjds():
+    mine, theirs = grad_vac(K), jd.GradVacWeighting()
+    for step in range(4):
+        rows = rows_of("conflicting", torch.float64) * (step + 1.0)
+        weights = []
+        for weighting in (mine, theirs):
+            torch.manual_seed(step)
+            weights.append(weighting(rows @ rows.T))
+        assert torch.equal(*weights)
+    assert torch.equal(mine.targets, theirs._phi_t)
+    mine.reset()
+    assert not mine.targets.any()
+
+
+def weigh(balancer, p, rows, **options):
+    torch.manual_seed(3)
+    p.grad = None
+    balancer.backward([(p * row).sum() + 1 for row in rows], **options)
+    return balancer.weights.tolist()
+
+
+def test_memories_stay_with_their_tasks():
+    rows = torch.tensor([[1, 0.2, 0, 0], [-1, 1, 0, 0.1], [-1, -0.5, 2, 0]], dtype=torch.float64)
+    p = leaf(4)
+
+    def make(num_tasks, tasks=()):
+        return dbk.GradientBalancer([p], num_tasks, weighting=grad_vac(num_tasks), state_dtype=torch.float64)
+
+    balancer = make(3)
+    weigh(balancer, p, rows[:2], tasks=[0, 1])
+    later = weigh(balancer, p, rows[[0, 2]], tasks=[0, 2])
+    assert later == weigh(make(3), p, rows[[0, 2]], tasks=[0, 2])  # the pair met for the first time
+    assert weigh(balancer, p, rows[:2], tasks=[0, 1]) != weigh(make(3), p, rows[:2], tasks=[0, 1])
+
+    balancer = make(3)
+    weigh(balancer, p, rows)
+    before = balancer.weighting.targets.clone()
+    balancer.remove_task(0)
+    balancer.add_task()
+    assert torch.equal(balancer.weighting.targets[:2, :2], before[1:, 1:])
+    assert not balancer.weighting.targets[2].any()
+    assert not balancer.weighting.targets[:, 2].any()
+
+    balancer = dbk.GradientBalancer([p], 3, weighting=nash_mtl(3, update_weights_every=10, max_norm=0.0))
+    weigh(balancer, p, rows)
+    balancer.remove_task(0)
+    balancer.add_task()
+    other = dbk.GradientBalancer([p], 3, weighting=nash_mtl(3, update_weights_every=10, max_norm=0.0))
+    assert weigh(balancer, p, rows[[1, 2, 0]]) == weigh(other, p, rows[[1, 2, 0]])
+    balancer.add_task()
+    assert balancer.weighting.num_tasks == 4
+
+
+def test_a_state_that_is_refused_changes_nothing():
+    p, rows = leaf(8), torch.randn(2, 8, dtype=torch.float64)
+    for make in (lambda: grad_vac(2), lambda: nash_mtl(2), jd.PCDWeighting, lambda: dbk.GradNorm(2)):
+        balancer = dbk.GradientBalancer([p], 2, weighting=make())
+        weigh(balancer, p, rows)
+        state = copy.deepcopy(balancer.state_dict())
+        with pytest.raises(ValueError, match=r"(?s)the state is not one of \w+: .*(Unexpected|Missing) key"):
+            balancer.load_state_dict({**state, "weighting": {"something": torch.ones(3)}})
+        assert_same_state(balancer.state_dict(), state)
+    kept = {**dbk.GradientBalancer([p], 2, weighting=dbk.EqualWeights()).state_dict(), "weighting": state["weighting"]}
+    with pytest.raises(ValueError, match=r"a weighting that keeps \['start', 'used', 'weights'\], EqualWeights keeps"):
+        dbk.GradientBalancer([p], 2, weighting=dbk.EqualWeights()).load_state_dict(kept)
+
+
+def test_other_weightings_of_torchjd_with_a_memory_go_on():
+    """Those that make their buffers when they first run."""
+    p = leaf(8)
+    balancer, other = (dbk.GradientBalancer([p], 2, weighting=jd.PCDWeighting()) for _ in range(2))
+    for _ in range(3):
+        p.grad = None
+        balancer.backward(quadratics(p))
+    other.load_state_dict(copy.deepcopy(balancer.state_dict()))
+    assert len(other.weighting.state_dict()) == 2
+    gradients = []
+    for each in (balancer, other):
+        p.grad = None
+        each.backward(quadratics(p))
+        gradients.append(p.grad.clone())
+    assert torch.equal(*gradients)
+
+
+def test_nash_mtl_with_tasks_missing():
+    p = leaf(8)
+    balancer = dbk.GradientBalancer([p], 3, weighting=nash_mtl(3), state_dtype=torch.float64)
+    balancer.backward(quadratics(p, num_tasks=3))
+    state = copy.deepcopy(balancer.weighting.state_dict())
+    losses = quadratics(p, num_tasks=3)
+    losses[1] = losses[1] * float("nan")
+    p.grad = None
+    balancer.backward(losses)
+    rows = flat_gradients(quadratics(p, num_tasks=3), [p], log=False)[[0, 2]]
+    close(p.grad.numpy(), jd.NashMTL(2)(torch.from_numpy(rows)).numpy(), rtol=1e-5)
+    assert_same_state(dict(balancer.weighting.state_dict()), dict(state))
+
+
+def test_nash_mtl_refuses():
+    with pytest.raises(ValueError, match="num_tasks must be at least 1"):
+        nash_mtl(0)
+    with pytest.raises(ValueError, match="max_norm must be non-negative"):
+        nash_mtl(2, max_norm=-1.0)
+    with pytest.raises(ValueError, match="the state is of 2 tasks, this weighting of 3"):
+        nash_mtl(3).load_state_dict(nash_mtl(2).state_dict())
+    with pytest.raises(TypeError, match="callable from a Gramian"):
+        dbk.GradientBalancer([leaf(3)], 2, weighting=jd.UPGradWeighting)
+    for weighting in (nash_mtl(2), grad_vac(2), dbk.GradNorm(2)):
+        with pytest.raises(ValueError, match="is for 2 tasks, the balancer for 3"):
+            dbk.GradientBalancer([leaf(3)], 3, weighting=weighting)
+    with pytest.raises(ValueError, match="a Gramian of 3 tasks, and 2 are known"):
+        grad_vac(2)(torch.eye(3))

@@ -1,0 +1,108 @@
+"""Shared parameters on several devices: a buffer for each, one set of weights."""
+
+import io
+
+import dbmtl_kernels as dbk
+import pytest
+import torch
+from dbmtl_kernels.rows import dtensors
+from dbmtl_kernels.rows.split import SplitTaskGradientBuffer
+from problems import assert_same_state, leaf, quadratics, state_of
+
+SHAPES = ((3, 5), (7,), (1,), (33, 2))
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+    """Every other parameter counts as one on another device."""
+    indices = {}
+    monkeypatch.setattr(dtensors, "placement_key", lambda p: indices.setdefault(id(p), len(indices)) % 2)
+
+
+def run(params, steps=4, num_tasks=3, **options):
+    balancer = dbk.DBMTL(params, num_tasks, state_dtype=torch.float64, **options)
+    optimizer = torch.optim.SGD(params, lr=0.01)
+    balancer.attach(optimizer)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for factor in (1.0, 0.25):
+            losses = quadratics(*params, num_tasks=num_tasks)
+            if step == 2:
+                losses[1] = losses[1] * float("nan")
+            (balancer(losses, tasks=None) * factor).backward()
+        optimizer.step()
+    return balancer
+
+
+def leaves():
+    torch.manual_seed(3)
+    return [leaf(*shape) for shape in SHAPES]
+
+
+def test_parts_do_what_one_buffer_does(two_devices, monkeypatch):
+    split = leaves()
+    ours = run(split)
+    assert isinstance(state_of(ours), SplitTaskGradientBuffer)
+    assert [len(part.parameters) for part in state_of(ours).parts] == [2, 2]
+    monkeypatch.undo()
+    whole = leaves()
+    alone = run(whole)
+    for p, q in zip(split, whole, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
+    for name in ("norms", "weights", "nonfinite_steps"):
+        torch.testing.assert_close(getattr(ours, name), getattr(alone, name), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state_of(ours).gramian(), state_of(alone).gramian(), rtol=1e-12, atol=1e-12)
+
+
+def test_checkpoint_and_change_of_tasks(two_devices):
+    params = leaves()
+    first = run(params)
+    stream = io.BytesIO()
+    torch.save(first.state_dict(), stream)
+    stream.seek(0)
+    second = dbk.DBMTL(params, 3, state_dtype=torch.float64)
+    second.load_state_dict(torch.load(stream, weights_only=True))
+    assert_same_state(first.state_dict(), second.state_dict())
+    rows = [part.rows.clone() for part in state_of(second).parts]
+    second.remove_task(0)
+    assert second.add_task() == 2
+    for part, before in zip(state_of(second).parts, rows, strict=True):
+        assert torch.equal(part.rows[:2], before[1:])
+        assert not part.rows[2].any()
+    second(quadratics(*params, num_tasks=3)).backward()
+    assert all(p.grad is not None for p in params)
+
+
+def test_a_failure_in_a_pass_leaves_grad_as_it_was(two_devices):
+    params = leaves()
+    balancer = dbk.DBMTL(params, 2)
+    before = [torch.randn_like(p) for p in params]
+    for p, grad in zip(params, before, strict=True):
+        p.grad = grad.clone()
+    good, bad = quadratics(*params)
+    bad.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        balancer([good, bad]).backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(params, before, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs (gpu)")
+def test_on_two_gpus():
+    def train(params):
+        balancer = dbk.DBMTL(params, 2, state_dtype=torch.float64)
+        for _ in range(4):
+            for p in params:
+                p.grad = None
+            terms = [[((p - t) * (1 + 3 * t)).square().sum().to(params[0].device) for p in params] for t in range(2)]
+            balancer([sum(terms[0]) + 0.5, sum(terms[1]) + 0.5]).backward()
+            with torch.no_grad():
+                for p in params:
+                    p -= 0.01 * p.grad
+        return [p.detach().cpu() for p in params]
+
+    host = leaves()
+    spread = [p.detach().to(f"cuda:{i % 2}").requires_grad_() for i, p in enumerate(host)]
+    for p, q in zip(train(spread), train(host), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,91 @@
+"""Names of other libraries that are not public and that this package uses (docs/architecture.md, "Private interfaces").
+
+Each case fails by its name on a release that moved it.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def tensor_version():
+    x = torch.zeros(2)
+    before = x._version
+    x.add_(1)
+    assert x._version > before
+
+
+def assert_async():
+    torch._assert_async(torch.tensor(True), "message")
+
+
+def node_names():
+    p = torch.ones(2, requires_grad=True)
+    assert type((p * 2).grad_fn.next_functions[0][0]).__name__ == "AccumulateGrad"
+    assert (p * 2).grad_fn.next_functions[0][0].variable is p
+    hidden = checkpoint(lambda x: x * 2, p, use_reentrant=True)
+    assert type(hidden.grad_fn).__name__ == "CheckpointFunctionBackward"
+    compiled = torch.compile(lambda x: (x * 2).sum(), backend="aot_eager")(p)
+    assert type(compiled.grad_fn).__name__ == "CompiledFunctionBackward"
+
+
+def compiled_module():
+    module = nn.Linear(2, 2)
+    assert torch.compile(module)._orig_mod is module
+
+
+def donated_buffer():
+    from torch._functorch import config
+
+    assert isinstance(config.donated_buffer, bool)
+
+
+def distributed_data_parallel():
+    ddp = nn.parallel.DistributedDataParallel
+    assert ddp._get_active_ddp_module() is None
+    names = ddp.__init__.__code__.co_names
+    assert "require_backward_grad_sync" in names
+    assert "require_forward_param_sync" in names
+
+
+def fully_sharded_1():
+    from torch.distributed.fsdp import _common_utils, _flat_param
+
+    assert _common_utils.FSDP_FLATTENED == "_fsdp_flattened"
+    assert _flat_param.FlatParameter(torch.zeros(2), requires_grad=False)._is_flat_param
+
+
+def dtensor_local():
+    from torch.distributed.tensor import DTensor
+
+    assert "_local_tensor" in DTensor.__slots__
+
+
+def trainer():
+    transformers = pytest.importorskip("transformers")
+    assert callable(transformers.Trainer._save_optimizer_and_scheduler)
+    assert callable(transformers.Trainer._load_optimizer_and_scheduler)
+
+
+def torchjd():
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    vac = aggregation.GradVacWeighting()
+    vac(torch.eye(2))
+    assert vac._phi_t.shape == (2, 2)
+    assert vac._state_key[0] == 2
+    nash = aggregation.NashMTL(2).weighting
+    assert callable(nash._init_optim_problem)
+    assert hasattr(nash, "step")
+    assert hasattr(nash, "prvs_alpha")
+
+
+CASES = [
+    assert_async, compiled_module, distributed_data_parallel, donated_buffer, dtensor_local, fully_sharded_1,
+    node_names, tensor_version, torchjd, trainer,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_is_still_there(case):
+    case()
