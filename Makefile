@@ -34,9 +34,10 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# BASE=PATH, a checkout that is built: host.py and the op are measured of both, in turn.
+# With BASE=PATH, another checkout that is built, host time, op and step of both are measured in turn.
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest benchmarks -s $(if $(BASE),--base $(BASE))
+	$(BIN)/python benchmarks/host.py $(if $(BASE),--base $(BASE))
+	$(BIN)/python -m pytest benchmarks -s
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)

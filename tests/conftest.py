@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-        if "gpu" in item.keywords and not ON_GPU:
+        if item.get_closest_marker("gpu") and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-        elif ON_GPU and "gpu" not in item.keywords and ("interpreter" in item.keywords or backend == "triton"):
+        elif ON_GPU and not item.get_closest_marker("gpu") and ("interpreter" in item.keywords or backend == "triton"):
             item.add_marker(pytest.mark.skip(reason="has a GPU: tests/gpu tests the Triton kernels there"))

@@ -47,7 +47,8 @@ inline Lanes<T> operator*(const Lanes<T>& a, const Lanes<T>& b) {
 }
 template <class T>
 inline void broadcast(Lanes<T>& r, double x) {
-  for (auto& part : r.part) part = T(x) - decltype(r.part[0] + r.part[0]){};  // x - 0 is x, x + 0 is not: -0 + 0 is +0
+  using Part = Vector<T, Lanes<T>::kWidth>;
+  for (Part& part : r.part) part = T(x) - Part{};  // not x + 0: -0 + 0 is +0
 }
 
 template <class V>
@@ -136,7 +137,8 @@ inline void load_wide(Double (&r)[2], const double* p) {
 template <class T>
 inline void load_wide(Double (&r)[2], const T* p) {
   const Float x = load_part(p);
-  r[0] = low(x), r[1] = high(x);
+  r[0] = low(x);
+  r[1] = high(x);
 }
 
 #if defined(__SSE2__) && !defined(__AVX2__)

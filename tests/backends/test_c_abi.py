@@ -42,7 +42,7 @@ class Call:
         at = self.args
         for name in path:
             at = at[int(name)] if name.isdigit() else getattr(at, name)
-        setattr(at, last, value)
+        setattr(at, last, ctypes.addressof(value) if value is NEGATIVE else value)
 
     def tensor(self, *values, dtype=torch.float32):
         self.memory.append(torch.tensor(values, dtype=dtype))
@@ -93,7 +93,7 @@ CASES = [
     ("balance", "norms", None, INVALID, "norms is null"),
     ("accumulate", "num_segments", -1, INVALID, "num_segments is negative"),
     ("accumulate", "segments", None, INVALID, "segments, grads or grad_dtypes is null"),
-    ("accumulate", "segments", ctypes.addressof(NEGATIVE), INVALID, "segments: negative"),
+    ("accumulate", "segments", NEGATIVE, INVALID, "segments: negative"),
     ("accumulate", "grad_dtypes", b"\0\4", UNSUPPORTED, "grads: dtype"),
     ("accumulate", "coefficients", None, INVALID, "sumsq or coefficients is null"),
     ("combine", "rows.num_params", -1, INVALID, f"rows: {SIZE}"),
