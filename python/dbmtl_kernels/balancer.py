@@ -93,9 +93,8 @@ class GradientBalancer:
         check_weighting(weighting, num_tasks, capturable)
         rows, ranks = placement.place(shared_parameters, num_tasks, state_dtype, backend, process_group)
         steps = Steps(num_tasks, self.beta, self.beta_sigma, rows.device if capturable else None)
-        alone = process_group is None and not placement.is_distributed(rows.parameters)
-        self._engine = Engine(rows, ranks, steps, weighting, alone)
-        self._attachment: Attachment | None = None
+        unnamed = process_group is None and not placement.is_distributed(rows.parameters)
+        self._engine = Engine(rows, ranks, steps, weighting, unnamed)
 
     # --- a step -----------------------------------------------------------------------------------------------
 
@@ -126,13 +125,13 @@ class GradientBalancer:
         if not torch.is_grad_enabled():
             present.check_logarithms()
             return present.total()
-        self._engine.check(present)
-        return self._engine.loss(present, retain_graph)
+        self._engine.prepare(present)
+        return self._engine.balanced_loss(present, retain_graph)
 
     def backward(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> None:
         """``balancer(losses).backward()``, named. Arguments and errors as for `__call__`."""
         present = self._losses(losses, tasks)
-        self._engine.check(present)
+        self._engine.prepare(present)
         self._engine.run(present, None, retain_graph)
 
     def task(self, index: int, *, loss_scale: float | Tensor | None = None) -> AbstractContextManager[None]:
@@ -178,10 +177,9 @@ class GradientBalancer:
             RuntimeError: attached already.
             ValueError: the optimizer holds none of the shared parameters.
         """
-        if self._attachment is not None:
+        if self._engine.attached is not None:
             raise RuntimeError("already attached to an optimizer; call remove() on the handle that attach() returned")
-        self._attachment = Attachment(self, optimizer)
-        return self._attachment
+        return Attachment(self, optimizer)
 
     def _losses(self, losses: Given, tasks: Sequence[int] | None) -> TaskLosses:
         return TaskLosses(losses, tasks, len(self._engine.steps.seen), self.eps if self.log_transform else None)
@@ -191,7 +189,7 @@ class GradientBalancer:
     @property
     def num_tasks(self) -> int:
         """K."""
-        return len(self._engine.steps.seen)
+        return self._engine.steps.num_tasks
 
     @property
     def shared_parameters(self) -> list[Tensor]:
@@ -389,7 +387,7 @@ class Attachment:
             handle.remove()
         if self._handles:
             self._handles = []
-            self._balancer._attachment = self._balancer._engine.attached = None
+            self._balancer._engine.attached = None
             self._balancer._engine.end_step()
 
     def __enter__(self) -> Attachment:

@@ -104,7 +104,7 @@ class Monitor:
         Raises:
             ValueError: ``names`` are not K, or two are the same.
         """
-        tags, values = zip(*self._entries(_checked(names, len(self._steps.seen)), gramian), strict=True)
+        tags, values = zip(*self._entries(_checked(names, self._steps.num_tasks), gramian), strict=True)
         wide = self._rows.stats.norms.dtype
         packed = torch.cat([value.reshape(-1).to(wide) for value in values])
         return {prefix + tag: x for tag, x in zip([t for own in tags for t in own], packed.tolist(), strict=True)}
@@ -137,7 +137,7 @@ class Monitor:
     def scalars(self, names: Sequence[str] | None = None, *, gramian: bool = False) -> dict[str, Tensor]:
         """As `as_dict`, but scalars on the device, without a sync."""
         out: dict[str, Tensor] = {}
-        for tags, values in self._entries(_checked(names, len(self._steps.seen)), gramian):
+        for tags, values in self._entries(_checked(names, self._steps.num_tasks), gramian):
             out.update(zip(tags, values.reshape(-1).unbind(), strict=True))
         return out
 

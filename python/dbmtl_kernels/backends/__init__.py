@@ -31,7 +31,7 @@ class Backend(Protocol):
     def balance_(
         grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float
     ) -> tuple[Tensor, Tensor]:
-        """See `functional.balance_`."""
+        """``ema <- beta * ema + (1 - beta) * grads``; the balanced (P,) gradient, and (K,) norms of the new ema."""
 
     @staticmethod
     def accumulate_(
@@ -42,19 +42,19 @@ class Backend(Protocol):
         coefficients: Coefficients,
         loss_scale: Tensor | None,
     ) -> None:
-        """See `ops.accumulate_`."""
+        """``row <- decay * row + gain / loss_scale * grads``, and its sum of squares."""
 
     @staticmethod
     def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) -> None:
-        """See `ops.combine_out`."""
+        """``out <- [out +] weights @ rows``; rows of weight 0 are left out."""
 
     @staticmethod
     def balance_rows_(step: BalanceRows) -> None:
-        """See `ops.balance_rows_`."""
+        """Sums of squares to weights to the balanced gradient, and which tasks are nonfinite."""
 
     @staticmethod
     def gramian(rows: Tensor) -> Tensor:
-        """See `ops.gramian`."""
+        """``rows @ rows.T``."""
 
     @staticmethod
     def missing(device: torch.device) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from ctypes import CDLL, POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_void_p
+from ctypes import CDLL, POINTER, Structure, addressof, c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -247,18 +247,20 @@ class CLibrary:
         loss_scale: Tensor | None,
     ) -> None:
         """Gather a row; a launch for each thousand gradients on a GPU (with an older driver, each hundred)."""
-        addresses, dtypes = [], []
-        for grad in grads:
-            addresses.append(None if grad is None else grad.data_ptr())
-            dtypes.append(0 if grad is None else DTYPES[grad.dtype])
-        if not isinstance(coefficients, Tensor):
-            coefficients = upload(coefficients, torch.float64, row.device)
+        addresses = [None if grad is None else grad.data_ptr() for grad in grads]
+        dtypes = [0 if grad is None else DTYPES[grad.dtype] for grad in grads]
+        numbers: Any = coefficients  # a name, as only its address is passed on; so are those below
+        if not isinstance(coefficients, Tensor) and self._gpu:
+            numbers = upload(coefficients, torch.float64, row.device)
+        elif not isinstance(coefficients, Tensor):
+            numbers = (c_double * 2)(*coefficients)
         factor = NONE
         if loss_scale is not None:
-            loss_scale = _readable(loss_scale, row.device)  # a name, as only its address is passed on
+            loss_scale = _readable(loss_scale, row.device)
             factor = _array(loss_scale)
         args = AccumulateArgs(
-            Array(row.data_ptr(), DTYPES[row.dtype]), sumsq.data_ptr(), coefficients.data_ptr(), factor, len(grads),
+            Array(row.data_ptr(), DTYPES[row.dtype]), sumsq.data_ptr(),
+            numbers.data_ptr() if isinstance(numbers, Tensor) else addressof(numbers), factor, len(grads),
             segments.data_ptr(), (c_void_p * len(grads))(*addresses), bytes(dtypes),
         )  # fmt: skip
         self._call("dbmtl_accumulate", row.device, 1, args)

@@ -1,5 +1,6 @@
-"""One step: K backward passes, K rows, one balanced gradient. `step` is the protocol, top to bottom on one screen.
+"""One step: K backward passes, K rows, one balanced gradient. `step` has the protocol.
 
-In: losses and the caller's factor. Out: ``.grad`` of shared parameters and heads. `gradients` alone reads and writes
-the shared ``.grad``. Knows no optimizer, no checkpoint file and no other library.
+In: losses and the loss scale that arrives at their sum. Out: ``.grad`` of shared parameters and heads. `gradients`
+alone reads and writes the shared ``.grad``. Of an optimizer it knows which parameters it steps, and when. Knows no checkpoint
+file and no other library.
 """

@@ -1,4 +1,4 @@
-"""BalancedGradient: the rows of the open step to a balanced gradient that carries the caller's factor."""
+"""BalancedGradient: the rows of the open step to a balanced gradient that carries the caller's loss scale."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class BalancedGradient:
 
     Args:
         rows: the task gradients.
-        steps: which tasks have a say, and the factor.
+        steps: which tasks have a say, and the loss scale.
         weighting: `MaxNorm` is computed by the kernels, without a Gramian and without a sync; any other is called with
             the Gramian of the tasks that have a finite gradient, which takes a sync to know.
         ranks: those whose weights must agree.
@@ -32,7 +32,7 @@ class BalancedGradient:
     def compute(self, flats: Flats, accumulate: bool) -> None:
         """Norms, weights, stats, and the balanced gradient into ``flats``, added to what is there if ``accumulate``."""
         steps, weighting = self._steps, self._weighting
-        if type(weighting) is MaxNorm:
+        if type(weighting) is MaxNorm:  # exactly: a subclass may weigh otherwise
             self._rows.balance(
                 flats, weighting.eps, weighting.scale, active=steps.seen, loss_scale=steps.loss_scale,
                 fresh=steps.fresh, accumulate=accumulate,
@@ -57,7 +57,7 @@ class BalancedGradient:
         return torch.zeros_like(nonfinite) if scale is None else nonfinite & (scale.to(nonfinite.device) > 1)
 
     def _scaled_weights(self) -> Tensor:
-        """(K,) weights times the factor."""
+        """(K,) weights times the loss scale."""
         weights, scale = self._rows.stats.weights, self._steps.loss_scale
         if scale is None:
             return weights

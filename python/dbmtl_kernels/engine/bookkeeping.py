@@ -48,6 +48,11 @@ class Steps:
         self.changes = 0
 
     @property
+    def num_tasks(self) -> int:
+        """K."""
+        return len(self.seen)
+
+    @property
     def count(self) -> int:
         """Number of steps begun; a sync if it is kept on a device."""
         return int(self._count)
@@ -56,8 +61,8 @@ class Steps:
         """`count` as one number on the device, without a sync."""
         return self._count if isinstance(self._count, Tensor) else torch.full((), self._count, device=device)
 
-    def begin(self, factor: Tensor | None) -> dict[str, Any] | None:
-        """Gradients that carry ``factor`` are about to come: begin a step, unless one is open.
+    def begin(self, loss_scale: Tensor | None) -> dict[str, Any] | None:
+        """Gradients that carry ``loss_scale`` are about to come: begin a step, unless one is open.
 
         Returns:
             what `undo_begin` needs, or None if no step was begun.
@@ -65,13 +70,13 @@ class Steps:
         self.changes += 1
         if self.open:
             if self.loss_scale is not None and is_zero(self.loss_scale):
-                self.loss_scale = factor  # nothing counted so far
+                self.loss_scale = loss_scale  # nothing counted so far
             return None
         before = {name: getattr(self, name) for name in ("fresh", "seen", "losses", "loss_scale")}
         self.open = self.fresh = True
         self.seen = [False] * len(self.seen)
         self.losses = {}
-        self.loss_scale = factor
+        self.loss_scale = loss_scale
         self._count += 1
         self._set_beta_k()
         return before
@@ -169,6 +174,6 @@ class Steps:
         self.loss_scale = None if scale is None else torch.full((), float(scale), dtype=wide, device=device)
 
 
-def is_zero(factor: Tensor) -> bool:
-    """Whether the factor is 0 (off a CPU it would take a sync to know)."""
-    return factor.device.type == "cpu" and float(factor) == 0.0
+def is_zero(scale: Tensor) -> bool:
+    """Whether the loss scale is 0 (off a CPU it would take a sync to know)."""
+    return scale.device.type == "cpu" and float(scale) == 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -66,18 +67,16 @@ class SharedGradients:
         self._distributed = any(dtensors.is_dtensor(p) for p in self._parameters)
         self._collector: RowCollector | SplitCollector | None = None  # of the pass that runs
         self._unhooked = list(range(len(self._parameters))) if rows.early else []
-        # What the pass has made and the collector has not got yet.
-        self._indices: list[int] = []
-        self._grads: list[Tensor | None] = []
-        self._bytes = 0
-        self._early = rows.early
+        self._arrived: list[int] = []  # parameters whose gradient the pass has made and the collector has not got yet
+        self._bytes = 0  # of those
+        self._sizes = [p.nbytes for p in self._parameters]
         self._flats: Flats = {}
         self._views: list[Tensor] = []
         # What was written in this step: the tensor left in .grad (None where nothing of ours is), its version then, and
         # whether it held nothing else.
         self._left: list[Tensor | None] = [None] * len(self._parameters)
         self._versions = [-1] * len(self._parameters)
-        self._alone = [False] * len(self._parameters)
+        self._only_ours = [False] * len(self._parameters)
 
     # --- before the passes ------------------------------------------------------------------------------------
 
@@ -113,36 +112,59 @@ class SharedGradients:
         if self._unhooked:
             self._hook()
         self._collector = collector
-        self._indices, self._grads, self._bytes = [], [], 0
+        self._arrived, self._bytes = [], 0
 
     @torch.no_grad()
     def finish_collecting(self) -> None:
         """The pass is over: what is left in ``.grad`` goes to its row too."""
-        mine, collector = weakref.ref(self), self._collector
+        collector, self._collector = self._collector, None
         assert collector is not None
-        for index, p in enumerate(self._parameters):
-            if p.grad is not None:
-                _collect(mine, index, p)
-        self._collector = None
-        collector.finish(self._indices, self._grads)
+        collector.finish(*self._take([*self._arrived, *range(len(self._parameters))]))
 
     def stop_collecting(self) -> None:
-        """No pass runs: hooks are idle, and no gradient is kept alive here."""
+        """No pass runs, whatever became of it: hooks are idle."""
         self._collector = None
-        self._indices, self._grads = [], []
 
     def _hook(self) -> None:
-        """Let each ``.grad`` be collected as soon as a pass has made it. Hooks stay, and are idle between passes."""
+        """Let gradients be collected while a pass makes them. Hooks stay, and are idle between passes."""
         mine = weakref.ref(self)
         handles, frozen = [], []
         for index in self._unhooked:
             p = self._parameters[index]
             if p.requires_grad:
-                handles.append(p.register_post_accumulate_grad_hook(partial(_collect, mine, index)))
+                handles.append(p.register_post_accumulate_grad_hook(partial(_on_grad, mine, index)))
             else:
                 frozen.append(index)
         self._unhooked = frozen
         weakref.finalize(self, _remove, handles)
+
+    def _flush(self) -> None:
+        """What has come so far goes to the row, while it is in cache."""
+        assert self._collector is not None
+        self._collector.add(*self._take(self._arrived))
+        self._arrived, self._bytes = [], 0
+
+    def _take(self, indices: Iterable[int]) -> tuple[list[int], list[Tensor | None]]:
+        """The gradients of a pass, no longer in ``.grad``; of these parameters, those that have one, each once."""
+        found: list[int] = []
+        grads: list[Tensor | None] = []
+        for index in indices:
+            p = self._parameters[index]
+            grad = p.grad
+            if grad is None:
+                continue
+            if grad.layout is not torch.strided:
+                raise TypeError(
+                    f"shared parameter {index} of shape {tuple(p.shape)} has a gradient of layout {grad.layout}; "
+                    "only dense ones can be balanced (sparse=False)"
+                )
+            p.grad = None
+            self.touched[index] = self._collected_any = True
+            if grad.requires_grad:
+                grad = grad.detach()
+            found.append(index)
+            grads.append(dtensors.local_gradient(p, grad) if self._distributed else grad)
+        return found, grads
 
     def check_collected(self, all_tasks: bool) -> None:
         """Raise RuntimeError if no shared parameter had a gradient in the passes of a step.
@@ -181,7 +203,7 @@ class SharedGradients:
                 if grads[index] is not view:
                     view.zero_()
         self._balanced.compute(self._flats, bool(ours))
-        left, versions, alone = self._left, self._versions, self._alone
+        left, versions, only_ours = self._left, self._versions, self._only_ours
         for index, (p, grad, view) in enumerate(zip(self._parameters, grads, views, strict=True)):
             if not (touched[index] and p.requires_grad):
                 p.grad, left[index] = grad, None
@@ -189,7 +211,7 @@ class SharedGradients:
             new = view if grad is None or grad is view else grad.add_(view)
             p.grad = left[index] = new
             versions[index] = new._version
-            alone[index] = grad is None
+            only_ours[index] = grad is None
         self.written = True
 
     def was_dropped(self) -> bool:
@@ -209,7 +231,7 @@ class SharedGradients:
         if self.written:
             self._left = grads
             self._versions = [-1 if grad is None else grad._version for grad in grads]
-            self._alone = [False] * len(grads)
+            self._only_ours = [False] * len(grads)
         return written and not self.written
 
     def _was_dropped(self, grads: list[Tensor | None]) -> bool:
@@ -242,7 +264,7 @@ class SharedGradients:
             if left is None or grad is not left:
                 continue
             rest[index] = None
-            if not (self._alone[index] and left._version == self._versions[index]):
+            if not (self._only_ours[index] and left._version == self._versions[index]):
                 mixed.append(index)
         if mixed:
             before = self._balanced.recompute()
@@ -253,34 +275,14 @@ class SharedGradients:
         return rest
 
 
-def _collect(owner: weakref.ref[SharedGradients], index: int, p: Tensor) -> None:
-    """Take the gradient of a pass out of ``.grad``; give it to the row when enough have come.
-
-    Also the hook of parameter ``index``, which does nothing while no pass of its owner runs.
-    """
+def _on_grad(owner: weakref.ref[SharedGradients], index: int, _: Tensor) -> None:
+    """The hook of parameter ``index``: does nothing while no pass of its owner runs."""
     grads = owner()
-    if grads is None or grads._collector is None:
-        return
-    grad = p.grad
-    assert grad is not None
-    if grad.layout is not torch.strided:
-        raise TypeError(
-            f"shared parameter {index} of shape {tuple(p.shape)} has a gradient of layout {grad.layout}; "
-            "only dense ones can be balanced (sparse=False)"
-        )
-    p.grad = None
-    grads.touched[index] = grads._collected_any = True
-    if grad.requires_grad:
-        grad = grad.detach()
-    if grads._distributed:
-        grad = dtensors.local_gradient(p, grad)
-    grads._indices.append(index)
-    grads._grads.append(grad)
-    if grads._early:
-        grads._bytes += grad.nbytes
+    if grads is not None and grads._collector is not None:
+        grads._arrived.append(index)
+        grads._bytes += grads._sizes[index]
         if grads._bytes >= FLUSH_BYTES:
-            grads._collector.add(grads._indices, grads._grads)
-            grads._indices, grads._grads, grads._bytes = [], [], 0
+            grads._flush()
 
 
 def _remove(handles: list[Any]) -> None:

@@ -102,23 +102,23 @@ class TaskLosses:
             terms.append(term.to(device))
         return torch.stack(terms).sum()
 
-    def backward(self, index: int, factor: Tensor | None, retain_graph: bool) -> None:
-        """Backpropagate factor * log(loss + eps), or factor * loss.
+    def backward(self, index: int, loss_scale: Tensor | None, retain_graph: bool) -> None:
+        """Backpropagate ``loss * slope``, with slope = loss_scale / (loss + eps), or loss_scale without the log.
 
-        The pass starts from a loss multiplied by its factor, for a ``grad_tensors`` would make torch import sympy: 40
-        MB and 0.4 s. What PyTorch says of a compiled graph that was run through once already is explained.
+        ``backward(gradient=slope)`` would make torch import sympy: 40 MB and 0.4 s. What PyTorch says of a compiled
+        graph that was run through once already is explained.
         """
         loss = self.losses[index]
         with torch.no_grad():
             if self._log_eps is None:
-                start = torch.ones_like(loss)
+                slope = torch.ones_like(loss)
             else:
-                start = (self.values[index] + self._log_eps).reciprocal().view_as(loss)
-            if factor is not None:
-                start = start * factor.to(start.device)
-            start = start.to(loss.dtype)
+                slope = (self.values[index] + self._log_eps).reciprocal().view_as(loss)
+            if loss_scale is not None:
+                slope = slope * loss_scale.to(slope.device)
+            slope = slope.to(loss.dtype)
         with torch.enable_grad():
-            root = (loss * start).reshape(())
+            root = (loss * slope).reshape(())
         try:
             root.backward(retain_graph=retain_graph)
         except RuntimeError as error:
@@ -128,14 +128,14 @@ class TaskLosses:
             raise RuntimeError(f"backward pass of task {self.tasks[index]}: {advice}") from error
 
 
-def factor_or_none(factor: Tensor) -> Tensor | None:
+def loss_scale_or_none(scale: Tensor) -> Tensor | None:
     """The factor by which a loss was scaled; one of exactly 1 is none (off a CPU it would take a sync to know)."""
-    return None if factor.device.type == "cpu" and float(factor) == 1.0 else factor.detach().clone()
+    return None if scale.device.type == "cpu" and float(scale) == 1.0 else scale.detach().clone()
 
 
-def factor_on(device: torch.device, factor: float | Tensor) -> Tensor:
+def loss_scale_on(device: torch.device, scale: float | Tensor) -> Tensor:
     """The factor as a tensor on the device; a number gets there without a wait."""
-    return factor.to(device) if isinstance(factor, Tensor) else torch.full((), float(factor), device=device)
+    return scale.to(device) if isinstance(scale, Tensor) else torch.full((), float(scale), device=device)
 
 
 # Inside the context of a `task` of several ranks: what `functional.log_transform` does with a widened loss and eps.

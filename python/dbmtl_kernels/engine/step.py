@@ -1,7 +1,7 @@
 """The protocol of a step: K backward passes, each into its row, then the balanced gradient.
 
-`Engine.run` is one backward over all tasks, `Engine.task` one task of a step that the caller drives. `Engine.balance`
-the end of such a step. All three are the same few words: stash, collect, write.
+`Engine.run` is one backward over all tasks. `Engine.task` is one task of a step that the caller drives, and
+`Engine.balance` the end of such a step. All stash ``.grad``, collect gradients into rows, and write ``.grad``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .balance import BalancedGradient
 from .bookkeeping import Steps
 from .gradients import SharedGradients, Stash
 from .heads import HeadGradients
-from .losses import TaskLosses, factor_on, factor_or_none
+from .losses import TaskLosses, loss_scale_on, loss_scale_or_none
 
 
 class Engine:
@@ -32,53 +32,55 @@ class Engine:
         ranks: those that work on one batch together.
         steps: the bookkeeping.
         weighting: K weights from the rows.
-        alone: nobody said anything about other ranks: there must be none.
+        group_unnamed: the user said nothing of other ranks: there must be none.
     """
 
-    def __init__(self, rows: Buffer, ranks: Ranks, steps: Steps, weighting: Weighting, alone: bool) -> None:
+    def __init__(self, rows: Buffer, ranks: Ranks, steps: Steps, weighting: Weighting, group_unnamed: bool) -> None:
         self.rows, self.ranks, self.steps, self.weighting = rows, ranks, steps, weighting
         self.grads = SharedGradients(rows, BalancedGradient(rows, steps, weighting, ranks), ranks)
         self.heads = HeadGradients(rows.parameters, ranks, rows.device)
         self.attached: torch.optim.Optimizer | None = None
-        self._alone = alone
+        self._group_unnamed = group_unnamed
 
     # --- one backward over all tasks --------------------------------------------------------------------------
 
-    def check(self, losses: TaskLosses) -> None:
-        """Check losses that will be backpropagated; those of several ranks become the means."""
+    def prepare(self, losses: TaskLosses) -> None:
+        """Check losses that will be backpropagated. With several ranks their values become the means over the ranks."""
         losses.check_graphs()
-        if self._alone:
+        if self._group_unnamed:
             placement.refuse_unnamed_group()
         elif self.ranks.size > 1:
             self.heads.refuse_synchronising_wrapper()
             losses.share(self.ranks, self.rows.device)
         losses.check_logarithms()
 
-    def loss(self, losses: TaskLosses, retain_graph: bool) -> Tensor:
-        """A scalar whose backward is `run`, with the gradient that arrives as the factor."""
+    def balanced_loss(self, losses: TaskLosses, retain_graph: bool) -> Tensor:
+        """A scalar whose backward is `run`; the gradient that arrives at it is the loss scale."""
         value = losses.total()
+        # Autograd calls backward only if an input requires grad, and the losses are deliberately none.
         anchor = torch.zeros((), dtype=value.dtype, device=value.device, requires_grad=True)
         out: Tensor = _BalancedLoss.apply(anchor, value, self, losses, retain_graph)  # type: ignore[no-untyped-call]
         return out
 
-    def run(self, losses: TaskLosses, factor: Tensor | None, retain_graph: bool) -> None:
+    def run(self, losses: TaskLosses, loss_scale: Tensor | None, retain_graph: bool) -> None:
         """A backward pass for each task, collected into its row before the next, then the balanced gradient.
 
-        If a pass fails, rows that were fed before it stay fed; see `_recover` for what becomes of ``.grad``.
+        If a pass fails, rows that were written before it stay as they are. `_recover` says what becomes of ``.grad``.
+        Heads keep what the passes that ran have added; with several ranks they are restored.
         """
         steps, grads, rows = self.steps, self.grads, self.rows
         steps.refuse_inside("backward()")
         steps.refuse_pending()
         stash = self._stash()
-        begun = steps.begin(factor)
+        begun = steps.begin(loss_scale)
         collectors: list[Any] = []
         last = len(losses.tasks) - 1
         try:
             with self.heads.averaging(grads.touched, self._stepped_parameters(), losses.losses):
                 for index, task in enumerate(losses.tasks):
-                    collectors.append(rows.collect(task, steps.coefficients(task), steps.loss_scale))
+                    collectors.append(rows.collector(task, steps.coefficients(task), steps.loss_scale))
                     grads.collect_into(collectors[-1])
-                    losses.backward(index, factor, retain_graph or index < last)
+                    losses.backward(index, loss_scale, retain_graph or index < last)
                     grads.finish_collecting()
                     steps.seen[task] = True
                     steps.losses[task] = losses.values[index]
@@ -98,10 +100,10 @@ class Engine:
         steps, grads, rows = self.steps, self.grads, self.rows
         steps.refuse_inside("task()")
         steps.refuse_entered(index)
-        if self._alone:
+        if self._group_unnamed:
             placement.refuse_unnamed_group()
         self.ranks.check_same(f"task {index}", rows.device, f"the ranks are not all in task({index})")
-        factor = None if loss_scale is None else factor_or_none(factor_on(rows.device, loss_scale))
+        scale = None if loss_scale is None else loss_scale_or_none(loss_scale_on(rows.device, loss_scale))
         stash = self._stash()
         steps.inside = index
         begun, collectors = None, []
@@ -109,12 +111,12 @@ class Engine:
             with self.heads.averaging(grads.touched, self._stepped_parameters()):
                 with self.heads.sharing_logs(index, log_transform):
                     yield
-                begun = steps.begin(factor)
-                collectors.append(rows.collect(index, steps.coefficients(index), steps.loss_scale))
+                begun = steps.begin(scale)
+                collectors.append(rows.collector(index, steps.coefficients(index), steps.loss_scale))
                 grads.collect_into(collectors[0])
                 grads.finish_collecting()
                 steps.seen[index] = True
-                steps.losses.pop(index, None)  # what is known is not that of this gradient
+                steps.losses.pop(index, None)  # that of an earlier backward is not of this gradient
             steps.pending.add(index)
         except BaseException:
             self._recover(stash, collectors, begun)
@@ -122,6 +124,7 @@ class Engine:
         else:
             grads.restore_grads(stash.grads)
         finally:
+            grads.stop_collecting()
             steps.inside = None
 
     def balance(self) -> None:
@@ -149,7 +152,6 @@ class Engine:
         Should the weighting raise, ``.grad`` is what others put there and the step ends, as its rows are fed and would
         count again.
         """
-        self.rows.settle()
         try:
             self.grads.write_grads(stash.grads)
         except BaseException:
@@ -162,16 +164,18 @@ class Engine:
 
     @torch.no_grad()
     def _recover(self, stash: Stash, collectors: list[Any], begun: dict[str, Any] | None) -> None:
-        """After a failure: ``.grad`` as it was, as far as the rows still allow.
+        """Clean up after an exception.
 
-        A step that got nothing does not count. One with nothing but the rows fed before the failure ends, so that
-        nothing counts twice; in a longer one ``.grad`` is balanced anew. Not with several ranks, as the others may not
-        have failed and would not answer: there the step ends, and ``.grad`` has what others put there.
+        - A step that got no gradient does not count; ``.grad`` is what it was.
+        - If ``.grad`` held a balanced gradient of the open step, it is computed again from the rows (in one process).
+        - If tasks wait for `balance`, the step stays open (in one process).
+        - Otherwise the step ends, so that no row counts twice; ``.grad`` has what others put there.
+
+        Several ranks take the last way: the others may not have failed, and would not answer.
         """
         if collectors:
             collectors[-1].abandon()
         if stash.balanced and self.rows.local:
-            self.grads.restore_grads([None] * len(stash.grads))
             self._write(stash)
             return
         self.grads.restore_grads(stash.grads)
@@ -236,11 +240,11 @@ class _BalancedLoss(torch.autograd.Function):
         """Run the backward passes once (more often with retain_graph)."""
         if ctx.work is None:
             raise RuntimeError(
-                "backward() through this balanced loss a second time: its graphs are freed; pass retain_graph=True to "
-                "balancer(losses)"
+                "backward() through this balanced loss a second time (the first may have failed): its graphs are "
+                "freed; compute the losses again, or pass retain_graph=True to balancer(losses)"
             )
         engine, losses, retain_graph = ctx.work
         if not retain_graph:
             ctx.work = None
-        engine.run(losses, factor_or_none(grads[0]), retain_graph)
+        engine.run(losses, loss_scale_or_none(grads[0]), retain_graph)
         return None, None, None, None, None

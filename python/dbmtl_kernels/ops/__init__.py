@@ -1,7 +1,8 @@
 """The one door to every kernel: checked entry points, and `balance_` as a torch op.
 
 In: tensors and numbers from anyone. Out: tensors updated in place, by the backend that serves their device. Whatever
-is wrong is raised before anything is written. Nothing here is differentiable. Knows no parameters, tasks or steps.
+is wrong is raised before anything is written. Nothing here is differentiable. Knows rows and K, but no parameters, no
+losses and no optimizer.
 
 `balance_` is ``torch.ops.dbmtl_kernels.balance_``, registered with `torch.library.Library` (about 2 us a call, where
 ``custom_op`` costs 11), so that ``torch.compile`` sees one node. The rest runs inside a backward pass, where nothing is

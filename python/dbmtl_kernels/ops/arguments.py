@@ -185,12 +185,11 @@ def check_accumulate(
             f"segments must be a CPU int64 tensor of shape ({len(grads)}, 2), got {segments.dtype} of shape "
             f"{tuple(segments.shape)} on {segments.device}"
         )
-    dense: list[Tensor | None] = []
+    ready = True
     for index, ((offset, numel), grad) in enumerate(zip(segments.tolist(), grads, strict=True)):
         if offset < 0 or numel < 0 or offset + numel > end:
             raise ValueError(f"segment {index} covers [{offset}, {offset + numel}) of a row of {end} elements")
         if grad is None:
-            dense.append(None)
             continue
         if grad.dtype not in GRAD_DTYPES:
             check_dtype(f"the dtype of grads[{index}]", grad.dtype, GRAD_DTYPES)
@@ -200,8 +199,9 @@ def check_accumulate(
             check_device(f"grads[{index}]", grad, "row", row)
         if grad.numel() != numel:
             raise ValueError(f"grads[{index}] has {grad.numel()} elements, its segment has {numel}")
-        dense.append(grad.contiguous().resolve_neg())
-    return dense
+        if not grad.is_contiguous() or grad.is_neg():
+            ready = False
+    return grads if ready else [None if g is None else g.contiguous().resolve_neg() for g in grads]
 
 
 def check_balance_rows(step: BalanceRows) -> None:

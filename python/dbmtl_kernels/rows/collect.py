@@ -45,7 +45,7 @@ class RowCollector:
 
     def add(self, indices: list[int], grads: list[Tensor | None]) -> None:
         """Gradients of some parameters. A second one of a parameter (a re-entrant checkpoint) is added to the first."""
-        if len(set(indices)) < len(indices) or not self._arrived.isdisjoint(indices):
+        if not self._arrived.isdisjoint(indices):
             self._add_one_by_one(indices, grads)
             return
         self._arrived.update(indices)
@@ -54,7 +54,7 @@ class RowCollector:
 
     def finish(self, indices: list[int], grads: list[Tensor | None]) -> None:
         """The rest, and the pass is over; a parameter that never had a gradient counts as zeros."""
-        if len(set(indices)) < len(indices) or not self._arrived.isdisjoint(indices):
+        if not self._arrived.isdisjoint(indices):
             self._add_one_by_one(indices, grads)
             indices, grads = [], []
         count = len(self._layout.parameters)

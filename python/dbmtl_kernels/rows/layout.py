@@ -98,7 +98,7 @@ class ParameterLayout:
         self.numel = sum(p.numel() for p in local)
         self.permuted = any(not p.is_contiguous() for p in local)
         self.distributed = any(dtensors.is_dtensor(p) for p in self.parameters)
-        self._known = [(p.shape, p.stride(), p.dtype) for p in local]
+        self._known = [(p.numel(), p.stride(), p.dtype) for p in local]
         self.dense = [p.is_contiguous() or _is_permuted(p) for p in local]
 
         by_dtype: dict[torch.dtype, list[int]] = {}
@@ -131,16 +131,16 @@ class ParameterLayout:
         return found
 
     def check_unchanged(self) -> None:
-        """Raise RuntimeError if a parameter has another dtype, device, shape or strides than when this was made."""
+        """Raise RuntimeError if a parameter has another dtype, device, size or strides than when this was made."""
         device = self.device
-        for index, (p, (shape, strides, dtype)) in enumerate(zip(self.parameters, self._known, strict=True)):
+        for index, (p, (numel, strides, dtype)) in enumerate(zip(self.parameters, self._known, strict=True)):
             if self.distributed:
                 p = dtensors.local(p)
-            if p.stride() != strides or p.dtype is not dtype or p.device != device or p.shape != shape:
+            if p.stride() != strides or p.dtype is not dtype or p.device != device or p.numel() != numel:
                 raise RuntimeError(
-                    f"shared parameter {index} was {dtype} of shape {tuple(shape)} with strides {strides} on {device} "
-                    f"when the balancer was made, and is {p.dtype} of shape {tuple(p.shape)} with strides {p.stride()} "
-                    f"on {p.device}; make the balancer after model.to(...)"
+                    f"shared parameter {index} was {dtype} of {numel} elements with strides {strides} on {device} when "
+                    f"the balancer was made, and is {p.dtype} of {p.numel()} with strides {p.stride()} on {p.device}; "
+                    "make the balancer after model.to(...)"
                 )
 
     def signature(self) -> list[list[Any]]:

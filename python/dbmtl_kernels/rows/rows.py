@@ -20,7 +20,7 @@ Flats = dict[Any, Tensor]
 
 
 class TaskGradientBuffer:
-    """The task gradients (their EMA) of K tasks, as one (K, row_numel) tensor. Knows no steps and no weighting.
+    """The task gradients (their EMA) of K tasks, as one (K, row_numel) tensor.
 
     Args:
         layout: where each parameter lies in a row.
@@ -71,7 +71,7 @@ class TaskGradientBuffer:
         """What must agree for a state to fit; see `ParameterLayout.signature`."""
         return self.layout.signature()
 
-    def collect(self, task: int, coefficients: Coefficients, loss_scale: Tensor | None = None) -> RowCollector:
+    def collector(self, task: int, coefficients: Coefficients, loss_scale: Tensor | None = None) -> RowCollector:
         """What takes the gradients of one backward pass into ``rows[task]``; see `ops.accumulate_`."""
         sumsq = self.stats.sumsq[task : task + 1]
         return RowCollector(self.layout, self.rows[task], sumsq, coefficients, loss_scale, self.backend)

@@ -79,7 +79,7 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
         self._underway: deque[Underway] = deque()
         self._mesh: Any = None
 
-    def collect(self, task: int, coefficients: Coefficients, loss_scale: Tensor | None = None) -> RowCollector:
+    def collector(self, task: int, coefficients: Coefficients, loss_scale: Tensor | None = None) -> RowCollector:
         """See the base. The coefficients are used when the row has been reduced."""
         return ShardedCollector(self, task, coefficients, loss_scale)
 

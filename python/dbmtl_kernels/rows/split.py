@@ -42,13 +42,13 @@ class SplitTaskGradientBuffer:
         for part in self.parts:
             part.check_unchanged()
 
-    def collect(self, task: int, coefficients: Coefficients, loss_scale: Tensor | None = None) -> SplitCollector:
-        """See `TaskGradientBuffer.collect`."""
+    def collector(self, task: int, coefficients: Coefficients, loss_scale: Tensor | None = None) -> SplitCollector:
+        """See `TaskGradientBuffer.collector`."""
         collectors = []
         for part in self.parts:
             own = coefficients.to(part.device) if isinstance(coefficients, Tensor) else coefficients
             scale = None if loss_scale is None else loss_scale.to(part.device)
-            collectors.append(part.collect(task, own, scale))
+            collectors.append(part.collector(task, own, scale))
         return SplitCollector(collectors, self.members)
 
     def settle(self) -> None:
