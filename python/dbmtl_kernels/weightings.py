@@ -59,7 +59,6 @@ class MaxNorm:
         self.eps = check_eps(eps)
 
     def __call__(self, gramian: Tensor, /) -> Tensor:
-        """See `Weighting`."""
         return reference.weights(gramian.diagonal().clamp(min=0.0).sqrt(), self.eps, self.scale)
 
 
@@ -77,7 +76,6 @@ class EqualWeights:
         self.total = None if total is None else check_finite("total", total)
 
     def __call__(self, gramian: Tensor, /) -> Tensor:
-        """See `Weighting`."""
         k = gramian.shape[0]
         return gramian.new_full((k,), 1.0 if self.total is None else self.total / k)
 
@@ -128,7 +126,7 @@ class GradNorm(nn.Module):
         return self.weights.numel()
 
     def begin(self, tasks: Sequence[int], losses: Mapping[int, Tensor], again: bool) -> None:
-        """See `Weighting`.
+        """Learn of the tasks and losses of the Gramian to come.
 
         Raises:
             RuntimeError: the loss of a task is not known.
@@ -152,14 +150,14 @@ class GradNorm(nn.Module):
         self._seen = index, values
 
     def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
-        """See `Weighting`. A new task begins with weight 1; then all are scaled to the sum K."""
+        """A new task begins with weight 1; then all are scaled to the sum K."""
         for name, new in (("weights", 1.0), ("used", 1.0), ("start", torch.nan)):
             old = getattr(self, name)
             setattr(self, name, torch.stack([old.new_tensor(new) if t is None else old[t] for t in tasks]))
         self.weights *= len(tasks) / self.weights.sum()
 
     def forward(self, gramian: Tensor, /) -> Tensor:
-        """See `Weighting`."""
+        """(k, k) Gramian to the (k,) weights found; leaves those of the next step."""
         if self._seen is None:
             raise RuntimeError("GradNorm must see the losses (begin) before it weighs")
         (index, losses), self._seen = self._seen, None

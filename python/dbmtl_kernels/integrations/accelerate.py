@@ -73,5 +73,5 @@ class SavedBalancer:
         return gathered(self._balancer.state_dict(), self._keep)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `GradientBalancer.load_state_dict`."""
+        """Take over what `state_dict` gave."""
         self._balancer.load_state_dict(state)

@@ -75,7 +75,7 @@ class GradientBalancing(Callback):
 
     @property
     def state_key(self) -> str:
-        """See Lightning."""
+        """The name of this callback's state in a checkpoint."""
         return type(self).__qualname__
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

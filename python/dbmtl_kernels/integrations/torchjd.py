@@ -242,7 +242,7 @@ class _NashMTL(OnMatrix):
         return NashMTL(tasks, **self._options).weighting(_square_root(gramian))
 
     def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
-        """A game of other players begins anew; see `weightings.Weighting`."""
+        """A game of other players begins anew."""
         self.weighting = NashMTL(len(tasks), **self._options).weighting
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -293,11 +293,11 @@ class _GradVac(Weighting[PSDMatrix], Stateful):
         return self.targets.shape[0]
 
     def begin(self, tasks: Sequence[int], losses: Mapping[int, Tensor], again: bool) -> None:
-        """See `weightings.Weighting`."""
+        """Learn which tasks the Gramian to come is of."""
         self._tasks = list(tasks)
 
     def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
-        """See `weightings.Weighting`. The targets of a new task are zero, as all are at first."""
+        """The targets of a new task are zero, as all are at first."""
         old, self.targets = self.targets, self.targets.new_zeros(len(tasks), len(tasks))
         stayed = [(new, before) for new, before in enumerate(tasks) if before is not None]
         for i, a in stayed:

@@ -106,7 +106,7 @@ class BalancedTrainerMixin(Base):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
-        """See the Trainer."""
+        """The balanced loss for training; the plain sum of the losses for evaluation."""
         losses, outputs = self.task_losses(model, inputs)
         if not torch.is_grad_enabled():
             loss = sum_of_losses(losses)
@@ -117,12 +117,12 @@ class BalancedTrainerMixin(Base):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """See the Trainer."""
+        """Forward and backward, in which the balancer, not the model's wrapper, averages gradients."""
         with balancing(model):
             return super().training_step(model, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """See the Trainer."""
+        """With the training loss, what `Monitor.as_dict` gives."""
         if "loss" in logs and self.balancer is not None:
             logs.update(self.balancer.monitor().as_dict("balancer/", self._task_names, gramian=self._log_gramian))
         super().log(logs, *args, **kwargs)

@@ -50,7 +50,7 @@ def allocate(*shape: int, dtype: torch.dtype, device: torch.device, zero: bool =
 def balance_(
     grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """See `functional.balance_`; scale "constant" takes alpha from ``constant``."""
+    """The op behind `functional.balance_`; scale "constant" takes alpha from ``constant``."""
     arguments.check_balance(grads, ema, beta, eps, scale, constant)
     serve = backends.resolve(backend, ema.device, ema.shape[0])
     result = serve.balance_(_readable(grads), ema, beta, eps, scale, constant)

@@ -80,11 +80,10 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
         self._mesh: Any = None
 
     def collector(self, task: int, coefficients: Coefficients, loss_scale: Tensor | None = None) -> RowCollector:
-        """See the base. The coefficients are used when the row has been reduced."""
+        """What takes the gradients of a pass; the coefficients are used when the row has been reduced."""
         return ShardedCollector(self, task, coefficients, loss_scale)
 
     def sums(self) -> Tensor:
-        """See the base."""
         self.settle()
         return super().sums()
 
@@ -128,7 +127,6 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
         self._free.append(row.transit)
 
     def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
-        """See the base."""
         self.settle()
         super().reindex_tasks(tasks)
 

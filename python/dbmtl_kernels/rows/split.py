@@ -15,7 +15,7 @@ from .rows import Flats, TaskGradientBuffer
 class SplitTaskGradientBuffer:
     """Rows in several parts, each a buffer of its own; only sums of squares and weights cross between them.
 
-    It does what `TaskGradientBuffer` does, method by method; the stats are those of the first part (each part has the
+    Its methods are those of `TaskGradientBuffer`; the stats are those of the first part (each part has the
     same).
 
     Args:
@@ -34,7 +34,6 @@ class SplitTaskGradientBuffer:
 
     @property
     def stats(self) -> Stats:
-        """See `TaskGradientBuffer.stats`."""
         return self.parts[0].stats
 
     def check_unchanged(self) -> None:
@@ -43,7 +42,6 @@ class SplitTaskGradientBuffer:
             part.check_unchanged()
 
     def collector(self, task: int, coefficients: Coefficients, loss_scale: Tensor | None = None) -> SplitCollector:
-        """See `TaskGradientBuffer.collector`."""
         collectors = []
         for part in self.parts:
             own = coefficients.to(part.device) if isinstance(coefficients, Tensor) else coefficients
@@ -52,7 +50,6 @@ class SplitTaskGradientBuffer:
         return SplitCollector(collectors, self.members)
 
     def settle(self) -> None:
-        """See `TaskGradientBuffer.settle`."""
         for part in self.parts:
             part.settle()
 
@@ -72,7 +69,6 @@ class SplitTaskGradientBuffer:
         fresh: bool = True,
         accumulate: bool = False,
     ) -> None:
-        """See `TaskGradientBuffer.balance`."""
         total = self.sums()
         for part, own in zip(self.parts, self._flats_of_parts(flats), strict=True):
             part.balance(
@@ -81,26 +77,22 @@ class SplitTaskGradientBuffer:
             )  # fmt: skip
 
     def record(self, sums: Tensor, weights: Tensor, nonfinite: Tensor, now: Tensor, bad: Sequence[int]) -> None:
-        """See `TaskGradientBuffer.record`."""
         for part in self.parts:
             part.record(sums, weights, nonfinite, now, bad)
 
     def combine(self, weights: Tensor, flats: Flats, accumulate: bool = False) -> None:
-        """See `TaskGradientBuffer.combine`."""
         for part, own in zip(self.parts, self._flats_of_parts(flats), strict=True):
             part.combine(weights.to(part.device), own, accumulate)
 
     def new_flats(self) -> Flats:
-        """See `TaskGradientBuffer.new_flats`; the keys are (part, dtype)."""
+        # keys: (part, dtype)
         return {(i, dtype): flat for i, part in enumerate(self.parts) for dtype, flat in part.new_flats().items()}
 
     def views(self, flats: Flats) -> list[Tensor]:
-        """See `TaskGradientBuffer.views`."""
         views = [part.views(own) for part, own in zip(self.parts, self._flats_of_parts(flats), strict=True)]
         return [views[part][index] for part, index in self.members]
 
     def gramian(self) -> Tensor:
-        """See `TaskGradientBuffer.gramian`."""
         first, *others = [part.gramian() for part in self.parts]
         return sum((other.to(self.device) for other in others), first)
 
@@ -110,16 +102,13 @@ class SplitTaskGradientBuffer:
             part.reindex_tasks(tasks)
 
     def state(self) -> dict[str, Any]:
-        """See `TaskGradientBuffer.state`."""
         return {f"part{i}": part.state() for i, part in enumerate(self.parts)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """See `TaskGradientBuffer.load`."""
         for i, part in enumerate(self.parts):
             part.load(state[f"part{i}"])
 
     def signature(self) -> list[list[Any]]:
-        """See `ParameterLayout.signature`."""
         signatures = [part.layout.signature() for part in self.parts]
         return [signatures[part][index] for part, index in self.members]
 
