@@ -59,6 +59,7 @@ class MaxNorm:
         self.eps = check_eps(eps)
 
     def __call__(self, gramian: Tensor, /) -> Tensor:
+        """(k, k) Gramian to (k,) weights."""
         return reference.weights(gramian.diagonal().clamp(min=0.0).sqrt(), self.eps, self.scale)
 
 
@@ -76,6 +77,7 @@ class EqualWeights:
         self.total = None if total is None else check_finite("total", total)
 
     def __call__(self, gramian: Tensor, /) -> Tensor:
+        """(k, k) Gramian to (k,) weights."""
         k = gramian.shape[0]
         return gramian.new_full((k,), 1.0 if self.total is None else self.total / k)
 
