@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-comp
 SOURCES = setup.py pyproject.toml $(wildcard csrc/*/*)
 # Two processes of one thread each: make test JOBS=8 on a larger machine.
 JOBS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: demo quick test test-all lint types bench clean
 

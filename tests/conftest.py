@@ -13,8 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; a test that 
     torch.set_num_threads(1)
 
 
-# Fixtures that run a script for many seconds: one worker shall have all tests of it.
-RUN_ONCE = {"four", "folder", "ranks", "measured"}
+# Fixtures that run a script for many seconds. Use --dist loadfile: one worker has all tests of a file.
+SLOW_FIXTURES = {"four", "folder", "ranks", "measured"}
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +41,8 @@ def _emulated_where_asked_for(request):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if RUN_ONCE.intersection(getattr(item, "fixturenames", ())):
+        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
         if item.get_closest_marker("gpu") and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
