@@ -1,7 +1,6 @@
 """Mixed precision: autocast, parameters of half precision, GradScaler, overflows. Training in fp16 survives them."""
 
 import copy
-import itertools
 
 import dbmtl_kernels as dbk
 import numpy as np
@@ -13,11 +12,6 @@ from torch import nn
 
 TASKS = 3
 BETA, SIGMA = 0.8, 0.5
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
 
 
 class Amplify(torch.autograd.Function):
@@ -123,22 +117,6 @@ def test_parameters_in_bfloat16(state_dtype):
         optimizer.step()
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_training_in_bfloat16(state_dtype):
-    net, _, balancer, _ = start(torch.bfloat16, state_dtype=state_dtype)
-    optimizer = torch.optim.Adam(net.parameters(), lr=4e-3)
-    history = []
-    for batch in itertools.islice(itertools.cycle(data(10, dtype=torch.bfloat16)), 150):
-        optimizer.zero_grad()
-        losses = net.losses(batch)
-        balancer(losses).backward()
-        optimizer.step()
-        history.append([float(x.detach()) for x in losses])
-        assert torch.isfinite(state_of(balancer).rows).all()
-    history = np.array(history)
-    assert (history[-20:].mean(axis=0) < 0.7 * history[:20].mean(axis=0)).all()
-
-
 @pytest.mark.parametrize("attached", [False, True])
 def test_a_changing_power_of_two_is_invisible(attached):
     """In float32 a scale of 2**n is exact: state, gradients and parameters have the bits of a run without one."""
@@ -162,28 +140,6 @@ def test_a_changing_power_of_two_is_invisible(attached):
     assert_same_state(state, other)
     assert np.array_equal(grads, theirs)
     assert torch.equal(params, parameters)
-
-
-@pytest.mark.parametrize("attached", [False, True])
-def test_fp16_with_a_changing_scale_stays_close_to_fp32(attached):
-    runs = []
-    for half in (False, True):
-        net, params, balancer, optimizer = start(attached=attached)
-        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3, enabled=half)
-        for batch in data(12):
-            optimizer.zero_grad()
-            with torch.autocast("cpu", dtype=torch.float16, enabled=half):
-                losses = net.losses(batch)
-            scaler.scale(balancer(losses)).backward()
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-        assert scaler.get_scale() == (1024.0 if half else 1.0)
-        assert balancer.nonfinite_steps.sum() == 0
-        runs.append((rows_of(balancer), flat_grad(params), balancer.norms.numpy()))
-    for full, half in zip(*runs, strict=True):
-        close(half, full, rtol=2e-2)
 
 
 @pytest.mark.parametrize("zero", [True, False])
@@ -281,7 +237,7 @@ def test_by_task_with_a_scaler():
 
 
 @pytest.mark.parametrize("zero", [True, False])
-@pytest.mark.parametrize("saved", ["after zero_grad", "before zero_grad"])
+@pytest.mark.parametrize("saved", ["after zero_grad", "before zero_grad", "before zero_grad, .grad is gone"])
 def test_a_checkpoint_after_a_skipped_step_resumes_bit_for_bit(saved, zero):
     """Attached: the step that the scaler skipped is over once its gradients are gone, here and where it is loaded."""
 
@@ -294,12 +250,14 @@ def test_a_checkpoint_after_a_skipped_step_resumes_bit_for_bit(saved, zero):
             scaler.step(optimizer)
             scaler.update()
             for moment in ("before zero_grad", "after zero_grad"):
-                if interrupt and step == 2 and moment == saved:
+                if interrupt and step == 2 and moment == saved.split(",")[0]:
                     state = copy.deepcopy(balancer.state_dict())
                     balancer = dbk.DBMTL(net.trunk.parameters(), TASKS, beta=BETA, beta_sigma=SIGMA)
                     balancer.load_state_dict(state)
                     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
                     balancer.attach(optimizer)
+                    if "gone" in saved:  # as in a fresh process
+                        optimizer.zero_grad()
                 if moment == "before zero_grad":
                     optimizer.zero_grad(set_to_none=zero)
         return balancer, copy.deepcopy(net.state_dict())

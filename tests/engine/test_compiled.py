@@ -24,8 +24,7 @@ TASKS = 3
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
-    """One thread, and nothing compiled in an earlier test or run: whether a buffer is donated is cached too."""
-    torch.set_num_threads(1)
+    """Nothing is left of an earlier test or run: whether a buffer is donated is cached too."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with (
@@ -95,7 +94,10 @@ def test_a_graph_compiled_for_one_backward_pass_is_explained():
 
 @pytest.mark.parametrize(
     ("donated", "part", "compiler"),
-    [(False, "model", "inductor"), *((d, p, "aot_eager") for d in (False, True) for p in ("trunk", "model"))],
+    [
+        pytest.param(False, "model", "inductor", marks=pytest.mark.slow),
+        *((d, p, "aot_eager") for d in (False, True) for p in ("trunk", "model")),
+    ],
 )
 def test_compiled_training_equals_the_uncompiled_one(donated, part, compiler):
     """With PyTorch's default too, where all tasks are there from the first step on."""
@@ -202,7 +204,7 @@ def test_tied_weights(compiled):
 
 
 class Experts(nn.Module):
-    """Each input goes to some of them: the others take no part in that step."""
+    """Each input goes to some of them, for the second task to one: the others take no part in that step."""
 
     def __init__(self):
         super().__init__()
@@ -210,8 +212,8 @@ class Experts(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
 
     def forward(self, x, active):
-        z = sum(torch.tanh(self.experts[i](x)) for i in active)
-        return [(head(z) - task).square().mean() + 0.1 for task, head in enumerate(self.heads)]
+        z = [torch.tanh(self.experts[i](x)) for i in active]
+        return [(self.heads[0](sum(z))).square().mean() + 0.1, (self.heads[1](z[0]) - 1).square().mean() + 0.1]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -264,17 +266,13 @@ def parameter():
 
 @pytest.mark.parametrize("attached", [True, False])
 @pytest.mark.parametrize("sigma", [0.0, 0.5])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"state_dtype": torch.float64}, {"state_dtype": torch.bfloat16}],
-    ids=str,
-)
-def test_capturable_gives_the_same_numbers(options, sigma, attached):
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_capturable_gives_the_same_numbers(state_dtype, sigma, attached):
     """With a constant beta bit for bit."""
     runs = []
     for capturable in (False, True):
         p = parameter()
-        balancer = dbk.DBMTL([p], 3, capturable=capturable, beta_sigma=sigma, **options)
+        balancer = dbk.DBMTL([p], 3, capturable=capturable, beta_sigma=sigma, state_dtype=state_dtype)
         runs.append((sequence(balancer, p, attached), balancer))
     (grads, host), (others, device) = runs
     assert device.step == host.step == (6 if attached else 13)
@@ -285,24 +283,6 @@ def test_capturable_gives_the_same_numbers(options, sigma, attached):
     for mine, theirs in zip(others, grads, strict=True):
         assert torch.equal(mine.isnan(), theirs.isnan())
         close(mine.nan_to_num().numpy(), theirs.nan_to_num().numpy(), rtol=1e-6)
-
-
-def test_capturable_meets_a_parameter_twice():
-    runs = []
-    for capturable, reentrant in ((False, False), (False, True), (True, True)):
-        torch.manual_seed(6)
-        layer = nn.Linear(12, 12)
-        options = {"state_dtype": torch.bfloat16, "beta_sigma": 0.0, "capturable": capturable}
-        balancer = dbk.DBMTL(layer.parameters(), 2, **options)
-        for _ in range(3):
-            z = torch.ones(4, 12, requires_grad=True)
-            for _ in range(2):
-                z = torch.tanh(checkpoint(layer, z, use_reentrant=reentrant))
-            layer.zero_grad()
-            balancer([(z - task).square().mean() for task in range(2)]).backward()
-        runs.append(np.concatenate([flat_grad(list(layer.parameters())), state_of(balancer).rows.double().flatten()]))
-    close(runs[1], runs[0], rtol=2e-2)
-    assert np.array_equal(runs[2], runs[1])
 
 
 @pytest.mark.parametrize("middle", [False, True])  # of an accumulated step

@@ -11,16 +11,18 @@ from problems import EPS, close, flat_grad, flat_gradients, leaf, make, quadrati
 from torch import nn
 
 
-@pytest.mark.parametrize("backend", ["native", "eager"])
-def test_norms_weights_and_gradient(backend):
+@pytest.mark.parametrize("log", [True, False])
+def test_norms_weights_and_gradient(log):
     params = [leaf(3, 4), leaf(5), leaf(1)]
-    balancer = make(*params, num_tasks=3, beta=0.5, backend=backend)
+    balancer = make(*params, num_tasks=3, beta=0.5, log_transform=log)
     ema = np.zeros((3, 18))
     for _ in range(3):
         losses = quadratics(*params, num_tasks=3)
-        expected, ema, norms = oracle.balance(flat_gradients(losses, params), ema, 0.5)
+        expected, ema, norms = oracle.balance(flat_gradients(losses, params, log), ema, 0.5)
         loss = balancer(losses)
-        assert float(loss.detach()) == pytest.approx(sum(float(torch.log(x.detach() + EPS)) for x in losses))
+        assert float(loss.detach()) == pytest.approx(
+            sum(float(torch.log(x.detach() + EPS) if log else x.detach()) for x in losses)
+        )
         loss.backward()
         close(flat_grad(params), expected)
         close(balancer.norms.numpy(), norms)
@@ -30,15 +32,10 @@ def test_norms_weights_and_gradient(backend):
     assert balancer.step == 3
 
 
-def test_no_log_transform():
-    p = leaf(6)
-    losses = quadratics(p)
-    expected, _, _ = oracle.balance(flat_gradients(losses, [p], log=False), np.zeros((2, 6)), 0.0)
-    balancer = make(p, log_transform=False, beta=0.0)
-    loss = balancer(losses)
-    assert float(loss.detach()) == pytest.approx(float(sum(losses).detach()))
-    loss.backward()
-    close(flat_grad([p]), expected)
+def test_negative_losses_are_fine_without_the_logarithm():
+    p = leaf(4)
+    make(p, log_transform=False)([-p.square().sum(), p.sum()]).backward()
+    assert p.grad is not None
 
 
 def test_heads_get_the_plain_gradient():
@@ -61,14 +58,13 @@ def test_grads_are_views_of_one_flat_tensor_padded_to_128_bytes():
     assert state_of(balancer).rows.shape == (2, 128)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_an_existing_grad_is_added_to_in_place(steps):
+def test_an_existing_grad_is_added_to_in_place():
     p, q = leaf(5), leaf(3)
     balancer, twin = make(p, q), make(p, q)
     mine = torch.randn(5, dtype=torch.float64)
     p.grad = mine
     total = mine.numpy().copy()
-    for _ in range(steps):
+    for _ in range(3):
         losses = quadratics(p, q)
         balancer(losses).backward()
         kept, p.grad, q.grad = (p.grad, q.grad), None, None
@@ -79,63 +75,17 @@ def test_an_existing_grad_is_added_to_in_place(steps):
     close(p.grad.numpy(), total)
 
 
-def test_grads_left_over_are_added_to_as_autograd_would():
-    p, q = leaf(5), leaf(3)
-    balancer, twin = make(p, q), make(p, q)
-    total = np.zeros(8)
-    for _ in range(3):
-        balancer(quadratics(p, q)).backward()
-        kept, p.grad, q.grad = (p.grad, q.grad), None, None
-        twin(quadratics(p, q)).backward()
-        total += flat_grad([p, q])
-        p.grad, q.grad = kept
-        close(flat_grad([p, q]), total)
-
-
-def test_none_gradients_count_as_zeros_and_untouched_parameters_stay_none():
-    a, b, never = leaf(4), leaf(3), leaf(2)
-    balancer = make(a, b, never, beta=0.5)
-    losses = [a.square().sum() + 1, (a.sum() - 3).square() + b.square().sum() + 1]
-    rows = flat_gradients(losses, [a, b])
-    expected, ema, _ = oracle.balance(rows, np.zeros((2, 7)), 0.5)
-    balancer(losses).backward()
-    close(flat_grad([a, b]), expected)
-    assert never.grad is None
-
-    a.grad = b.grad = None  # b takes no part now, and is written from its EMA all the same
-    losses = [a.square().sum() + 1, (a.sum() - 3).square() + 1]
-    rows = flat_gradients(losses, [a, b])
-    expected, _, _ = oracle.balance(rows, ema, 0.5)
-    balancer(losses).backward()
-    assert np.abs(expected[4:]).max() > 0
-    close(flat_grad([a, b]), expected)
-    assert never.grad is None
-
-
-def test_a_parameter_frozen_later_is_left_alone():
+@pytest.mark.parametrize("has_grad", [True, False])
+def test_a_parameter_frozen_later_is_left_alone(has_grad):
     a, b = leaf(4), leaf(3)
     balancer = make(a, b, beta=0.5)
     balancer(quadratics(a, b)).backward()
-    a.grad = b.grad = None
+    old, b.grad = a.grad.clone() if has_grad else None, None
+    a.grad = a.grad if has_grad else None
     a.requires_grad_(False)
     balancer(quadratics(a, b)).backward()
-    assert a.grad is None
+    assert a.grad is None if old is None else torch.equal(a.grad, old)
     assert b.grad is not None
-
-
-def test_tied_parameters():
-    embedding, out = nn.Embedding(6, 4).double(), nn.Linear(4, 6, bias=False).double()
-    out.weight = embedding.weight
-    params = list({*embedding.parameters(), *out.parameters()})
-    assert len(params) == 1
-
-    def losses():
-        z = out(embedding(torch.arange(6)))
-        return [z.square().mean() + 1, (z.sum() - 2).square() + 1]
-
-    expected, _, _ = oracle.balance(flat_gradients(losses(), params), np.zeros((2, 24)), 0.9)
-    make(*params)(losses()).backward()
-    close(flat_grad(params), expected)
 
 
 def test_mixed_parameter_dtypes_keep_their_dtypes_in_one_storage():

@@ -1,4 +1,4 @@
-"""Gradients that are not finite; states saved in the middle; narrower states."""
+"""Gradients that are not finite; a state saved in the middle of a step."""
 
 import copy
 
@@ -13,11 +13,10 @@ def poisoned(p, poison):
     return [good, bad * torch.tensor(poison, dtype=torch.float64)]
 
 
-@pytest.mark.parametrize("backend", ["native", "eager"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_nonfinite_task_heals(poison, backend):
+def test_a_nonfinite_task_heals(poison):
     p = leaf(6)
-    balancer = make(p, beta=0.5, backend=backend)
+    balancer = make(p, beta=0.5)
     balancer(quadratics(p)).backward()
     row = state_of(balancer).rows[0].clone()
     p.grad = None
@@ -34,20 +33,6 @@ def test_a_nonfinite_task_heals(poison, backend):
     close(state_of(balancer).rows[1, :6].numpy(), 0.5 * flat_gradients(quadratics(p), [p])[1])
     assert torch.isfinite(p.grad).all()
     assert balancer.nonfinite_steps.tolist() == [0, 1]
-
-
-def test_an_overflow_under_a_loss_scale_reaches_the_scaler():
-    p = leaf(6)
-    balancer = make(p)
-    (balancer(poisoned(p, float("inf"))) * 65536.0).backward()
-    assert not torch.isfinite(p.grad).any()
-    assert torch.isfinite(state_of(balancer).rows).all()
-    p.grad = None
-    (balancer(quadratics(p)) * 32768.0).backward()
-    assert torch.isfinite(p.grad).all()
-    p.grad = None
-    (balancer(poisoned(p, float("inf"))) / 4).backward()  # an accumulation factor: nobody would catch a NaN
-    assert torch.isfinite(p.grad).all()
 
 
 def test_state_dict_in_the_middle_of_an_accumulated_step():
@@ -71,32 +56,5 @@ def test_state_dict_in_the_middle_of_an_accumulated_step():
         return p.detach(), balancer.state_dict()
 
     (p, state), (q, other) = run(False), run(True)
-    assert torch.equal(p, q)
-    assert_same_state(state, other)
-
-
-def test_a_state_saved_after_a_skipped_step_resumes_bit_for_bit():
-    """A fresh process has no .grad: of the skipped step nothing will be stepped; the next backward begins another."""
-
-    def run(interrupt):
-        torch.manual_seed(5)
-        p = leaf(6)
-        balancer, optimizer = make(p, beta=0.5), torch.optim.SGD([p], lr=0.1)
-        balancer.attach(optimizer)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        for step in range(5):
-            optimizer.zero_grad()
-            scaler.scale(balancer(poisoned(p, float("nan")) if step == 2 else quadratics(p))).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            if interrupt and step == 2:
-                state, p = copy.deepcopy(balancer.state_dict()), p.detach().clone().requires_grad_()
-                balancer, optimizer = make(p, beta=0.5), torch.optim.SGD([p], lr=0.1)
-                balancer.load_state_dict(state)
-                balancer.attach(optimizer)
-        return p.detach(), balancer.state_dict()
-
-    (p, state), (q, other) = run(False), run(True)
-    assert state["steps"]["step"] == 5
     assert torch.equal(p, q)
     assert_same_state(state, other)

@@ -1,8 +1,5 @@
 """What the balancer does to graphs: freed, retained, checkpointed, failing."""
 
-import gc
-import weakref
-
 import numpy as np
 import oracle
 import pytest
@@ -23,81 +20,14 @@ def test_retain_graph_lets_a_regulariser_share_the_graph():
     close(p.grad.numpy(), expected + penalty.numpy())
 
 
-def test_graphs_are_freed_and_nothing_is_kept_alive():
-    p = leaf(5)
-    balancer = make(p)
-    losses = quadratics(p)
-    nodes = [weakref.ref(x) for x in losses]
-    loss = balancer(losses)
-    loss.backward()
-    del losses
-    gc.collect()
-    assert all(node() is None for node in nodes)
-    loss2 = balancer(quadratics(p))
-    ref = weakref.ref(loss2)
-    del loss2
-    assert ref() is None
-
-
 def test_each_task_grad_is_let_go_before_the_next_pass():
     p = leaf(1000)
     balancer = make(p, num_tasks=3)
-    seen = []
-
-    class Watch(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            seen.append(p.grad)
-            return grad
-
-    losses = [Watch.apply(x) for x in quadratics(p, num_tasks=3)]
+    seen, losses = [], quadratics(p, num_tasks=3)
+    for loss in losses:
+        loss.register_hook(lambda _: seen.append(p.grad))
     balancer(losses).backward()
     assert seen == [None, None, None]
-
-
-def test_under_no_grad_only_the_value():
-    p = leaf(3)
-    balancer = make(p)
-    with torch.no_grad():
-        value = balancer(quadratics(p))
-    assert not value.requires_grad
-    assert balancer.step == 0
-
-
-def test_reentrant_checkpointing_meets_a_parameter_twice():
-    layer = nn.Linear(300, 300).double()
-    x = torch.randn(4, 300, dtype=torch.float64).requires_grad_()
-
-    def losses():
-        z = checkpoint(layer, checkpoint(layer, x, use_reentrant=True), use_reentrant=True)
-        return [z.square().mean() + 1, (z - 1).square().sum()]
-
-    plain = layer(layer(x))
-    rows = flat_gradients([plain.square().mean() + 1, (plain - 1).square().sum()], list(layer.parameters()))
-    expected, ema, norms = oracle.balance(rows, np.zeros((2, 90300)), 0.9)
-    expected, _, norms = oracle.balance(rows, ema, 0.9)
-    balancer = make(*layer.parameters())
-    for _ in range(2):
-        layer.zero_grad()
-        # A re-entrant checkpoint cannot be backpropagated twice: one graph for each task.
-        with balancer.task(0):
-            torch.log(losses()[0] + EPS).backward()
-        with balancer.task(1):
-            torch.log(losses()[1] + EPS).backward()
-        balancer.balance()
-    close(flat_grad(list(layer.parameters())), expected)
-    close(balancer.norms.numpy(), norms)
-
-    fresh = make(*layer.parameters())
-    for _ in range(2):
-        layer.zero_grad()
-        fresh([losses()[0], losses()[1]]).backward()
-    close(flat_grad(list(layer.parameters())), expected)
-    close(fresh.norms.numpy(), norms)
 
 
 def test_a_failing_backward_gives_the_grads_back():
@@ -132,8 +62,8 @@ def test_an_exception_inside_a_task_leaves_everything_as_it_was():
     balancer.balance()
 
 
-@pytest.mark.parametrize("backend", ["native", "eager"])
-def test_reentrant_checkpoint_decays_what_is_reached_once(backend):
+@pytest.mark.parametrize("how", ["call", "task"])
+def test_reentrant_checkpoint_decays_what_is_reached_once(how):
     first, shared, last = (nn.Linear(5, 5).double() for _ in range(3))
     x = torch.randn(4, 5, dtype=torch.float64).requires_grad_()
 
@@ -146,11 +76,18 @@ def test_reentrant_checkpoint_decays_what_is_reached_once(backend):
     results = []
     for reentrant in (False, True):
         params = [*first.parameters(), *shared.parameters(), *last.parameters()]
-        balancer = make(*params, num_tasks=2, beta=0.5, backend=backend)
+        balancer = make(*params, num_tasks=2, beta=0.5)
         for _ in range(3):
             for p in params:
                 p.grad = None
-            balancer([loss(reentrant), loss(reentrant) + last(x).square().mean()]).backward()
+            losses = [loss(reentrant), loss(reentrant) + last(x).square().mean()]
+            if how == "call":
+                balancer(losses).backward()
+                continue
+            for task in range(2):
+                with balancer.task(task):
+                    torch.log(losses[task] + EPS).backward()
+            balancer.balance()
         results.append((flat_grad(params), balancer.norms.numpy()))
     close(results[1][0], results[0][0])
     close(results[1][1], results[0][1])
@@ -159,19 +96,10 @@ def test_reentrant_checkpoint_decays_what_is_reached_once(backend):
 def test_a_failure_in_a_later_task_counts_nothing_twice():
     p = leaf(4)
     balancer = make(p, beta=0.0)
-
-    class Fail(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            raise ZeroDivisionError
-
     losses = quadratics(p)
+    losses[1].register_hook(lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        balancer([losses[0], Fail.apply(losses[1])]).backward()
+        balancer(losses).backward()
     assert p.grad is None
     expected, _, norms = oracle.balance(flat_gradients(quadratics(p), [p]), np.zeros((2, 4)), 0.0)
     balancer(quadratics(p)).backward()
@@ -214,28 +142,6 @@ def test_losses_that_never_reach_the_shared_parameters():
             balancer(quadratics(q)).backward()
     assert balancer.step == 1
     assert p.grad is None
-
-
-def test_a_frozen_parameters_old_grad_is_left_alone():
-    a, b = leaf(4), leaf(3)
-    balancer = make(a, b)
-    balancer(quadratics(a, b)).backward()
-    a.requires_grad_(False)
-    old = a.grad.clone()
-    b.grad = None
-    balancer(quadratics(a, b)).backward()
-    assert torch.equal(a.grad, old)
-
-
-def test_detaching_ends_the_step():
-    p = leaf(4)
-    balancer = make(p)
-    handle = balancer.attach(torch.optim.SGD([p], lr=0.1))
-    balancer(quadratics(p)).backward()
-    handle.remove()
-    p.grad = None
-    balancer(quadratics(p)).backward()
-    assert balancer.step == 2
 
 
 def test_a_first_factor_of_zero_does_not_set_the_unit():

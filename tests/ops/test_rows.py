@@ -1,5 +1,6 @@
 """The ops on rows: accumulate_, balance_rows_, combine and gramian, against float64."""
 
+import functools
 import itertools
 import math
 
@@ -10,17 +11,19 @@ import torch
 from cases import (
     BACKENDS,
     BF16,
+    DTYPES,
     F16,
     F32,
     F64,
     GRADS,
     REAL,
-    SCALES,
     SIMULATED,
     STATES,
     assert_same_bits,
+    dense,
     new_stats,
     numpy,
+    problem,
     row_problem,
     step_of,
 )  # fmt: skip
@@ -117,24 +120,6 @@ def test_accumulate_without_decay_reads_nothing_of_the_row(backend, coefficients
     ops.accumulate_(row, sumsq, [negative, None], torch.tensor([[0, 20], [20, 20]]), coefficients, None, backend)
     torch.testing.assert_close(row, torch.cat([negative, torch.zeros(20)]))
     assert sumsq.isfinite()
-
-
-def test_accumulate_same_bits_for_any_thread_count_and_instruction_set():
-    results = []
-    for threads in (1, 2, 5):
-        for isa in ("baseline", native.isa()):
-            torch.manual_seed(1)
-            torch.set_num_threads(threads)
-            native.set_isa(isa)
-            try:
-                row, sumsq, grads, segments = row_problem(F32, sizes=(100003, 17, 300000))
-                ops.accumulate_(row, sumsq, grads, segments, (0.9, 0.1), None, "native")
-            finally:
-                native.set_isa(None)
-            results.append((row, sumsq))
-    for row, sumsq in results[1:]:
-        assert torch.equal(row, results[0][0])
-        assert torch.equal(sumsq, results[0][1])
 
 
 # --- balance_rows_ --------------------------------------------------------------------------------------------
@@ -274,29 +259,47 @@ def test_rows_that_overlap(backend):
     torch.testing.assert_close(ops.gramian(rows, backend), reference.gramian(rows))
 
 
-def test_gramian_same_bits_for_any_thread_count_and_instruction_set():
+# --- bits -------------------------------------------------------------------------------------------------------
+
+
+def dense_op(size, *dtypes):
+    grads, ema = problem(5, size, *dtypes)
+    return lambda: dense(grads, ema, 0.9, "max", "native")
+
+
+def accumulate_op():
+    row, sumsq, grads, segments = row_problem(F32, sizes=(100003, 17, 300000))
+
+    def run():
+        mine, total = row.clone(), sumsq.clone()
+        ops.accumulate_(mine, total, grads, segments, (0.9, 0.1), None, "native")
+        return mine, total
+
+    return run
+
+
+def gramian_op():
     rows = torch.randn(7, 600001)
-    first = ops.gramian(rows, "native")
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        assert torch.equal(first, ops.gramian(rows, "native"))
+    return lambda: [ops.gramian(rows, "native")]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [*(functools.partial(dense_op, n, *dtypes) for n in (33, 100003, 1 << 20) for dtypes in DTYPES)]
+    + [accumulate_op, gramian_op],
+)
+def test_same_bits_for_any_run_thread_count_and_instruction_set(make):
+    run = make()
+    first, best, names = run(), native.isa(), ("baseline", "avx2", "avx512")
     try:
-        native.set_isa("baseline")
-        assert torch.equal(first, ops.gramian(rows, "native"))
+        for threads in (1, 2, 3, 5, 7):
+            torch.set_num_threads(threads)
+            assert_same_bits(first, run())
+            for isa in names[: names.index(best) + 1]:
+                native.set_isa(isa)
+                assert native.isa() == isa
+                assert_same_bits(first, run())
+            native.set_isa(None)
     finally:
         native.set_isa(None)
-
-
-# --- weights ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("norms", [[0.0], [3.0, 0.0, 1.0], [4.0, 1.0, 2.0, 8.0], [1.0, math.inf, 3.0], [math.nan] * 2])
-def test_weights_of_the_reference(norms, scale):
-    norms = np.array(norms)
-    finite, expected = np.isfinite(norms), np.zeros(len(norms))
-    if finite.any():
-        expected[finite] = oracle.alpha(norms[finite], scale) / (norms[finite] + 1e-8)
-        if len(norms) == 1 and isinstance(scale, str):
-            expected[:] = 1.0
-    np.testing.assert_allclose(reference.weights(torch.from_numpy(norms), 1e-8, scale), expected, rtol=1e-12)
+    assert native.isa() == best
