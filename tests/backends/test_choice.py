@@ -14,7 +14,7 @@ from dbmtl_kernels import backends, ops
 from dbmtl_kernels.backends import c_library, cuda, eager, native, triton
 
 ROOT = Path(__file__).parents[2]
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
 
 
 @pytest.fixture(autouse=True)
@@ -27,23 +27,14 @@ def _fresh(monkeypatch):
     native.forget()
 
 
-def without_library(monkeypatch, tmp_path, content=None):
-    path = tmp_path / "libdbmtl_cpu.so"
-    if content is not None:
-        path.write_bytes(content)
-    monkeypatch.setattr(native, "path", path)
-    native.forget()
-
-
-def test_cpu_is_served_by_the_kernels():
-    assert backends.resolve("auto", CPU) is native
-    assert backends.resolve("native", CPU) is native
-    assert backends.resolve("eager", CPU) is eager
-    assert backends.resolve("auto", torch.device("meta")) is eager
+def test_cpu_is_served_by_the_kernels(monkeypatch):
+    for name, device, served in (
+        ("auto", CPU, native), ("native", CPU, native), ("eager", CPU, eager), ("auto", META, eager),
+    ):  # fmt: skip
+        assert backends.resolve(name, device) is served
+    with pytest.raises(RuntimeError, match=r"backend='native'.*'meta'.*CPU tensors only"):
+        backends.resolve("native", META)
     assert native.isa() in ("avx512", "avx2", "baseline")
-
-
-def test_environment(monkeypatch):
     monkeypatch.setenv("DBMTL_BACKEND", "eager")
     assert backends.resolve("auto", CPU) is eager
     assert backends.resolve("native", CPU) is native
@@ -52,14 +43,12 @@ def test_environment(monkeypatch):
         dbk.balance_(torch.ones(2, 2), torch.zeros(2, 2))
 
 
-def test_native_refuses_other_devices():
-    with pytest.raises(RuntimeError, match=r"backend='native'.*'meta'.*CPU tensors only"):
-        backends.resolve("native", torch.device("meta"))
-
-
 @pytest.mark.parametrize(("content", "reason"), [(None, "was not built.*compiler"), (b"junk", "could not be loaded")])
 def test_without_the_library(monkeypatch, tmp_path, content, reason):
-    without_library(monkeypatch, tmp_path, content)
+    monkeypatch.setattr(native, "path", tmp_path / "libdbmtl_cpu.so")
+    if content is not None:
+        native.path.write_bytes(content)
+    native.forget()
     grads = torch.randn(3, 40)
     with pytest.warns(RuntimeWarning, match=reason):
         grad, _ = dbk.balance_(grads, torch.zeros(3, 40))
@@ -80,9 +69,6 @@ def test_an_old_library(monkeypatch):
     monkeypatch.setattr(c_library, "ABI_VERSION", 99)
     native.forget()
     assert f"ABI version {version}, this package needs 99" in native.missing(CPU)
-
-
-# --- more tasks than a backend takes ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -107,7 +93,7 @@ def test_auto_takes_the_first_backend_that_takes_so_many_tasks():
             warnings.simplefilter("error")  # said once
             assert backends.resolve("auto", CUDA, many, gramian) is eager
     assert backends.resolve("auto", CPU, 10**6) is native
-    assert backends.resolve("auto", torch.device("meta"), 10**6) is eager
+    assert backends.resolve("auto", META, 10**6) is eager
 
 
 @pytest.mark.usefixtures("all_there")
@@ -163,17 +149,19 @@ def test_every_op_says_how_many_tasks_it_has(monkeypatch):
 
 
 def test_report():
-    lines = subprocess.run([sys.executable, "-m", "dbmtl_kernels"], capture_output=True, text=True, check=True).stdout
+    def report(**options):
+        command = [sys.executable, "-m", "dbmtl_kernels"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout
+
+    lines = report()
     assert "native" in lines
     assert "will be used" in lines
     assert "eager: works, not used unless asked for" in lines
     if not torch.cuda.is_available():
         assert "triton (balance_ in 1 launch: interpreted): works" in lines
         plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        lines = subprocess.run(
-            [sys.executable, "-m", "dbmtl_kernels"], capture_output=True, text=True, check=True, env=plain
-        ).stdout
-        assert "triton: not available: it serves CUDA tensors, and CPU tensors only under TRITON_INTERPRET=1" in lines
+        message = "triton: not available: it serves CUDA tensors, and CPU tensors only under TRITON_INTERPRET=1"
+        assert message in report(env=plain)
 
 
 def test_building_without_a_compiler_succeeds_and_says_so(tmp_path):

@@ -173,34 +173,12 @@ class Tied(nn.Module):
         self.embedding, self.layer = nn.Embedding(9, 6), nn.Linear(6, 6)
         self.heads = nn.ModuleList([nn.Linear(6, 9, bias=False), nn.Linear(6, 1)])
         self.heads[0].weight = self.embedding.weight
+        self.shared = [*self.embedding.parameters(), *self.layer.parameters()]
+        self.batches = [((torch.arange(12) * (step + 2)) % 9,) for step in range(4)]
 
     def forward(self, x):
         z = self.layer(self.layer(self.embedding(x)).tanh())
         return [nn.functional.cross_entropy(self.heads[0](z), (x + 1) % 9), self.heads[1](z).square().mean() + 0.1]
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_tied_weights(compiled):
-    """A parameter is one however often it is used: its task gradient is the sum over its uses, the head's included."""
-    net = Tied().double()
-    shared = [*net.embedding.parameters(), *net.layer.parameters()]
-    assert len(list(net.parameters())) == len(shared) + 2
-    balancer = dbk.DBMTL(shared, 2, state_dtype=torch.float64, beta_sigma=0.0)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    ema = np.zeros((2, 54 + 36 + 6))
-    with torch._functorch.config.patch(donated_buffer=False):
-        losses_of = torch.compile(net, backend="aot_eager") if compiled else net
-        for step in range(4):
-            optimizer.zero_grad()
-            x = (torch.arange(12) * (step + 2)) % 9
-            plain = net(x)
-            expected, ema, _ = oracle.balance(flat_gradients(plain, shared), ema)
-            head = torch.autograd.grad(torch.log(plain[1] + EPS), net.heads[1].weight)
-            balancer(losses_of(x)).backward()
-            close(flat_grad(shared), expected)
-            close(net.heads[1].weight.grad.numpy(), head[0].numpy())
-            assert net.heads[0].weight.grad is net.embedding.weight.grad
-            optimizer.step()
 
 
 class Experts(nn.Module):
@@ -210,30 +188,37 @@ class Experts(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList(nn.Linear(5, 4) for _ in range(3))
         self.heads = nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
+        self.shared = list(self.experts.parameters())
+        self.batches = [(torch.randn(7, 5).double(), active) for active in [(0,), (0, 1), (1,), (0, 1)]]
 
     def forward(self, x, active):
         z = [torch.tanh(self.experts[i](x)) for i in active]
-        return [(self.heads[0](sum(z))).square().mean() + 0.1, (self.heads[1](z[0]) - 1).square().mean() + 0.1]
+        return [self.heads[0](sum(z)).square().mean() + 0.1, (self.heads[1](z[0]) - 1).square().mean() + 0.1]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_idle_parameters_are_written_from_their_average(compiled):
-    net = Experts().double()
-    shared = list(net.experts.parameters())
-    balancer = dbk.DBMTL(shared, 2, state_dtype=torch.float64, beta_sigma=0.0)
-    ema = np.zeros((2, 72))
+@pytest.mark.parametrize("model", [Tied, Experts])
+def test_weights_that_are_used_twice_or_not_at_all(model, compiled):
+    """The task gradient is the sum over the uses, the head's included; an idle .grad is of the average, or None."""
+    net = model().double()
+    balancer = dbk.DBMTL(net.shared, 2, state_dtype=torch.float64, beta_sigma=0.0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    sizes = [p.numel() for p in net.shared]
+    ema = np.zeros((2, sum(sizes)))
     with torch._functorch.config.patch(donated_buffer=False):
         losses_of = torch.compile(net, backend="aot_eager") if compiled else net
-        for step, active in enumerate([(0,), (0, 1), (1,), (0, 1)]):
-            net.zero_grad()
-            x = torch.randn(7, 5, dtype=torch.float64)
-            expected, ema, _ = oracle.balance(flat_gradients(net(x, active), shared), ema)
-            balancer(losses_of(x, active)).backward()
-            assert all(p.grad is None for p in net.experts[2].parameters())
-            written = 24 if step == 0 else 48
-            assert all((p.grad is None) == (step == 0) for p in net.experts[1].parameters())
-            assert np.abs(expected[:written].reshape(-1, 24)).max(axis=1).min() > 0
-            close(flat_grad(shared[: written // 12]), expected[:written])
+        for batch in net.batches:
+            optimizer.zero_grad()
+            plain = net(*batch)
+            expected, ema, _ = oracle.balance(flat_gradients(plain, net.shared), ema)
+            head = torch.autograd.grad(torch.log(plain[1] + EPS), net.heads[1].weight)
+            balancer(losses_of(*batch)).backward()
+            parts = np.split(expected, np.cumsum(sizes)[:-1])
+            assert [p.grad is not None for p in net.shared] == [bool(part.any()) for part in parts]
+            written = [(p.grad, part) for p, part in zip(net.shared, parts, strict=True) if p.grad is not None]
+            close(torch.cat([grad.flatten() for grad, _ in written]).numpy(), np.concatenate([x for _, x in written]))
+            close(net.heads[1].weight.grad.numpy(), head[0].numpy())
+            optimizer.step()
 
 
 def sequence(balancer, p, attached=True):

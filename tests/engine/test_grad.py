@@ -103,31 +103,22 @@ def test_mixed_parameter_dtypes_keep_their_dtypes_in_one_storage():
     close(flat_grad([params[0], params[4]]), np.concatenate([expected[:3], expected[-9:]]), rtol=1e-5)
 
 
-def test_channels_last_weights_keep_their_strides():
-    conv = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last).double()
-    params = list(conv.parameters())
-    x = torch.randn(2, 3, 6, 6, dtype=torch.float64).to(memory_format=torch.channels_last)
-
-    def losses():
-        z = conv(x)
-        return [z.square().mean(), (z - 1).abs().mean()]
-
-    expected, _, _ = oracle.balance(flat_gradients(losses(), params), np.zeros((2, 224)), 0.9)
-    balancer = make(*params)
-    balancer(losses()).backward()
-    assert conv.weight.grad.stride() == conv.weight.stride()
-    close(flat_grad(params), expected)
-    conv.weight.grad = None
-    assert state_of(balancer).layout.dense == [True, True]
-
-
-def test_a_parameter_that_is_a_strided_view_of_something_larger():
-    p = torch.randn(4, 6, dtype=torch.float64)[:, ::2].detach().requires_grad_()
+@pytest.mark.parametrize("dense", [True, False])
+def test_parameters_in_an_order_of_their_own(dense):
+    """Channels last keeps its strides; a strided view of something larger cannot."""
+    p = torch.randn(8, 3, 3, 6, dtype=torch.float64)
+    p = p[..., :3].to(memory_format=torch.channels_last) if dense else p[..., ::2]
+    p, bias = p.detach().requires_grad_(), leaf(8)
     assert not p.is_contiguous()
-    losses = quadratics(p)
-    expected, _, _ = oracle.balance(flat_gradients(losses, [p]), np.zeros((2, 12)), 0.9)
-    make(p)(losses).backward()
-    close(flat_grad([p]), expected)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64).to(memory_format=torch.channels_last)
+    z = nn.functional.conv2d(x, p, bias)
+    losses = [z.square().mean(), (z - 1).abs().mean()]
+    expected, _, _ = oracle.balance(flat_gradients(losses, [p, bias]), np.zeros((2, 224)), 0.9)
+    balancer = make(p, bias)
+    balancer(losses).backward()
+    assert (p.grad.stride() == p.stride()) == dense
+    close(flat_grad([p, bias]), expected)
+    assert state_of(balancer).layout.dense == [dense, True]
 
 
 @pytest.mark.parametrize("attached", [False, True])

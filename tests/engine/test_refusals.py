@@ -38,9 +38,6 @@ def assert_untouched(balancer, before):
         assert torch.equal(p.grad, grad)
 
 
-# --- losses ---------------------------------------------------------------------------------------------------
-
-
 LOSSES = {
     "too few": (lambda t, h: losses(t, h)[:2], ValueError, r"expected 3 losses.*got 2"),
     "too many, tensor": (lambda t, h: torch.stack(losses(t, h) * 2), ValueError, r"expected 3 losses.*got 6"),
@@ -81,8 +78,6 @@ def test_backward_a_second_time(model):
         loss.backward()
     assert_untouched(balancer, before)
 
-
-# --- construction ---------------------------------------------------------------------------------------------
 
 repeated = leaf(3)
 PARAMETERS = {
@@ -129,8 +124,6 @@ def test_options(name):
     with pytest.raises(kind, match=message):
         dbk.DBMTL([leaf(3)], **{"num_tasks": 2, **options})
 
-
-# --- task(), balance(), attach() ------------------------------------------------------------------------------
 
 CALLS = {  # tasks entered before, call, error, message
     "balance without a task": ([], lambda b, ls: b.balance(), RuntimeError, "no task"),
@@ -243,9 +236,6 @@ def test_sparse_gradient():
     assert embedding.weight.grad is None
     assert (state_of(balancer).rows == 0).all()
     assert balancer.step == 0
-
-
-# --- state_dict -----------------------------------------------------------------------------------------------
 
 
 def other(shapes=((4, 5), (3,)), num_tasks=3, dtype=torch.float32, **options):

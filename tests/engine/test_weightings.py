@@ -274,7 +274,8 @@ REFUSED = [
     (lambda: dbk.IMTLLoss(0), ValueError, "num_tasks must be at least 1"),
     *((lambda w=w: balance(leaf(6), weighting=w), TypeError, "callable from a Gramian")
       for w in (dbk.EqualWeights, "equal", None)),
-    *((lambda w=w: balance(leaf(6), weighting=w, capturable=True), ValueError, f"needs MaxNorm: {type(w).__name__}")
+    *((lambda w=w: balance(leaf(6), weighting=w, capturable=True), ValueError,
+       f"capturable=True needs MaxNorm: {type(w).__name__}")
       for w in (dbk.EqualWeights(), Half())),
 ]  # fmt: skip
 

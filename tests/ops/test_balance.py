@@ -2,29 +2,13 @@
 
 import itertools
 
+import cases
 import dbmtl_kernels as dbk
 import numpy as np
 import oracle
 import pytest
 import torch
-from cases import (
-    BACKENDS,
-    BETAS,
-    BF16,
-    DTYPES,
-    F16,
-    F32,
-    F64,
-    REAL,
-    SCALES,
-    SIMULATED,
-    assert_like_the_oracle,
-    assert_same_bits,
-    dense,
-    numpy,
-    problem,
-    relative,
-)  # fmt: skip
+from cases import BACKENDS, BF16, F16, F32, F64, REAL, assert_same_bits, dense, numpy, problem, relative
 
 SIZES = (1, 7, 31, 32, 33, 1000, 100003)
 
@@ -38,20 +22,20 @@ def run(grads, ema, beta, scale, backend):
 def cell(seed):
     """Everything random, from the lists of the issue."""
     rng = np.random.default_rng(seed)
-    return int(rng.integers(1, 17)), BETAS[seed % 3], SCALES[seed % 5], 10.0 ** rng.uniform(-6, 6)
+    return int(rng.integers(1, 17)), cases.BETAS[seed % 3], cases.SCALES[seed % 5], 10.0 ** rng.uniform(-6, 6)
 
 
 @pytest.mark.parametrize(
     ("size", "backend"),
     [*itertools.product(SIZES, (*REAL, "reference")), pytest.param(1 << 20, "native", marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(x).removeprefix("torch.") for x in d))
+@pytest.mark.parametrize("dtypes", cases.DTYPES, ids=lambda d: "-".join(str(x).removeprefix("torch.") for x in d))
 def test_parity_with_the_oracle(size, dtypes, backend):
     for seed in range(2 if size > 1000 else 15):
         num_tasks, beta, scale, magnitude = cell(seed + size)
         num_tasks = 1 + num_tasks % 5 if size > 100003 else num_tasks
         grads, ema = problem(num_tasks, size, *dtypes, 1.0 if F16 in dtypes else magnitude)
-        assert_like_the_oracle(grads, ema, run(grads, ema, beta, scale, backend), beta, scale)
+        cases.assert_like_the_oracle(grads, ema, run(grads, ema, beta, scale, backend), beta, scale)
 
 
 # (K, P, grads, ema, beta, scale)
@@ -65,7 +49,7 @@ CELLS = [
 ]
 
 
-@pytest.mark.parametrize("backend", SIMULATED)
+@pytest.mark.parametrize("backend", cases.SIMULATED)
 @pytest.mark.parametrize("case", CELLS, ids=lambda c: f"{c[0]}x{c[1]}")
 def test_the_bits_of_the_native_backend(case, backend):
     num_tasks, size, grad_dtype, ema_dtype, beta, scale = case
@@ -74,7 +58,7 @@ def test_the_bits_of_the_native_backend(case, backend):
     result, exact = (dense(grads, ema, beta, scale, name) for name in (backend, "native"))
     assert_same_bits(result[1:2], exact[1:2])
     torch.testing.assert_close(result[2], exact[2], rtol=1e-12 if ema_dtype == F64 else 2e-7, atol=0)
-    assert_like_the_oracle(grads, ema, result, beta, scale)
+    cases.assert_like_the_oracle(grads, ema, result, beta, scale)
 
 
 LAYOUTS = {
@@ -87,7 +71,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-    ("layout", "backend"), [*itertools.product(LAYOUTS, REAL), *(("row stride", name) for name in SIMULATED)]
+    ("layout", "backend"), [*itertools.product(LAYOUTS, REAL), *(("row stride", name) for name in cases.SIMULATED)]
 )
 def test_noncontiguous_gradients(layout, backend):
     grads, ema = LAYOUTS[layout](), torch.randn(5, 600)
@@ -114,7 +98,7 @@ def test_a_bfloat16_state_is_rounded_to_nearest_ties_to_even(beta, backend):
 
 
 @pytest.mark.parametrize("backend", REAL)
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", cases.SCALES)
 def test_all_zero_task_is_harmless(backend, scale):
     grads, ema = torch.randn(3, 50), torch.zeros(3, 50)
     grads[1] = 0

@@ -4,33 +4,14 @@ import functools
 import itertools
 import math
 
+import cases
 import numpy as np
 import oracle
 import pytest
 import torch
-from cases import (
-    BACKENDS,
-    BF16,
-    DTYPES,
-    F16,
-    F32,
-    F64,
-    GRADS,
-    REAL,
-    SIMULATED,
-    STATES,
-    assert_same_bits,
-    dense,
-    new_stats,
-    numpy,
-    problem,
-    row_problem,
-    step_of,
-)  # fmt: skip
+from cases import BACKENDS, BF16, F16, F32, F64, GRADS, REAL, SIMULATED, STATES, assert_same_bits, numpy
 from dbmtl_kernels import ops, reference
 from dbmtl_kernels.backends import native
-
-# --- accumulate_ ----------------------------------------------------------------------------------------------
 
 
 def expect_row(row, grads, segments, decay, gain):
@@ -48,7 +29,7 @@ def expect_row(row, grads, segments, decay, gain):
 @pytest.mark.parametrize("grad_dtypes", [*[(g,) for g in GRADS], GRADS], ids=lambda g: f"{len(g)}-{g[0]}")
 def test_accumulate(backend, state, grad_dtypes):
     for decay, gain, scale in ((0.9, 0.1, None), (0.0, 1.0, None), (1.0, 0.3, 1024.0), (0.5, 0.5, 0.0)):
-        row, sumsq, grads, segments = row_problem(state, grad_dtypes)
+        row, sumsq, grads, segments = cases.row_problem(state, grad_dtypes)
         loss_scale = None if scale is None else torch.tensor(scale)
         exact_gain = gain if scale is None else (gain / scale if scale else 0.0)
         expected, total = expect_row(row, grads, segments, decay, exact_gain)
@@ -73,7 +54,7 @@ ROWS = [(F32, GRADS, 0.9, None), (BF16, (BF16, F16), 0.0, 1024.0), (BF16, GRADS,
 @pytest.mark.parametrize("case", ROWS, ids=str)
 def test_accumulate_has_the_bits_of_the_native_backend(case, backend):
     state, grad_dtypes, decay, scale = case
-    row, _, grads, segments = row_problem(state, grad_dtypes, (5, 33, 1, 8193, 0, 64))
+    row, _, grads, segments = cases.row_problem(state, grad_dtypes, (5, 33, 1, 8193, 0, 64))
     loss_scale = None if scale is None else torch.tensor(scale)
     rows, sums = torch.stack([row, row]), torch.full((2, 1), 5.0, dtype=F64)
     for mine, sumsq, name in zip(rows, sums, ("native", backend), strict=True):
@@ -87,7 +68,7 @@ def test_accumulate_has_the_bits_of_the_native_backend(case, backend):
 )
 def test_coefficients_in_memory_give_the_bits_of_two_numbers(state, backend):
     """Read anew by every call, as a replayed graph does; and not changed."""
-    row, _, grads, segments = row_problem(state, sizes=(5, 33, 1, 2000, 0, 64))
+    row, _, grads, segments = cases.row_problem(state, sizes=(5, 33, 1, 2000, 0, 64))
     row[3:8] = -0.0  # 0 * -0 + g is g, but for a g of -0
     grads[0][:3] = -0.0
     scales = (None, 1024.0, 0.0)
@@ -121,8 +102,6 @@ def test_accumulate_without_decay_reads_nothing_of_the_row(backend, coefficients
     torch.testing.assert_close(row, torch.cat([negative, torch.zeros(20)]))
     assert sumsq.isfinite()
 
-
-# --- balance_rows_ --------------------------------------------------------------------------------------------
 
 PLAIN = {"num_tasks": 3, "state": F32, "outs": ((0, 1003, F32),), "bad": (), "before": (), "active": None, "scale": 1.0}
 STEPS = {
@@ -175,7 +154,7 @@ def test_balance_rows(name, backend):
     sumsq = rows.double().square().sum(1)
     for task in case["bad"]:
         rows[task, 5 * task], sumsq[task] = math.inf, math.nan
-    stats = new_stats(num_tasks, sumsq)
+    stats = cases.new_stats(num_tasks, sumsq)
     stats.nonfinite[list(case["before"])] = True
     stats.nonfinite_steps[0] = 3
     active = None if case["active"] is None else torch.tensor(case["active"])
@@ -187,7 +166,9 @@ def test_balance_rows(name, backend):
     outs = [torch.full((numel,), 2.0, dtype=dtype) for _, numel, dtype in case["outs"]]
     loss_scale = None if case["scale"] == 1.0 else torch.tensor(case["scale"])
     starts = [start for start, *_ in case["outs"]]
-    ops.balance_rows_(step_of(rows, stats, outs, starts, active=active, loss_scale=loss_scale, **options), backend)
+    ops.balance_rows_(
+        cases.step_of(rows, stats, outs, starts, active=active, loss_scale=loss_scale, **options), backend
+    )
 
     covered = np.concatenate([np.arange(start, start + numel) for start, numel, _ in case["outs"]])
     assert np.array_equal(numpy(rows)[:, covered], expected[:, covered])
@@ -201,9 +182,6 @@ def test_balance_rows(name, backend):
         tolerance = {F64: 1e-12 if case["state"] == F64 else 1e-6, F32: 1e-6, BF16: 2.0**-8 + 1e-6}[dtype]
         bound = tolerance * max(1.0, case["scale"] * np.abs(weights[:, None] * expected).sum(0).max())
         np.testing.assert_allclose(numpy(out), exact, rtol=0, atol=bound)
-
-
-# --- combine and gramian --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", REAL)
@@ -259,16 +237,13 @@ def test_rows_that_overlap(backend):
     torch.testing.assert_close(ops.gramian(rows, backend), reference.gramian(rows))
 
 
-# --- bits -------------------------------------------------------------------------------------------------------
-
-
 def dense_op(size, *dtypes):
-    grads, ema = problem(5, size, *dtypes)
-    return lambda: dense(grads, ema, 0.9, "max", "native")
+    grads, ema = cases.problem(5, size, *dtypes)
+    return lambda: cases.dense(grads, ema, 0.9, "max", "native")
 
 
 def accumulate_op():
-    row, sumsq, grads, segments = row_problem(F32, sizes=(100003, 17, 300000))
+    row, sumsq, grads, segments = cases.row_problem(F32, sizes=(100003, 17, 300000))
 
     def run():
         mine, total = row.clone(), sumsq.clone()
@@ -285,8 +260,12 @@ def gramian_op():
 
 @pytest.mark.parametrize(
     "make",
-    [*(functools.partial(dense_op, n, *dtypes) for n in (33, 100003, 1 << 20) for dtypes in DTYPES)]
-    + [accumulate_op, gramian_op],
+    [
+        *(functools.partial(dense_op, n, *dtypes) for n in (33, 100003) for dtypes in cases.DTYPES),
+        *(pytest.param(functools.partial(dense_op, 1 << 20, *d), marks=pytest.mark.slow) for d in cases.DTYPES),
+        accumulate_op,
+        gramian_op,
+    ],
 )
 def test_same_bits_for_any_run_thread_count_and_instruction_set(make):
     run = make()
