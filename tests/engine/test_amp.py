@@ -212,30 +212,6 @@ def test_accumulation_of_unequal_micro_batches(scaling, zero):
         assert balancer.nonfinite_steps.tolist() == [0, 0, int(step >= 3)]
 
 
-def test_by_task_with_a_scaler():
-    net, params, balancer, optimizer = start(attached=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=2)
-    reference = exact_training()
-    for step, batch in enumerate(data(6)):
-        broken = [0] if step == 2 else []
-        optimizer.zero_grad()
-        expected = reference.update(task_gradients(net.losses(batch), params), broken)
-        for task in (2, 0, 1):
-            with balancer.task(task, loss_scale=scaler.get_scale()):
-                loss = net.losses(batch, broken, factor=1e36)[task]
-                scaler.scale(dbk.log_transform(loss)).backward()
-        balancer.balance()
-        scaler.unscale_(optimizer)
-        assert np.isnan(flat_grad(params)).all() == bool(broken)
-        if not broken:
-            close(flat_grad(params), expected, rtol=1e-5)
-        scaler.step(optimizer)
-        scaler.update()
-        close(rows_of(balancer), reference.rows, rtol=1e-5)
-    assert scaler.get_scale() == 2.0**15  # up, down, up
-    assert balancer.step == 6
-
-
 @pytest.mark.parametrize("zero", [True, False])
 @pytest.mark.parametrize("saved", ["after zero_grad", "before zero_grad", "before zero_grad, .grad is gone"])
 def test_a_checkpoint_after_a_skipped_step_resumes_bit_for_bit(saved, zero):

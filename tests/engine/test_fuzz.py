@@ -221,7 +221,8 @@ class Loop(RuleBasedStateMachine):
             return self.zero_grad(True)  # as a GradScaler and a loop do
         if self.handle is not None and self.pending:
             if self.model.unit != 1.0:
-                return self.refused(self.optimizer.step, RuntimeError, "would see gradients that carry the loss scale")
+                message = r"gradients that carry the loss scale.*balance\(\) before scaler.unscale_"
+                return self.refused(self.optimizer.step, RuntimeError, message)
             RAN["balanced by the optimizer"] += 1
             self.balanced()
         self.optimizer.step()

@@ -87,18 +87,17 @@ def test_what_was_given_is_checked():
 def test_nothing_shared_or_nothing_to_walk():
     a, b = nn.Linear(2, 1), nn.Linear(2, 1)
     x = torch.randn(3, 2)
-    with pytest.raises(ValueError, match="the 2 losses share no parameter"):
-        dbk.DBMTL.from_losses([a(x).square().mean(), b(x).square().mean()])
-    with pytest.raises(ValueError, match="two losses or more, got 1"):
-        dbk.find_shared_parameters([a(x).square().mean()])
-    with pytest.raises(RuntimeError, match="the loss of task 1 has no graph"):
-        dbk.find_shared_parameters([a(x).square().mean(), torch.ones(())])
-    with pytest.raises(TypeError, match="the loss of task 1 must be a tensor, got NoneType"):
-        dbk.find_shared_parameters([a(x).square().mean(), None])
-    losses = Branching()(torch.randn(2, 4))
-    for find in (dbk.find_shared_parameters, dbk.DBMTL.from_losses):
-        with pytest.raises(ValueError, match="must be a sequence of scalars"):
-            find(torch.stack(losses))
+    loss = a(x).square().mean()
+    for losses, kind, message in (
+        ([loss, b(x).square().mean()], ValueError, "the 2 losses share no parameter"),
+        ([loss], ValueError, "two losses or more, got 1"),
+        ([loss, torch.ones(())], RuntimeError, "the loss of task 1 has no graph"),
+        ([loss, None], TypeError, "the loss of task 1 must be a tensor, got NoneType"),
+        (torch.stack([loss, loss]), ValueError, "must be a sequence of scalars"),
+    ):
+        for find in (dbk.find_shared_parameters, dbk.DBMTL.from_losses):
+            with pytest.raises(kind, match=message):
+                find(losses)
 
 
 class Custom(torch.autograd.Function):

@@ -179,20 +179,6 @@ def test_nothing_inside_a_task(model):
     balancer.balance()
 
 
-def test_scaled_tasks_left_to_the_optimizer(model):
-    trunk, heads, balancer = model
-    optimizer = torch.optim.SGD(trunk.parameters(), lr=0.1)
-    balancer.attach(optimizer)
-    weight = trunk.weight.detach().clone()
-    with balancer.task(1, loss_scale=1024.0):
-        (losses(trunk, heads)[1].log() * 1024).backward()
-    with pytest.raises(RuntimeError, match=r"balance\(\) before scaler.unscale_"):
-        optimizer.step()
-    assert torch.equal(trunk.weight, weight)
-    balancer.balance()
-    optimizer.step()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"memory_format": torch.channels_last}, "strides"), ({"dtype": torch.float64}, "float64")],

@@ -99,15 +99,6 @@ def test_an_interrupted_run_is_the_same_bit_for_bit(way, dtype):
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
 
 
-@pytest.mark.parametrize("beta_sigma", [(0.0, 0.5), (0.5, 0.0), (0.9, 0.0), (0.9, 1.0)])
-def test_every_forgetting_rate(beta_sigma):
-    beta, sigma = beta_sigma
-    torch.manual_seed(11)
-    expected = train_by_the_paper(Net(torch.float64), 30, torch.float64, beta=beta, sigma=sigma)
-    actual = train("call", torch.float64, 30, beta=beta, beta_sigma=sigma)
-    assert distance(actual, expected) <= 1e-9
-
-
 @pytest.mark.parametrize(("scale", "zero"), [(1.0, True), (4096.0, False)])
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 def test_accumulation_equals_averaged_gradients(dtype, scale, zero):
