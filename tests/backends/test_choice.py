@@ -141,6 +141,7 @@ def test_every_op_says_how_many_tasks_it_has(monkeypatch):
     assert served[-1] == ("eager", "gramian")
 
 
+@pytest.mark.slow
 def test_report():
     def report(**options):
         command = [sys.executable, "-m", "dbmtl_kernels"]

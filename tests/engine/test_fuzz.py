@@ -300,7 +300,7 @@ class Loop(RuleBasedStateMachine):
 @pytest.mark.parametrize(
     ("backend", "examples", "steps"),
     [("native", 500 if os.environ.get("CI") else 60, 40)]
-    + [pytest.param(name, 16, 20, marks=pytest.mark.slow) for name in ("eager", "triton", "cuda")],
+    + [pytest.param(name, 10, 15, marks=pytest.mark.slow) for name in ("eager", "triton", "cuda")],
 )
 def test_any_sequence(backend, examples, steps):
     RAN.clear()
