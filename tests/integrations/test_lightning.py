@@ -1,6 +1,5 @@
 """Lightning's Trainer against the same training as a plain loop; its checkpoints and logs; two ranks."""
 
-import contextlib
 import csv
 import pickle
 import subprocess
@@ -34,18 +33,11 @@ def _one_thread():
     torch.set_num_threads(1)  # conftest puts it back
 
 
-def half_precision():
+def precision_of(name):
     """Lightning has no "16-mixed" by name on a CPU."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
-    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
-
-
-PRECISIONS = {
-    "32-true": lambda: {"precision": "32-true"},
-    "bf16-mixed": lambda: {"precision": "bf16-mixed"},
-    "bf16-true": lambda: {"precision": "bf16-true"},
-    "16-mixed": half_precision,
-}
+    if name != "16-mixed":
+        return {"precision": name}
+    return {"plugins": [MixedPrecision(name, "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3))]}
 
 
 def plain_loop(precision, accumulate=1, clip=None, algorithm="norm", poison=(), epochs=EPOCHS):
@@ -59,8 +51,7 @@ def plain_loop(precision, accumulate=1, clip=None, algorithm="norm", poison=(), 
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3, enabled=precision == "16-mixed")
     for epoch in range(epochs):
         for index, (x,) in enumerate(loader()):
-            context = torch.autocast("cpu", autocast, cache_enabled=False) if autocast else contextlib.nullcontext()
-            with context:
+            with torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False):
                 losses = net(x.to(dtype))
                 if epoch * BATCHES + index in poison:
                     losses[1] = losses[1] * float("inf")
@@ -70,10 +61,9 @@ def plain_loop(precision, accumulate=1, clip=None, algorithm="norm", poison=(), 
             scaler.scale(loss).backward()
             if (index + 1) % accumulate == 0 or index + 1 == BATCHES:
                 scaler.unscale_(optimizer)
-                if clip is not None and algorithm == "norm":
-                    nn.utils.clip_grad_norm_(net.parameters(), clip)
-                elif clip is not None:
-                    nn.utils.clip_grad_value_(net.parameters(), clip)
+                if clip is not None:
+                    clipped = nn.utils.clip_grad_norm_ if algorithm == "norm" else nn.utils.clip_grad_value_
+                    clipped(net.parameters(), clip)
                 scaler.step(optimizer)
                 scaler.update()
     return net, balancer, scaler
@@ -91,7 +81,7 @@ def plain_loop(precision, accumulate=1, clip=None, algorithm="norm", poison=(), 
 def test_trains_as_a_plain_loop(precision, accumulate, clip, algorithm, tmp_path):
     module, balancing, _ = fit(
         tmp_path, EPOCHS, accumulate_grad_batches=accumulate, gradient_clip_val=clip,
-        gradient_clip_algorithm=algorithm, **PRECISIONS[precision](),
+        gradient_clip_algorithm=algorithm, **precision_of(precision),
     )  # fmt: skip
     expected, balancer, _ = plain_loop(precision, accumulate, clip, algorithm)
     assert balancer.step == EPOCHS * -(-BATCHES // accumulate)
@@ -101,7 +91,7 @@ def test_trains_as_a_plain_loop(precision, accumulate, clip, algorithm, tmp_path
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_an_overflow_reaches_the_scaler(accumulate, tmp_path):
     poison = (4, 10)
-    options = half_precision()
+    options = precision_of("16-mixed")
     module, balancing, _ = fit(tmp_path, EPOCHS, module=Module(poison), accumulate_grad_batches=accumulate, **options)
     expected, balancer, scaler = plain_loop("16-mixed", accumulate, poison=poison)
     assert torch.isfinite(parameters(expected)).all()
@@ -122,7 +112,7 @@ def test_an_overflow_reaches_the_scaler(accumulate, tmp_path):
 )
 def test_a_resumed_run_is_the_same_bit_for_bit(precision, accumulate, poison, tmp_path):
     def run(epochs, *callbacks, **options):
-        given = {"accumulate_grad_batches": accumulate, **PRECISIONS[precision](), **options}
+        given = {"accumulate_grad_batches": accumulate, **precision_of(precision), **options}
         return fit(tmp_path, epochs, *callbacks, module=Module(poison), **given)[:2]
 
     straight, watched = run(3)
@@ -172,18 +162,16 @@ class Recorder(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         if trainer.global_step not in self.said:  # not yet in the next step
-            said = pl_module.balancer.monitor().as_dict("balancer/", ["a", "b"], gramian=True)
-            self.said[trainer.global_step] = said
+            self.said[trainer.global_step] = pl_module.balancer.monitor().as_dict("balancer/", ["a", "b"], gramian=True)
 
 
 @pytest.mark.parametrize(("accumulate", "every", "gramian"), [(1, 2, True), (2, 1, False)])
 def test_logs(accumulate, every, gramian, tmp_path):
     recorder, logger = Recorder(), CSVLogger(tmp_path)
     balancing = GradientBalancing("net.trunk", 2, names=["a", "b"], gramian=gramian)
-    module = Module(poison=(1,))
     options = {"accumulate_grad_batches": accumulate, "logger": logger, "log_every_n_steps": every}
     trainer = trainer_of(tmp_path, 3, balancing, recorder, **options)
-    trainer.fit(module, loader(), loader())
+    trainer.fit(Module(poison=(1,)), loader(), loader())
     with open(Path(logger.log_dir) / "metrics.csv") as file:
         logged = {int(r["step"]) + 1: r for r in csv.DictReader(file) if r["balancer/norm/a"]}
     steps = 3 * BATCHES // accumulate
@@ -334,21 +322,16 @@ def test_pickled_for_processes_that_are_spawned(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("missing", "code", "said"),
-    [
-        (["lightning"], "import pytorch_lightning as pl; print(issubclass(GradientBalancing, pl.Callback))", "True\n"),
-        (["lightning", "pytorch_lightning"], "", "pip install 'dbmtl-kernels[lightning]'"),
-    ],
-)
-def test_packages_of_lightning_that_are_missing(missing, code, said):
+@pytest.mark.parametrize("found", ["pytorch_lightning", "neither"])
+def test_packages_of_lightning_that_are_missing(found):
     code = (
-        f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n"
-        f"from dbmtl_kernels.integrations.lightning import GradientBalancing\n{code}"
+        f"import sys; sys.modules.update({{x: None for x in ('lightning', 'pytorch_lightning') if x != '{found}'}})\n"
     )
+    code += "from dbmtl_kernels.integrations.lightning import GradientBalancing\n"
+    code += "import pytorch_lightning as pl; assert issubclass(GradientBalancing, pl.Callback)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
-    assert said in done.stdout + done.stderr
-    assert (done.returncode == 0) == bool(said == "True\n")
+    assert (done.returncode == 0) == (found == "pytorch_lightning"), done.stderr
+    assert ("pip install 'dbmtl-kernels[lightning]'" in done.stderr) == (found == "neither")
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ import pytest
 import torch
 from dbmtl_kernels.integrations import torchjd as adapters
 from dbmtl_kernels.integrations.torchjd import DBMTLAggregator
-from problems import close, flat_grad, leaf, quadratics
+from problems import close, leaf, quadratics
 from torch import nn
 from torchjd import Stateful
 from torchjd.aggregation import WeightedAggregator, Weighting
-from torchjd.autojac import backward, jac_to_grad, mtl_backward
+from torchjd.autojac import backward, jac_to_grad
 
 
 def matrices(count, m=3, n=50, dtype=torch.float32):
@@ -50,39 +50,6 @@ def test_the_vectors_and_weights_are_algorithm_1(dtype, state_dtype, rtol, of_we
         close(vector.double().numpy(), expected, rtol)
         close(captured[-1].numpy(), oracle.alpha(norms, scale) / (norms + 1e-8), of_weights)
     assert aggregator.weighting.ema.dtype == (torch.float64 if dtype == torch.float64 else state_dtype)
-
-
-def net():
-    torch.manual_seed(2)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh()).double(), nn.ModuleList(nn.Linear(8, 1) for _ in range(3)).double()
-
-
-def test_jac_to_grad_does_what_our_engine_does():
-    runs = []
-    for ours in (True, False):
-        trunk, heads = net()
-        parameters = list(trunk.parameters())
-        optimizer = torch.optim.SGD([*parameters, *heads.parameters()], lr=0.01)
-        balancer = dbk.DBMTL(parameters, 3, beta=0.5, state_dtype=torch.float64)
-        aggregator = DBMTLAggregator(beta=0.5)
-        generator = torch.Generator().manual_seed(1)
-        weights = []
-        for _ in range(10):
-            x = torch.randn(6, 4, generator=generator, dtype=torch.float64)
-            z = trunk(x)
-            losses = [(head(z) - 3.0**t).square().mean() for t, head in enumerate(heads)]
-            optimizer.zero_grad()
-            if ours:
-                balancer(losses).backward()
-                weights.append(balancer.weights)
-            else:
-                mtl_backward([dbk.log_transform(loss) for loss in losses], features=z)
-                weights.append(jac_to_grad(parameters, aggregator))
-                assert weights[-1].shape == (3,)
-            optimizer.step()
-        runs.append((flat_grad(parameters), torch.stack(weights).numpy(), flat_grad(list(heads.parameters()))))
-    for a, b in zip(*runs, strict=True):
-        close(a, b)
 
 
 def test_what_torchjd_takes_it_for():
@@ -193,6 +160,7 @@ def seen(**options):
     return aggregator
 
 
+WIDE = r"a matrix in torch\.float64 needs an EMA in torch\.float64.*reset\(\)"
 NARROW = r"an EMA in torch\.bfloat16, this aggregator keeps it in torch\.float32"
 
 
