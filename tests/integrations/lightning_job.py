@@ -91,18 +91,18 @@ def checkpointing(folder):
 class Sharded(Module):
     """Its net is sharded, for Lightning's ModelParallelStrategy."""
 
+    units = ("trunk",)
+
     def configure_model(self):
         if not isinstance(self.net.trunk[0].weight, DTensor):
-            for module in (self.net.trunk, self.net):
+            for module in (*map(self.net.get_submodule, self.units), self.net):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
 
-class ShardedWhole(Module):
+class ShardedWhole(Sharded):
     """As a single unit, whose parameters stay gathered after a forward pass that no backward follows."""
 
-    def configure_model(self):
-        if not isinstance(self.net.trunk[0].weight, DTensor):
-            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+    units = ()
 
 
 class Refused(Module):

@@ -60,7 +60,7 @@ class TwoTensors(Net):
 
 
 class OwnLosses(InOrder):
-    """The losses are made here; the second task is absent from some batches. In an evaluation the first is, in others."""
+    """The losses are made here; the second task is absent now and then; in an evaluation the first."""
 
     def task_losses(self, model, inputs):
         a, b = model(**inputs)

@@ -93,7 +93,7 @@ def difference(a, b):
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("family", ["random", "conflicting", "parallel", "opposite", "zero row", "ill-conditioned"])
 @pytest.mark.parametrize("method", METHODS)
-def test_weights_and_gradients_are_torchjds(method, family, log, record_property):
+def test_weights_and_gradients_are_torchjds(method, family, log):
     worst = 0.0
     for dtype in (torch.float64, torch.float32):
         if method == "Constant" and dtype == torch.float32:
@@ -112,7 +112,6 @@ def test_weights_and_gradients_are_torchjds(method, family, log, record_property
             worst = max(worst, difference(vector, expected))
             if (method, family) not in NOT_UNIQUE:
                 worst = max(worst, difference(weights, their_weights))
-    record_property("largest relative difference", worst)
     assert worst <= 1e-5
 
 
@@ -148,9 +147,8 @@ def train(method, with_torchjd, steps=50):
 
 
 @pytest.mark.parametrize("method", ["DB-MTL", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS)])
-def test_training_curves_are_torchjds(method, record_property):
+def test_training_curves_are_torchjds(method):
     mine, expected = (train(method, with_torchjd) for with_torchjd in (False, True))
-    record_property("largest difference", float(np.abs(mine - expected).max()))
     np.testing.assert_allclose(mine, expected, rtol=1e-10 if method == "DB-MTL" else 1e-6)
     assert expected[-5:, :K].mean() < expected[:5, :K].mean()
 
@@ -196,13 +194,14 @@ def test_on_matrix_gives_a_root_of_the_gramian(dtype, rtol):
 
 def test_on_matrix_passes_state_and_reset_through():
     p = leaf(6)
-    balancer = dbk.GradientBalancer([p], 2, weighting=OnMatrix(Inverse()), state_dtype=torch.float64)
+    balancer, other = (
+        dbk.GradientBalancer([p], 2, weighting=OnMatrix(Inverse()), state_dtype=torch.float64) for _ in range(2)
+    )
     for _ in range(3):
         p.grad = None
         balancer.backward(quadratics(p))
     rows = flat_gradients(quadratics(p), [p], log=False)
     close(p.grad.numpy(), (rows / np.linalg.norm(rows, axis=1)[:, None]).sum(0))
-    other = dbk.GradientBalancer([p], 2, weighting=OnMatrix(Inverse()), state_dtype=torch.float64)
     other.load_state_dict(balancer.state_dict())
     assert other.weighting.weighting.calls == 3
     other.weighting.reset()
@@ -267,16 +266,16 @@ def test_memories_stay_with_their_tasks():
     rows = torch.tensor([[1, 0.2, 0, 0], [-1, 1, 0, 0.1], [-1, -0.5, 2, 0]], dtype=torch.float64)
     p = leaf(4)
 
-    def make(num_tasks, tasks=()):
-        return dbk.GradientBalancer([p], num_tasks, weighting=grad_vac(num_tasks), state_dtype=torch.float64)
+    def make(weighting):
+        return dbk.GradientBalancer([p], 3, weighting=weighting, state_dtype=torch.float64)
 
-    balancer = make(3)
+    balancer = make(grad_vac(3))
     weigh(balancer, p, rows[:2], tasks=[0, 1])
     later = weigh(balancer, p, rows[[0, 2]], tasks=[0, 2])
-    assert later == weigh(make(3), p, rows[[0, 2]], tasks=[0, 2])  # the pair met for the first time
-    assert weigh(balancer, p, rows[:2], tasks=[0, 1]) != weigh(make(3), p, rows[:2], tasks=[0, 1])
+    assert later == weigh(make(grad_vac(3)), p, rows[[0, 2]], tasks=[0, 2])  # the pair met for the first time
+    assert weigh(balancer, p, rows[:2], tasks=[0, 1]) != weigh(make(grad_vac(3)), p, rows[:2], tasks=[0, 1])
 
-    balancer = make(3)
+    balancer = make(grad_vac(3))
     weigh(balancer, p, rows)
     before = balancer.weighting.targets.clone()
     balancer.remove_task(0)
@@ -285,11 +284,10 @@ def test_memories_stay_with_their_tasks():
     assert not balancer.weighting.targets[2].any()
     assert not balancer.weighting.targets[:, 2].any()
 
-    balancer = dbk.GradientBalancer([p], 3, weighting=nash_mtl(3, update_weights_every=10, max_norm=0.0))
+    balancer, other = (make(nash_mtl(3, update_weights_every=10, max_norm=0.0)) for _ in range(2))
     weigh(balancer, p, rows)
     balancer.remove_task(0)
     balancer.add_task()
-    other = dbk.GradientBalancer([p], 3, weighting=nash_mtl(3, update_weights_every=10, max_norm=0.0))
     assert weigh(balancer, p, rows[[1, 2, 0]]) == weigh(other, p, rows[[1, 2, 0]])
     balancer.add_task()
     assert balancer.weighting.num_tasks == 4
