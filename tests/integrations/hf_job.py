@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import dbmtl_kernels as dbk
@@ -17,6 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
+from trained import parameters, seeded
 from transformers import TrainingArguments
 
 BATCH, BATCHES = 4, 14  # an epoch
@@ -47,19 +49,7 @@ class Net(nn.Module):
         return {"losses": losses, "a": a, "b": b}
 
 
-class WithArguments(Net):
-    """Takes whatever a Trainer passes, and so is taken to divide by ``num_items_in_batch`` itself."""
-
-    def forward(self, x, labels_a, labels_b, **_):
-        return super().forward(x, labels_a, labels_b)
-
-
-def first_net(cls=Net):
-    state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    net = cls()
-    torch.random.set_rng_state(state)
-    return net
+first_net = partial(seeded, Net)
 
 
 class InOrder(BalancedTrainer):
@@ -70,32 +60,34 @@ class InOrder(BalancedTrainer):
         return self.accelerator.prepare(DataLoader(self.train_dataset, batch_size=size, shuffle=False))
 
 
-def trainer_of(folder, net=None, cls=InOrder, batch=BATCH, data=None, shared="encoder", more=None, **options):
+def trainer_of(
+    folder, net=Net, cls=InOrder, arguments=TrainingArguments, batch=BATCH, data=Data, shared="encoder", more=None,
+    **options,
+):  # fmt: skip
     given = {
         "output_dir": str(folder), "use_cpu": True, "per_device_train_batch_size": batch, "num_train_epochs": 2,
         "optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "save_strategy": "no",
         "logging_strategy": "no", "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False, **options,
     }  # fmt: skip
-    return cls(
-        first_net() if net is None else net, TrainingArguments(**given), train_dataset=data or Data(),
-        shared=shared, num_tasks=2, **(more or {}),
-    )  # fmt: skip
+    return cls(seeded(net), arguments(**given), train_dataset=data(), shared=shared, num_tasks=2, **(more or {}))
 
 
-def plain_loop(accumulate=1, clip=0.0, bf16=False, epochs=2, batch=BATCH, **options):
-    """What the Trainer does, in a loop without it."""
+def plain_loop(accumulate=1, clip=0.0, bf16=False, absent=False):
+    """What the Trainer does, in a loop without it; the second task may be absent from every other batch."""
     net = first_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-    balancer = dbk.DBMTL(net.encoder.parameters(), 2, **options)
+    balancer = dbk.DBMTL(net.encoder.parameters(), 2)
     balancer.attach(optimizer)
-    for _ in range(epochs):
-        batches = list(DataLoader(Data(), batch_size=batch))
+    for _ in range(2):
+        batches = list(DataLoader(Data(), batch_size=BATCH))
         for first in range(0, len(batches), accumulate):
             optimizer.zero_grad()
             parts = batches[first : first + accumulate]
-            for part in parts:
+            for index, part in enumerate(parts, first):
                 with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
                     losses = net(**part)["losses"]
+                if absent and index % 2:
+                    losses[1] = None
                 (balancer(losses) / len(parts)).backward()
             if clip:
                 nn.utils.clip_grad_norm_(net.parameters(), clip)
@@ -103,8 +95,8 @@ def plain_loop(accumulate=1, clip=0.0, bf16=False, epochs=2, batch=BATCH, **opti
     return net, balancer
 
 
-def accelerate_loop(accumulate=1, epochs=2, save=None, resume=None, guarded=True, batch=BATCH, first=0, **options):
-    """A loop of one's own with Accelerate; stops after saving."""
+def accelerate_loop(accumulate=1, epochs=2, save=None, resume=None, guarded=True, batch=BATCH, **options):
+    """A loop of one's own with Accelerate; saves at the end, and resumes after the first epoch."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate, **options)
     net = first_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
@@ -112,7 +104,7 @@ def accelerate_loop(accumulate=1, epochs=2, save=None, resume=None, guarded=True
     balancer = prepare_balancer(accelerator, net, optimizer, lambda net: net.encoder.parameters(), 2)
     if resume is not None:
         accelerator.load_state(resume)
-    for _ in range(first, epochs):
+    for _ in range(resume is not None, epochs):
         for part in loader:
             with accelerator.accumulate(net):
                 with balancing(net) if guarded else contextlib.nullcontext():
@@ -144,31 +136,26 @@ def sharded_loop(accumulate):
     return net, balancer
 
 
-def parameters(net):
-    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in map(torch.detach, net.parameters())]
-    return torch.cat([p.reshape(-1) for p in whole])
-
-
 def two_ranks(folder):
-    """What `tests/test_integrations_hf.py` judges."""
-    results = {}
+    results, half = {}, BATCH // 2
 
     def record(name, net, balancer):
         results[name] = told(parameters(net), balancer)
 
     def train(name, resume=None, **options):
-        trainer = trainer_of(folder / name, batch=BATCH // 2, **options)
+        options = {"gradient_accumulation_steps": 3, "max_grad_norm": 0.5, **options}
+        trainer = trainer_of(folder / name, batch=half, **options)
         trainer.train(resume_from_checkpoint=resume)
         record(name, trainer.model, trainer.balancer)
 
-    train("trainer", save_strategy="steps", save_steps=3, gradient_accumulation_steps=3, max_grad_norm=0.5)
-    train("resumed", str(folder / "trainer" / "checkpoint-3"), gradient_accumulation_steps=3, max_grad_norm=0.5)
-    record("accelerate", *accelerate_loop(7, batch=BATCH // 2))
-    accelerate_loop(7, 1, folder / "state", batch=BATCH // 2)
-    record("loaded", *accelerate_loop(7, 2, resume=folder / "state", first=1, batch=BATCH // 2))
+    train("trainer", save_strategy="steps", save_steps=3)
+    train("resumed", str(folder / "trainer" / "checkpoint-3"))
+    record("accelerate", *accelerate_loop(7, batch=half))
+    accelerate_loop(7, 1, save=folder / "state", batch=half)
+    record("loaded", *accelerate_loop(7, resume=folder / "state", batch=half))
     record("sharded", *sharded_loop(7))
     try:
-        accelerate_loop(guarded=False, batch=BATCH // 2)
+        accelerate_loop(guarded=False, batch=half)
         results["refusal"] = ""
     except RuntimeError as error:
         results["refusal"] = str(error)

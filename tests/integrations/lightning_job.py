@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import dbmtl_kernels as dbk
@@ -16,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
+from trained import parameters, seeded
 
 BATCH, BATCHES = 12, 6  # an epoch
 
@@ -33,67 +35,50 @@ class Net(nn.Module):
         ]
 
 
-def first_net():
-    generator = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    net = Net()
-    torch.random.set_rng_state(generator)
-    return net
-
-
-def data():
-    return torch.randn(BATCH * BATCHES, 7, generator=torch.Generator().manual_seed(1))
+first_net = partial(seeded, Net)
 
 
 def loader(rank=0, size=1):
     """An epoch in order; of several ranks each has its part of every batch."""
-    x = data().view(BATCHES, size, BATCH // size, 7)[:, rank].reshape(-1, 7)
-    return DataLoader(TensorDataset(x), batch_size=BATCH // size)
+    x = torch.randn(BATCHES, size, BATCH // size, 7, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(x[:, rank].reshape(-1, 7)), batch_size=BATCH // size)
 
 
-def module_of(library):
-    """The LightningModule as one of ``lightning.pytorch`` or ``pytorch_lightning``."""
+class Module(pl.LightningModule):
+    def __init__(self, poison=()):
+        super().__init__()
+        self.net = first_net()
+        self.poison = poison  # batches, counted from the start of training, with a loss that overflows
+        self.seen = []
 
-    class Module(library.LightningModule):
-        def __init__(self, poison=()):
-            super().__init__()
-            self.net = first_net()
-            self.poison = poison  # batches, counted from the start of training, with a loss that overflows
-            self.seen = []
+    def training_step(self, batch, batch_idx):
+        losses = self.net(batch[0])
+        if self.current_epoch * BATCHES + batch_idx in self.poison:
+            losses[1] = losses[1] * float("inf")
+        self.seen.append(float(losses[0].detach()))
+        return self.balancer(losses)
 
-        def training_step(self, batch, batch_idx):
-            losses = self.net(batch[0])
-            if self.current_epoch * BATCHES + batch_idx in self.poison:
-                losses[1] = losses[1] * float("inf")
-            self.seen.append(float(losses[0].detach()))
-            return self.balancer(losses)
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.balancer(self.net(batch[0])))
 
-        def validation_step(self, batch, batch_idx):
-            self.log("val", self.balancer(self.net(batch[0])))
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-
-    return Module
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
-Module = module_of(pl)
-
-
-def trainer_of(library, folder, epochs, *callbacks, **options):
+def trainer_of(folder, epochs, *callbacks, **options):
     given = {
         "default_root_dir": folder, "max_epochs": epochs, "accelerator": "cpu", "devices": 1, "logger": False,
         "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
         "num_sanity_val_steps": 0, "callbacks": list(callbacks), **options,
     }  # fmt: skip
-    return library.Trainer(**given)
+    return pl.Trainer(**given)
 
 
 def fit(folder, epochs=2, *callbacks, resume=None, module=None, rank=0, size=1, validate=False, **options):
     """The module and its callback, trained; with ``validate`` a validation after every epoch."""
     module = Module() if module is None else module
     balancing = GradientBalancing("net.trunk", 2)
-    trainer = trainer_of(pl, folder, epochs, balancing, *callbacks, **options)
+    trainer = trainer_of(folder, epochs, balancing, *callbacks, **options)
     trainer.fit(module, loader(rank, size), loader(rank, size) if validate else None, ckpt_path=resume)
     return module, balancing, trainer
 
@@ -103,26 +88,21 @@ def checkpointing(folder):
     return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
 
 
-def parameters(module):
-    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in map(torch.detach, module.parameters())]
-    return torch.cat([p.reshape(-1) for p in whole])
-
-
 class Sharded(Module):
     """Its net is sharded, for Lightning's ModelParallelStrategy."""
 
+    units = ("trunk",)
+
     def configure_model(self):
         if not isinstance(self.net.trunk[0].weight, DTensor):
-            for module in (self.net.trunk, self.net):
+            for module in (*map(self.net.get_submodule, self.units), self.net):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
 
-class ShardedWhole(Module):
+class ShardedWhole(Sharded):
     """As a single unit, whose parameters stay gathered after a forward pass that no backward follows."""
 
-    def configure_model(self):
-        if not isinstance(self.net.trunk[0].weight, DTensor):
-            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+    units = ()
 
 
 class Refused(Module):
@@ -133,10 +113,9 @@ class Refused(Module):
 
 
 def two_ranks(folder):
-    """What `tests/test_integrations_lightning.py` judges."""
     ranks = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
     # Lightning starts the other rank from here, when the first Trainer is made.
-    trainer = trainer_of(pl, folder, 1, **ranks)
+    trainer = trainer_of(folder, 1, **ranks)
     rank = trainer.global_rank
     results = {}
 
@@ -144,26 +123,23 @@ def two_ranks(folder):
         module, balancing, _ = fit(folder, epochs, *callbacks, rank=rank, size=2, **{**ranks, **options})
         results[name] = {**told(parameters(module), balancing.balancer), "left": hasattr(module, "balancer")}
 
-    job("plain")
-    job("accumulated", accumulate_grad_batches=3)
-    job("unused parameters", strategy="ddp_find_unused_parameters_true")
-    job("saved", 1, checkpointing(folder / "ddp"), enable_checkpointing=True)
-    job("resumed", 2, resume=folder / "ddp" / "epoch=0.ckpt")
+    def jobs(wrapper, saves, options, others):
+        job(f"{wrapper}plain", **options())
+        job(f"{wrapper}accumulated", accumulate_grad_batches=3, **options())
+        job(f"{wrapper}other", **others)
+        job(f"{wrapper}saved", 1, checkpointing(saves), enable_checkpointing=True, **options())
+        job(f"{wrapper}resumed", resume=saves / "epoch=0.ckpt", **options())
 
     def sharded(cls=Sharded):
         return {"strategy": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), "module": cls()}
 
-    job("sharded", **sharded())
-    job("sharded, accumulated", accumulate_grad_batches=3, **sharded())
-    job("sharded, validated", validate=True, **sharded(ShardedWhole))
-    job("sharded, saved", 1, checkpointing(folder / "fsdp"), enable_checkpointing=True, **sharded())
-    job("sharded, resumed", 2, resume=folder / "fsdp" / "epoch=0.ckpt", **sharded())
+    jobs("", folder, dict, {"strategy": "ddp_find_unused_parameters_true"})
+    jobs("sharded, ", folder / "fsdp", sharded, {"validate": True, **sharded(ShardedWhole)})
+    results["refusal"] = ""
     try:
-        trainer_of(pl, folder, 1, **ranks).fit(Refused(), loader(rank, 2))
-        refusal = ""
+        trainer_of(folder, 1, **ranks).fit(Refused(), loader(rank, 2))
     except RuntimeError as error:
-        refusal = str(error)
-    results["refusal"] = refusal
+        results["refusal"] = str(error)
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
     dist.barrier()  # the one who started the other waits for it
 

@@ -28,34 +28,28 @@ def setting(numel):
     targets = [torch.randn(numel // layers) for _ in range(K)]
     return params, lambda: [sum(torch.dot(p, t) for p in params).square() + 1 for t in targets]
 
-def stepper(params):
-    balancer = dbk.GradientBalancer(params, K, weighting=UPGradWeighting()) if contender == "ours" else None
-    def step(losses):
-        if balancer is not None:
-            balancer(losses).backward()
-        else:
-            backward(losses, inputs=params)
-            jac_to_grad(params, UPGrad(), optimize_gramian_computation=contender == "gramian")
-        clear(params)
-    return step
-
 def clear(params):
     for p in params:
         p.grad = None
 
-small, losses = setting(100)
-step = stepper(small)
-for _ in range(3):  # everything is imported and loaded
-    step(losses())
+def steps(params, losses):
+    balancer = dbk.GradientBalancer(params, K, weighting=UPGradWeighting()) if contender == "ours" else None
+    for _ in range(3):
+        if balancer is not None:
+            balancer(losses()).backward()
+        else:
+            backward(losses(), inputs=params)
+            jac_to_grad(params, UPGrad(), optimize_gramian_computation=contender == "gramian")
+        clear(params)
+
+steps(*setting(100))  # everything is imported and loaded
 params, losses = setting(P)
 for _ in range(6):  # the bare passes, one task's .grad at a time
     for loss in losses():
         loss.backward()
         clear(params)
 before = peak()
-step = stepper(params)
-for _ in range(3):
-    step(losses())
+steps(params, losses)
 print(json.dumps(peak() - before))
 """
 
