@@ -52,8 +52,6 @@ class Labels(Data):
 
 
 class TwoTensors(Net):
-    """Gives a pair, and no losses."""
-
     def forward(self, x, labels_a, labels_b):
         out = super().forward(x, labels_a, labels_b)
         return out["a"], out["b"]
@@ -144,10 +142,7 @@ def test_only_the_model_is_saved_when_asked_for(tmp_path):
 
 
 class Recorder(TrainerCallback):
-    """What the balancer said at each step."""
-
-    def __init__(self):
-        self.said, self.trainer = {}, None
+    said = None  # by the balancer at each step
 
     def on_step_end(self, args, state, control, **_):
         self.said[state.global_step] = self.trainer.balancer.monitor().as_dict("balancer/", ["a", "b"], gramian=True)
@@ -156,6 +151,7 @@ class Recorder(TrainerCallback):
 @pytest.mark.parametrize("gramian", [True, False])
 def test_logs(gramian, tmp_path):
     recorder = Recorder()
+    recorder.said = {}
     more = {"task_names": ["a", "b"], "log_gramian": gramian, "callbacks": [recorder]}
     options = {"logging_strategy": "steps", "logging_steps": 3, "gradient_accumulation_steps": 2}
     recorder.trainer = trainer = trainer_of(tmp_path, more=more, **options)
@@ -283,7 +279,6 @@ def test_accelerate_resumes_bit_for_bit(tmp_path):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What two ranks with gloo found."""
     folder = tmp_path_factory.mktemp("ranks")
     torchrun(2, Path(__file__).parent / "hf_job.py", folder, PYTHONWARNINGS="ignore")
     return folder, trained.of_two_ranks(folder)
@@ -326,8 +321,7 @@ def example(status, *arguments):
 @pytest.mark.slow
 def test_the_example_trains_and_goes_on(tmp_path):
     said = example(0, "--steps", "60", "--out", str(tmp_path))
-    for word in ("most frequent", "how many", "balancer/conflicts"):
-        assert word in said
+    assert all(word in said for word in ("most frequent", "how many", "balancer/conflicts")), said
     assert (tmp_path / "checkpoint-60" / "balancer.pt").exists()
     example(0, "--steps", "62", "--out", str(tmp_path))
     state = torch.load(tmp_path / "checkpoint-62" / "balancer.pt", weights_only=True)

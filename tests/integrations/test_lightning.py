@@ -155,8 +155,6 @@ def test_a_checkpoint_without_a_state(tmp_path):
 
 
 class Recorder(pl.Callback):
-    """What the balancer said after each optimizer step."""
-
     def __init__(self):
         self.said = {}
 
@@ -204,17 +202,9 @@ def test_other_methods_and_options(tmp_path):
 
 
 class Manual(Module):
-    """Its own optimization, also a balancer attached to Lightning's optimizer by hand."""
-
-    def __init__(self, by_hand):
+    def __init__(self):
         super().__init__()
         self.automatic_optimization = False
-        self.by_hand = by_hand
-
-    def on_fit_start(self):
-        if self.by_hand:
-            self.balancer = dbk.DBMTL(self.net.trunk.parameters(), 2)
-            self.balancer.attach(self.optimizers())
 
     def training_step(self, batch, batch_idx):
         optimizer = self.optimizers()
@@ -225,10 +215,17 @@ class Manual(Module):
             optimizer.step()
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
-def test_manual_optimization(by_hand, tmp_path):
-    module = Manual(by_hand)
-    callbacks = [] if by_hand else [GradientBalancing("net.trunk", 2)]
+class ByHand(Manual):
+    """Attaches a balancer to Lightning's optimizer."""
+
+    def on_fit_start(self):
+        self.balancer = dbk.DBMTL(self.net.trunk.parameters(), 2)
+        self.balancer.attach(self.optimizers())
+
+
+@pytest.mark.parametrize(("cls", "callbacks"), [(Manual, [GradientBalancing("net.trunk", 2)]), (ByHand, [])])
+def test_manual_optimization(cls, callbacks, tmp_path):
+    module = cls()
     trainer_of(tmp_path, EPOCHS, *callbacks).fit(module, loader())
     assert torch.equal(parameters(module), parameters(plain_loop("32-true", accumulate=2)[0]))
 
@@ -336,7 +333,6 @@ def test_packages_of_lightning_that_are_missing(found):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What two ranks with gloo, started by Lightning itself, found."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, str(Path(__file__).parent / "lightning_job.py"), str(folder)]
     settings = environment(PYTHONWARNINGS="ignore")

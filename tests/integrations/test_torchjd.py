@@ -99,26 +99,6 @@ def test_a_matrix_with_a_graph_and_inference_mode():
         assert torch.equal(DBMTLAggregator()(matrix.detach()), vector)
 
 
-def test_a_row_that_is_not_finite_heals():
-    aggregator = DBMTLAggregator(beta=0.5, beta_sigma=0.0)
-    first, second, third = matrices(3)
-    aggregator(first)
-    second[1, 7] = float("nan")
-    assert aggregator(second).isfinite().all()
-    assert not aggregator.weighting.ema[1].any()
-    assert aggregator(third).isfinite().all()
-    close(aggregator.weighting.ema[1].numpy(), 0.5 * third[1].numpy(), 1e-6)
-
-
-def test_a_single_row_and_a_row_of_zeros():
-    row = matrices(1, m=1)[0]
-    assert torch.equal(DBMTLAggregator(beta=0.0)(row), row[0])
-    matrix = matrices(1)[0]
-    matrix[0] = 0.0
-    expected, _, _ = oracle.balance(matrix.double().numpy(), np.zeros((3, 50)), 0.0)
-    close(DBMTLAggregator(beta=0.0)(matrix).numpy(), expected, 1e-5)
-
-
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 def test_a_fresh_aggregator_goes_on_bit_for_bit(state_dtype):
     def model(**options):

