@@ -75,6 +75,9 @@ class Mixed(BalancedTrainerMixin, Seq2SeqTrainer):
     get_train_dataloader = InOrder.get_train_dataloader
 
 
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}  # the wrapping without the wait
+
+
 @pytest.mark.parametrize(
     ("accumulate", "clip", "bf16", "options"),  # 4 does not divide the 14 batches of an epoch
     [
@@ -85,7 +88,7 @@ class Mixed(BalancedTrainerMixin, Seq2SeqTrainer):
         (2, 0.5, False, {"net": WithArguments, "data": Labels, "remove_unused_columns": False}),
         (1, 0.0, False, {"net": TwoTensors, "cls": OwnLosses}),
         (1, 0.0, False, {"cls": Mixed, "arguments": Seq2SeqTrainingArguments}),
-        (1, 0.0, False, {"torch_compile": True, "torch_compile_backend": "eager"}),  # the wrapping without the wait
+        pytest.param(1, 0.0, False, COMPILED, marks=pytest.mark.slow),
     ],
 )
 def test_trains_as_a_plain_loop(accumulate, clip, bf16, options, tmp_path):
@@ -284,17 +287,20 @@ def ranks(tmp_path_factory):
     return folder, trained.of_two_ranks(folder)
 
 
-@pytest.mark.parametrize("name", ["trainer", "resumed", "accelerate", "loaded", "sharded"])
-def test_two_ranks_do_what_one_does_with_the_whole_batch(ranks, name):
-    alone = plain_loop(3, 0.5) if name in ("trainer", "resumed") else plain_loop(7)
+@pytest.mark.parametrize(
+    ("name", "straight", "settings"),
+    [
+        ("trainer", "trainer", (3, 0.5)),
+        ("resumed", "trainer", (3, 0.5)),
+        ("accelerate", "accelerate", (7,)),
+        ("loaded", "accelerate", (7,)),
+        ("sharded", "sharded", (7,)),
+    ],
+)
+def test_two_ranks_do_what_one_does_with_the_whole_batch(ranks, name, straight, settings):
     for found in ranks[1]:
-        trained.assert_a_ranks_part(found[name], *alone, rows=0.7)  # half, and padding
-
-
-@pytest.mark.parametrize(("resumed", "straight"), [("resumed", "trainer"), ("loaded", "accelerate")])
-def test_two_ranks_resume_bit_for_bit(ranks, resumed, straight):
-    for found in ranks[1]:
-        assert found[resumed]["parameters"] == found[straight]["parameters"]
+        trained.assert_a_ranks_part(found[name], *plain_loop(*settings), rows=0.7)  # half, and padding
+        assert found[name]["parameters"] == found[straight]["parameters"]  # resumed bit for bit
 
 
 def test_one_process_goes_on_from_the_checkpoint_of_two_ranks(ranks, tmp_path):
