@@ -159,11 +159,10 @@ def test_report():
 
 
 def test_building_without_a_compiler_succeeds_and_says_so(tmp_path):
-    """Runs setup.py itself, with a compiler that does not exist, and with one that cannot compile."""
     stale = tmp_path / "dbmtl_kernels" / "lib" / native.path.name
     stale.parent.mkdir(parents=True)
     stale.write_text("of an earlier build")
-    for compiler in ("no-such-compiler", "false"):
+    for compiler in ("no-such-compiler", "false"):  # "false" cannot compile
         build = subprocess.run(
             [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path],
             cwd=ROOT,

@@ -228,12 +228,12 @@ def test_a_checkpoint_after_a_skipped_step_resumes_bit_for_bit(saved, zero):
             for moment in ("before zero_grad", "after zero_grad"):
                 if interrupt and step == 2 and moment == saved.split(",")[0]:
                     state = copy.deepcopy(balancer.state_dict())
+                    if "gone" in saved:  # as in a fresh process
+                        optimizer.zero_grad()
                     balancer = dbk.DBMTL(net.trunk.parameters(), TASKS, beta=BETA, beta_sigma=SIGMA)
                     balancer.load_state_dict(state)
                     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
                     balancer.attach(optimizer)
-                    if "gone" in saved:  # as in a fresh process
-                        optimizer.zero_grad()
                 if moment == "before zero_grad":
                     optimizer.zero_grad(set_to_none=zero)
         return balancer, copy.deepcopy(net.state_dict())

@@ -310,7 +310,6 @@ def test_any_sequence(backend, examples, steps):
     run_state_machine_as_test(
         machine, settings=settings(**options, report_multiple_bugs=False, suppress_health_check=checks)
     )
-    print(dict(RAN))
     if backend == "native":
         assert len(RAN) == 17
         assert min(RAN.values()) > (10 if examples == 500 else 0)  # each was really tried

@@ -47,8 +47,7 @@ print(json.dumps({"growth": peaks[-1], "after_two": peaks[1], "budget": (K * P +
 
 @pytest.mark.slow
 def test_growth_is_the_state_and_one_balanced_gradient_and_ends_there():
-    # glibc gives large blocks back at once, so that what is held is measured, not what malloc kept in its heap.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}  # glibc gives large blocks back at once
     command = [sys.executable, "-c", PROGRAM]
     measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
     assert measured["growth"] <= 1.05 * measured["budget"]

@@ -104,8 +104,7 @@ def test_an_interrupted_run_is_the_same_bit_for_bit(way, dtype):
 def test_accumulation_equals_averaged_gradients(dtype, scale, zero):
     """Three micro-batches a step, attached; the loss is divided by 3, and maybe scaled besides.
 
-    The state is kept without the factor 1/3, so it is three times the reference's and the default eps would weigh a
-    third as much: about 1e-8 of a weight, more than this test allows.
+    The state lacks the factor 1/3: with the default eps weights would differ by 1e-8, more than is allowed here.
     """
     steps, bound = (60, 1e-9) if dtype == torch.float64 else (10, 1e-5)
     torch.manual_seed(11)

@@ -260,7 +260,7 @@ REFUSED = [
     (lambda: dbk.MaxNorm(eps=0.0), ValueError, "eps must be positive"),
     (lambda: dbk.EqualWeights(float("nan")), ValueError, "total must be"),
     (lambda: dbk.EqualWeights("x"), TypeError, "total must be"),
-    (lambda: setattr(balance(leaf(3)), "weighting", dbk.MaxNorm()), AttributeError, "weighting"),
+    (lambda: setattr(make(leaf(3)), "weighting", dbk.MaxNorm()), AttributeError, "weighting"),
     (lambda: dbk.GradNorm(3)(torch.eye(3)), RuntimeError, "must see the losses"),
     (lambda: dbk.GradNorm(3, lr=0.0), ValueError, r"lr must be positive, got 0\.0"),
     (lambda: dbk.GradNorm(2.5), TypeError, "num_tasks must be an int"),

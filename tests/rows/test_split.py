@@ -55,7 +55,7 @@ def test_parts_do_what_one_buffer_does(two_devices, monkeypatch):
     torch.testing.assert_close(state_of(ours).gramian(), state_of(alone).gramian(), rtol=1e-12, atol=1e-12)
 
 
-def test_checkpoint_and_change_of_tasks(two_devices):
+def test_checkpoint_change_of_tasks_and_a_failure(two_devices):
     params = leaves()
     first = run(params)
     stream = io.BytesIO()
@@ -70,8 +70,15 @@ def test_checkpoint_and_change_of_tasks(two_devices):
     for part, before in zip(state_of(second).parts, rows, strict=True):
         assert torch.equal(part.rows[:2], before[1:])
         assert not part.rows[2].any()
+    for p in params:
+        p.grad = torch.randn_like(p)
+    before, losses = [p.grad.clone() for p in params], quadratics(*params, num_tasks=3)
+    losses[1].register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        second(losses).backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(params, before, strict=True))
     second(quadratics(*params, num_tasks=3)).backward()
-    assert all(p.grad is not None for p in params)
+    assert not any(torch.equal(p.grad, grad) for p, grad in zip(params, before, strict=True))
 
 
 @pytest.mark.gpu
