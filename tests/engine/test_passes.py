@@ -1,5 +1,10 @@
 """What the balancer does to graphs: freed, retained, checkpointed, failing."""
 
+import copy
+import gc
+import weakref
+
+import dbmtl_kernels as dbk
 import numpy as np
 import oracle
 import pytest
@@ -144,3 +149,37 @@ def test_a_first_factor_of_zero_does_not_set_the_unit():
     (balancer(quadratics(p)) * 0.5).backward()
     expected, _, _ = oracle.balance(flat_gradients(quadratics(p), [p]), np.zeros((2, 4)), 0.0)
     close(p.grad.numpy(), 0.5 * expected)
+
+
+def test_a_copy_collects_as_the_original_does():
+    """Its parameters are others: hooks of its own, gradients in the order of arrival, the same bits."""
+    model = nn.ModuleDict({"trunk": nn.Linear(8, 16), "heads": nn.ModuleList(nn.Linear(16, 1) for _ in range(3))})
+    model.balancer = dbk.DBMTL(model["trunk"].parameters(), 3)
+
+    def backward(model, x):
+        model.zero_grad()
+        features = model["trunk"](x).tanh()
+        model.balancer([head(features).square().mean() for head in model["heads"]]).backward()
+
+    xs = torch.randn(4, 6, 8)
+    backward(model, xs[0])
+    copied = copy.deepcopy(model)
+    for x in xs[1:]:
+        for each in (model, copied):
+            backward(each, x)
+    for p, q in zip(model.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    assert torch.equal(model.balancer.norms, copied.balancer.norms)
+
+
+def test_a_balancer_that_is_dropped_lets_its_rows_and_hooks_go():
+    p = torch.ones(4, requires_grad=True)
+    balancer = dbk.DBMTL([p], 1)
+    balancer([(p * 2).sum()]).backward()
+    rows = weakref.ref(balancer._engine.rows.rows)
+    del balancer
+    gc.collect()
+    assert rows() is None
+    p.grad = None
+    (p * 3).sum().backward()
+    assert torch.equal(p.grad, torch.full_like(p, 3.0))

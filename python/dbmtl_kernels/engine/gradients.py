@@ -78,6 +78,11 @@ class SharedGradients:
         self._versions = [-1] * len(self._parameters)
         self._only_ours = [False] * len(self._parameters)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: its parameters are others, and have no hooks yet."""
+        unhooked = list(range(len(self._parameters))) if self._rows.early else []
+        return {**self.__dict__, "_unhooked": unhooked, "_collector": None}
+
     # --- before the passes ------------------------------------------------------------------------------------
 
     def stash_grads(self) -> Stash:
