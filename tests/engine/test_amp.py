@@ -65,7 +65,6 @@ def start(dtype=torch.float32, lr=0.01, attached=False, **options):
 
 
 def exact_training():
-    """Of which the whole trunk is shared, fed with gradients of whatever precision."""
     return oracle.Training(TASKS, sum(p.numel() for p in Net().trunk.parameters()), BETA, SIGMA)
 
 

@@ -13,7 +13,6 @@ WAYS = ["None", "tasks=", "tasks= and None", "task()"]
 
 
 def backward(balancer, losses, tasks, way="tasks=", factor=1.0):
-    """One balanced backward of ``tasks`` alone, out of the losses of all."""
     if way == "None":
         given = [loss if task in tasks else None for task, loss in enumerate(losses)]
         (balancer(given) * factor).backward()

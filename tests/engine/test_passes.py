@@ -108,7 +108,7 @@ def test_a_failure_in_a_longer_step_keeps_the_balanced_gradient(how):
     p = leaf(4)
     balancer = make(p, beta=0.0)
     optimizer = torch.optim.SGD([p], lr=0.0)
-    balancer.attach(optimizer)
+    handle = balancer.attach(optimizer)
     balancer(quadratics(p)).backward()
     before = p.grad.clone()
 
@@ -126,6 +126,9 @@ def test_a_failure_in_a_longer_step_keeps_the_balanced_gradient(how):
     assert balancer.step == 1
     balancer(quadratics(p)).backward()
     close(p.grad.numpy(), 2 * before.numpy(), rtol=1e-7)  # eps weighs half as much on the sum of two
+    handle.remove()  # ends the step
+    balancer(quadratics(p)).backward()
+    assert balancer.step == 2
 
 
 def test_losses_that_never_reach_the_shared_parameters():
