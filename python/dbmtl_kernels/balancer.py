@@ -149,7 +149,7 @@ class GradientBalancer:
             ValueError: the index is out of range.
             RuntimeError: the task was entered already since the last `balance`, or another context is open.
         """
-        return self._engine.task(arguments.check_task(index, self.num_tasks), loss_scale, self.log_transform)
+        return self._engine.task(index, loss_scale, self.log_transform)
 
     def balance(self) -> None:
         """Write the balanced gradient of the tasks entered with `task` to ``.grad``.

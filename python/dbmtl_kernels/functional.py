@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import ops as ops  # registers what is called below
 from .engine import losses as loss_values
+from .engine.losses import Given
 from .ops.arguments import check_scale
 
 
@@ -50,6 +51,11 @@ def balance_(
     with torch.no_grad():
         grad, norms = torch.ops.dbmtl_kernels.balance_(grads, ema, beta, eps, name, constant, backend)
     return grad, norms
+
+
+def sum_of_losses(losses: Given, num_tasks: int) -> Tensor:
+    """The plain sum of K losses for an evaluation, float32 at least, without a graph. Checked as a balancer's are."""
+    return loss_values.TaskLosses(losses, None, num_tasks, None).total()
 
 
 def log_transform(loss: Tensor, eps: float = 1e-8) -> Tensor:

@@ -51,21 +51,19 @@ def weights(norms: Tensor, eps: float = 1e-8, scale: str | float = "max", active
     return torch.where(use, (alpha / (norms + eps)).clamp(max=LARGEST_WEIGHT), zero)
 
 
-def nonfinite(
-    sumsq: Tensor, before: Tensor, fresh: bool, largest: float = torch.finfo(torch.float64).max
-) -> tuple[Tensor, Tensor]:
+def nonfinite(sumsq: Tensor, before: Tensor, fresh: bool, largest: float | None = None) -> tuple[Tensor, Tensor]:
     """Which tasks have a gradient that is not finite in this step. Such a task sits out the whole step.
 
     Args:
         sumsq: (K,) sums of squares of the task gradients.
         before: (K,) bool, the tasks found earlier; of an earlier step if ``fresh``.
         fresh: this is the first look in the step.
-        largest: a sum above it counts as not finite.
+        largest: a sum above it counts as not finite; by default the largest of its dtype.
 
     Returns:
         (K,) bool: those of this step, and those of them that were found just now.
     """
-    now = ~(sumsq <= largest)
+    now = ~(sumsq <= (torch.finfo(sumsq.dtype).max if largest is None else largest))
     found = now if fresh else before | now
     return found, now if fresh else now & ~before
 

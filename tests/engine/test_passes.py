@@ -186,3 +186,75 @@ def test_a_balancer_that_is_dropped_lets_its_rows_and_hooks_go():
     p.grad = None
     (p * 3).sum().backward()
     assert torch.equal(p.grad, torch.full_like(p, 3.0))
+
+
+def taken(p):
+    p.grad = None
+
+
+def test_a_gradient_that_a_hook_takes_away_is_refused():
+    p = leaf(4)
+    balancer = make(p)
+    handle = p.register_post_accumulate_grad_hook(taken)
+    with pytest.raises(RuntimeError, match=r"shared parameter 0 of shape \(4,\) was taken out of .grad"):
+        balancer(quadratics(p)).backward()
+    handle.remove()
+    balancer(quadratics(p)).backward()
+    assert balancer.step == 1
+    assert p.grad is not None
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_users_hook_sees_the_gradient_of_each_pass(late):
+    """Also one that comes after ours, and where gradients go to their rows during the pass (2 MB and more)."""
+    parameters = [torch.ones(300_000, requires_grad=True) for _ in range(4)]
+    seen = []
+
+    def double(p):
+        seen.append(p.grad.numel())
+        p.grad.mul_(2)
+
+    def register():
+        for p in parameters:
+            p.register_post_accumulate_grad_hook(double)
+
+    def norms(balancer):
+        balancer.backward([sum((p * (t + 1)).sum() for p in parameters) for t in range(2)])
+        return balancer.norms
+
+    balancer = dbk.GradientBalancer(parameters, 2, weighting=dbk.MaxNorm(), backend="native")
+    if not late:
+        register()
+    plain = norms(balancer)
+    if late:
+        register()
+        torch.testing.assert_close(norms(balancer), 2 * plain)
+    assert len(seen) == 8
+
+
+def test_what_fails_before_the_first_pass_leaves_grad_and_step():
+    p = leaf(3)
+    balancer = make(p, beta_sigma=600.0)  # 4 ** 600 is no float
+    for _ in range(3):
+        balancer(quadratics(p)).backward()
+    p.grad = mine = torch.full_like(p, 7.0)
+    with pytest.raises(OverflowError):
+        balancer(quadratics(p)).backward()
+    assert p.grad is mine
+    assert balancer.step == 3
+
+
+def test_a_scale_of_zero_is_not_forgotten_for_a_pass_that_failed():
+    p = leaf(3)
+    balancer = make(p)
+    with balancer.attach(torch.optim.SGD([p], lr=0.1)):
+        (balancer(quadratics(p)) * 0).backward()
+
+        def fail(grad):
+            raise ZeroDivisionError
+
+        losses = quadratics(p)
+        losses[0].register_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            (balancer(losses) * 5).backward()
+        assert not p.grad.any()

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops import Coefficients
+
+
+class Before(NamedTuple):
+    """What `Steps.begin` found: whether there was no step open, and what a step begun anew overwrites."""
+
+    began: bool
+    fresh: bool
+    seen: list[bool]
+    losses: dict[int, Tensor]
+    loss_scale: Tensor | None
 
 
 class Steps:
@@ -61,35 +71,34 @@ class Steps:
         """`count` as one number on the device, without a sync."""
         return self._count if isinstance(self._count, Tensor) else torch.full((), self._count, device=device)
 
-    def begin(self, loss_scale: Tensor | None) -> dict[str, Any] | None:
+    def begin(self, loss_scale: Tensor | None) -> Before:
         """Gradients that carry ``loss_scale`` are about to come: begin a step, unless one is open.
 
         Returns:
-            what `undo_begin` needs, or None if no step was begun.
+            what `undo_begin` needs.
         """
-        self.changes += 1
+        before = Before(not self.open, self.fresh, self.seen, self.losses, self.loss_scale)
         if self.open:
             if self.loss_scale is not None and is_zero(self.loss_scale):
                 self.loss_scale = loss_scale  # nothing counted so far
-            return None
-        before = {name: getattr(self, name) for name in ("fresh", "seen", "losses", "loss_scale")}
+            return before
+        self._set_beta_k(self._count + 1 if isinstance(self._count, int) else self._count.add_(1))
         self.open = self.fresh = True
         self.seen = [False] * len(self.seen)
         self.losses = {}
         self.loss_scale = loss_scale
-        self._count += 1
-        self._set_beta_k()
         return before
 
-    def undo_begin(self, before: dict[str, Any]) -> None:
-        """The step that was just begun got no gradient: it does not count."""
-        self._count -= 1
-        self.end()
-        for name, value in before.items():
-            setattr(self, name, value)
+    def undo_begin(self, before: Before) -> None:
+        """No gradient came: a step that was begun does not count."""
+        if before.began:
+            self._count -= 1
+            self.end()
+        _, self.fresh, self.seen, self.losses, self.loss_scale = before
 
     def coefficients(self, task: int) -> Coefficients:
-        """How a gradient of ``task`` counts in the open step: decay and gain."""
+        """How a gradient of ``task`` counts in the open step: decay and gain. Its row is about to change."""
+        self.changes += 1
         beta = self._beta_k
         if isinstance(beta, Tensor):
             return torch.stack([torch.ones_like(beta) if self.seen[task] else beta, 1.0 - beta])
@@ -114,9 +123,10 @@ class Steps:
         self.changes += 1
         self.seen = [task is not None and self.seen[task] for task in tasks]
 
-    def _set_beta_k(self) -> None:
-        count = self._count.to(torch.float64) if isinstance(self._count, Tensor) else self._count
-        self._beta_k = self._beta / count**self._sigma
+    def _set_beta_k(self, count: int | Tensor) -> None:
+        k = count.to(torch.float64) if isinstance(count, Tensor) else count
+        self._beta_k = self._beta / k**self._sigma
+        self._count = count
 
     def refuse_inside(self, what: str) -> None:
         """Raise RuntimeError if the context of a task is open."""
@@ -165,7 +175,7 @@ class Steps:
         self._count = self._count.fill_(count) if isinstance(self._count, Tensor) else count
         self.open, self.fresh = bool(state["open"]), bool(state["fresh"])
         if self.open:
-            self._set_beta_k()
+            self._set_beta_k(self._count)
         self.seen = [bool(x) for x in state["seen"]]
         self.pending = {int(x) for x in state["pending"]}
         scale = state["loss_scale"]

@@ -6,21 +6,19 @@ import warnings
 import weakref
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..rows import dtensors
-from ..rows.collect import RowCollector
+from ..rows.collect import FLUSH_BYTES, RowCollector
 from ..rows.placement import Buffer
 from ..rows.ranks import Ranks
 from ..rows.rows import Flats
 from ..rows.split import SplitCollector
 from .balance import BalancedGradient
-
-# On a CPU a gradient is collected while it is still in cache: as soon as this much of a task's has arrived.
-FLUSH_BYTES = 2 << 20
 
 
 class Stash(NamedTuple):
@@ -124,7 +122,7 @@ class SharedGradients:
         """The pass is over: what is left in ``.grad`` goes to its row too."""
         collector, self._collector = self._collector, None
         assert collector is not None
-        collector.finish(*self._take([*self._arrived, *range(len(self._parameters))]))
+        collector.finish(*self._take(range(len(self._parameters))))
 
     def stop_collecting(self) -> None:
         """No pass runs, whatever became of it: hooks are idle."""
@@ -141,22 +139,29 @@ class SharedGradients:
             else:
                 frozen.append(index)
         self._unhooked = frozen
-        weakref.finalize(self, _remove, handles)
+        if handles:
+            weakref.finalize(self, _remove, handles)
 
     def _flush(self) -> None:
         """What has come so far goes to the row, while it is in cache."""
         assert self._collector is not None
-        self._collector.add(*self._take(self._arrived))
-        self._arrived, self._bytes = [], 0
+        self._collector.add(*self._take())
 
-    def _take(self, indices: Iterable[int]) -> tuple[list[int], list[Tensor | None]]:
-        """The gradients of a pass, no longer in ``.grad``; of these parameters, those that have one, each once."""
+    def _take(self, rest: Iterable[int] = ()) -> tuple[list[int], list[Tensor | None]]:
+        """The gradients that have arrived, and those of ``rest`` that are there; no longer in ``.grad``, each once."""
         found: list[int] = []
         grads: list[Tensor | None] = []
-        for index in indices:
+        arrived, self._arrived, self._bytes = self._arrived, [], 0
+        for number, index in enumerate(chain(arrived, rest)):
             p = self._parameters[index]
             grad = p.grad
             if grad is None:
+                if number < len(arrived) and index not in found:
+                    raise RuntimeError(
+                        f"the gradient of shared parameter {index} of shape {tuple(p.shape)} was taken out of .grad "
+                        "during the backward pass, by a hook (an optimizer that steps in backward?): it cannot be "
+                        "balanced"
+                    )
                 continue
             if grad.layout is not torch.strided:
                 raise TypeError(
@@ -284,10 +289,10 @@ def _on_grad(owner: weakref.ref[SharedGradients], index: int, _: Tensor) -> None
     """The hook of parameter ``index``: does nothing while no pass of its owner runs."""
     grads = owner()
     if grads is not None and grads._collector is not None:
+        if grads._bytes >= FLUSH_BYTES:  # without this gradient, which later hooks of its parameter have yet to see
+            grads._flush()
         grads._arrived.append(index)
         grads._bytes += grads._sizes[index]
-        if grads._bytes >= FLUSH_BYTES:
-            grads._flush()
 
 
 def _remove(handles: list[Any]) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.arguments import check_task
 from ..rows import placement
 from ..rows.placement import Buffer
 from ..rows.ranks import Ranks
 from ..weightings import Weighting
 from .balance import BalancedGradient
-from .bookkeeping import Steps
+from .bookkeeping import Before, Steps
 from .gradients import SharedGradients, Stash
 from .heads import HeadGradients
 from .losses import TaskLosses, loss_scale_on, loss_scale_or_none
@@ -72,10 +73,11 @@ class Engine:
         steps.refuse_inside("backward()")
         steps.refuse_pending()
         stash = self._stash()
-        begun = steps.begin(loss_scale)
+        before: Before | None = None
         collectors: list[Any] = []
         last = len(losses.tasks) - 1
         try:
+            before = steps.begin(loss_scale)
             with self.heads.averaging(grads.touched, self._stepped_parameters(), losses.losses):
                 for index, task in enumerate(losses.tasks):
                     collectors.append(rows.collector(task, steps.coefficients(task), steps.loss_scale))
@@ -86,7 +88,7 @@ class Engine:
                     steps.losses[task] = losses.values[index]
                 grads.check_collected(len(losses.tasks) == len(steps.seen))
         except BaseException:
-            self._recover(stash, collectors, begun)
+            self._recover(stash, collectors, before)
             raise
         finally:
             grads.stop_collecting()
@@ -98,6 +100,7 @@ class Engine:
     def task(self, index: int, loss_scale: float | Tensor | None, log_transform: bool) -> Iterator[None]:
         """Whatever is backpropagated inside goes to the row of task ``index``."""
         steps, grads, rows = self.steps, self.grads, self.rows
+        index = check_task(index, steps.num_tasks)
         steps.refuse_inside("task()")
         steps.refuse_entered(index)
         if self._group_unnamed:
@@ -106,12 +109,12 @@ class Engine:
         scale = None if loss_scale is None else loss_scale_or_none(loss_scale_on(rows.device, loss_scale))
         stash = self._stash()
         steps.inside = index
-        begun, collectors = None, []
+        before, collectors = None, []
         try:
             with self.heads.averaging(grads.touched, self._stepped_parameters()):
                 with self.heads.sharing_logs(index, log_transform):
                     yield
-                begun = steps.begin(scale)
+                before = steps.begin(scale)
                 collectors.append(rows.collector(index, steps.coefficients(index), steps.loss_scale))
                 grads.collect_into(collectors[0])
                 grads.finish_collecting()
@@ -119,7 +122,7 @@ class Engine:
                 steps.losses.pop(index, None)  # that of an earlier backward is not of this gradient
             steps.pending.add(index)
         except BaseException:
-            self._recover(stash, collectors, begun)
+            self._recover(stash, collectors, before)
             raise
         else:
             grads.restore_grads(stash.grads)
@@ -163,7 +166,7 @@ class Engine:
             self.end_step()
 
     @torch.no_grad()
-    def _recover(self, stash: Stash, collectors: list[Any], begun: dict[str, Any] | None) -> None:
+    def _recover(self, stash: Stash, collectors: list[Any], before: Before | None) -> None:
         """Clean up after an exception.
 
         - A step that got no gradient does not count; ``.grad`` is what it was.
@@ -175,13 +178,14 @@ class Engine:
         """
         if collectors:
             collectors[-1].abandon()
+        undone = before is not None and not any(collector.fed for collector in collectors)
+        if before is not None and undone:
+            self.steps.undo_begin(before)
         if stash.balanced and self.rows.local:
             self._write(stash)
             return
         self.grads.restore_grads(stash.grads)
-        if begun is not None and not any(collector.fed for collector in collectors):
-            self.steps.undo_begin(begun)
-        elif not (self.steps.pending and self.rows.local):
+        if not (self.steps.pending and self.rows.local) and not (undone and before is not None and before.began):
             self.end_step()
 
     def _stepped_parameters(self) -> Iterable[Tensor]:

@@ -13,7 +13,8 @@ from transformers import Trainer, TrainerCallback
 
 from ..balancer import DBMTL, Attachment, GradientBalancer
 from ..checkpoint import gathered
-from .wrappers import Shared, balancing, make_balancer, sum_of_losses
+from ..functional import sum_of_losses
+from .wrappers import Shared, balancing, make_balancer
 
 if TYPE_CHECKING:
     Base = Trainer
@@ -109,7 +110,7 @@ class BalancedTrainerMixin(Base):
         """The balanced loss for training; the plain sum of the losses for evaluation."""
         losses, outputs = self.task_losses(model, inputs)
         if not torch.is_grad_enabled():
-            loss = sum_of_losses(losses)
+            loss = sum_of_losses(losses, self._balancing[1])
         elif self.balancer is None:
             raise RuntimeError("compute_loss() for training before train() has made the balancer")
         else:

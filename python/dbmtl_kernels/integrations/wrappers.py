@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -62,12 +61,6 @@ def make_balancer(
                 "DistributedDataParallel and of FSDP2 (fully_shard) can"
             )
     return method(parameters, num_tasks, **given)
-
-
-def sum_of_losses(losses: Sequence[Tensor | None] | Tensor) -> Tensor:
-    """The plain sum of K losses for an evaluation, float32 at least, without a graph."""
-    present = [loss.detach().reshape(()) for loss in losses if loss is not None]
-    return torch.stack([x.to(present[0].device, torch.promote_types(x.dtype, torch.float32)) for x in present]).sum()
 
 
 def balancing(wrapped: nn.Module) -> AbstractContextManager[Any]:

@@ -8,11 +8,15 @@ from torch import Tensor
 from .. import ops
 from .layout import ParameterLayout
 
+# On a CPU gradients are collected while they are in cache: as soon as this much of a task's has arrived.
+FLUSH_BYTES = 2 << 20
+
 
 class RowCollector:
     """One update of one row, fed with gradients as a backward pass produces them.
 
-    What `add` gets is accumulated at once, while it is in cache. What `finish` gets is accumulated in one launch.
+    What `add` gets is accumulated at once, while it is in cache. What `finish` gets is accumulated in one launch, or if
+    ``early`` 2 MB at a time: the order of sums does not depend on when gradients came.
 
     Args:
         layout: where each parameter lies in the row.
@@ -21,6 +25,7 @@ class RowCollector:
         coefficients: decay and gain.
         loss_scale: one number that the gradients carry and the row must not.
         backend: "auto" or a name.
+        early: gradients are collected during the pass.
 
     Attributes:
         fed: whether the row was written to.
@@ -34,10 +39,11 @@ class RowCollector:
         coefficients: ops.Coefficients,
         loss_scale: Tensor | None,
         backend: str,
+        early: bool = False,
     ) -> None:
         self._layout, self._row, self._sumsq = layout, row, sumsq
         self._coefficients, self._loss_scale = coefficients, loss_scale
-        self._backend = backend
+        self._backend, self._early = backend, early
         self.fed = False
         self._arrived: set[int] = set()
         self._parts: list[Tensor] = []  # sums of squares of what was accumulated early
@@ -57,6 +63,8 @@ class RowCollector:
         if not self._arrived.isdisjoint(indices):
             self._add_one_by_one(indices, grads)
             indices, grads = [], []
+        if self._early:
+            indices, grads = self._add_large(indices, grads)
         count = len(self._layout.parameters)
         if len(self._arrived) + len(indices) < count:
             self._arrived.update(indices)
@@ -76,6 +84,16 @@ class RowCollector:
         """The pass failed: make the sum of squares that of the row as it is."""
         if self.fed:
             self._measure()
+
+    def _add_large(self, indices: list[int], grads: list[Tensor | None]) -> tuple[list[int], list[Tensor | None]]:
+        """Add what makes FLUSH_BYTES together, again and again; the rest is returned."""
+        start = held = 0
+        for end, grad in enumerate(grads, 1):
+            held += 0 if grad is None else grad.nbytes
+            if held >= FLUSH_BYTES:
+                self.add(indices[start:end], grads[start:end])
+                start, held = end, 0
+        return (indices[start:], grads[start:]) if start else (indices, grads)
 
     def _add_one_by_one(self, indices: list[int], grads: list[Tensor | None]) -> None:
         """Some are the first of their parameter, some are not."""

@@ -6,7 +6,6 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -108,7 +107,7 @@ class Ranks:
         """
         if self.size == 1:
             return list(flags)
-        message = torch.cat([_checksum(what, device), _numbers_on(tuple(map(float, flags)), device)])
+        message = torch.cat([_checksum(what, device), ops.upload(tuple(map(float, flags)), torch.float64, device)])
         total = self.sum(message, "a check that all ranks do the same")
         self._same(total[:2], complaint)
         return list(flags) if all(flags) else [x > 0 for x in total[2:].tolist()]
@@ -126,10 +125,4 @@ class Ranks:
 def _checksum(text: str, device: torch.device) -> Tensor:
     """16 bits that stand for a text, and their square; sums of up to 1,000 of them are exact."""
     number = zlib.crc32(text.encode()) & 0xFFFF
-    return _numbers_on((float(number), float(number**2)), device)
-
-
-@lru_cache(maxsize=4096)
-def _numbers_on(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """Numbers on a device, without a sync; kept, so that a captured graph that copied them finds them again."""
-    return ops.upload(numbers, torch.float64, device)
+    return ops.upload((float(number), float(number**2)), torch.float64, device)

@@ -61,7 +61,6 @@ class TaskGradientBuffer:
         wide = torch.float32 if device.type == "mps" else torch.float64
         dtypes = Stats(wide, wide, wide, torch.bool, torch.int64)  # type: ignore[arg-type]
         self.stats = Stats(*(torch.zeros(num_tasks, dtype=dtype, device=device) for dtype in dtypes))  # type: ignore
-        self._masks: dict[tuple[bool, ...], Tensor] = {}
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError if a parameter is not what it was; see `ParameterLayout.check_unchanged`."""
@@ -74,7 +73,7 @@ class TaskGradientBuffer:
     def collector(self, task: int, coefficients: Coefficients, loss_scale: Tensor | None = None) -> RowCollector:
         """What takes the gradients of one backward pass into ``rows[task]``; see `ops.accumulate_`."""
         sumsq = self.stats.sumsq[task : task + 1]
-        return RowCollector(self.layout, self.rows[task], sumsq, coefficients, loss_scale, self.backend)
+        return RowCollector(self.layout, self.rows[task], sumsq, coefficients, loss_scale, self.backend, self.early)
 
     def settle(self) -> None:
         """Finish updates that are still under way."""
@@ -115,12 +114,13 @@ class TaskGradientBuffer:
         total = self.sums() if sums is None else sums
         stats = self.stats if total is own else self.stats._replace(sumsq=total)
         outs, starts = self._outs(flats), self.starts
+        mask = None if active is None or all(active) else ops.upload(active, torch.bool, self.device)
         step = ops.BalanceRows(
             self.rows,
             stats,
             outs,
             starts,
-            None if active is None or all(active) else self._mask(active),
+            mask,
             loss_scale,
             eps,
             name,
@@ -224,15 +224,6 @@ class TaskGradientBuffer:
 
     def _complete(self, flats: Flats) -> None:
         """Fill in what others hold."""
-
-    def _mask(self, active: Sequence[bool]) -> Tensor:
-        """On the device; remembered, as steps repeat them."""
-        key = tuple(active)
-        if key not in self._masks:
-            if len(self._masks) >= 256:
-                self._masks.clear()
-            self._masks[key] = ops.upload(key, torch.bool, self.device)
-        return self._masks[key]
 
     def _mesh_of_rows(self) -> Any:
         """The mesh over which `_saved_rows` are spread, if any."""

@@ -174,7 +174,7 @@ class ShardedCollector(RowCollector):
         self._transit: Transit | None = None  # taken when the first gradients go into it: a row may be on its way
         scratch = torch.empty(1, dtype=torch.float64, device=buffer.device)
         share = (0.0, 1.0 / buffer.spread.size)
-        super().__init__(buffer.layout, scratch, scratch, share, None, buffer.backend)
+        super().__init__(buffer.layout, scratch, scratch, share, None, buffer.backend, buffer.early)
 
     def finish(self, indices: list[int], grads: list[Tensor | None]) -> None:
         """Returns while the row is still on its way; `ShardedTaskGradientBuffer.settle` waits."""
