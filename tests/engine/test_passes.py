@@ -9,6 +9,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from dbmtl_kernels.engine import gradients
+from dbmtl_kernels.rows import collect
 from problems import EPS, close, flat_grad, flat_gradients, leaf, make, quadratics, state_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -55,8 +57,17 @@ def test_an_exception_inside_a_task_leaves_everything_as_it_was():
     balancer.balance()
 
 
+@pytest.fixture(params=["after the pass", "one by one"])
+def flushed(request, monkeypatch):
+    """Gradients go to their row after the pass, or each as soon as the next has come."""
+    if request.param == "one by one":
+        monkeypatch.setattr(gradients, "FLUSH_BYTES", 1)
+        monkeypatch.setattr(collect, "FLUSH_BYTES", 1)
+    return request.param
+
+
 @pytest.mark.parametrize("how", ["call", "task"])
-def test_reentrant_checkpoint_decays_what_is_reached_once(how):
+def test_reentrant_checkpoint_decays_what_is_reached_once(how, flushed):
     first, shared, last = (nn.Linear(5, 5).double() for _ in range(3))
     x = torch.randn(4, 5, dtype=torch.float64).requires_grad_()
 
@@ -84,6 +95,23 @@ def test_reentrant_checkpoint_decays_what_is_reached_once(how):
         results.append((flat_grad(params), balancer.norms.numpy()))
     close(results[1][0], results[0][0])
     close(results[1][1], results[0][1])
+
+
+def test_a_pass_that_fails_with_part_of_its_row_written(flushed):
+    """A step counts if any row was written; sums of squares are those of the rows as they are."""
+    parameters = [leaf(4), leaf(3), leaf(2)]  # gradients come from the last to the first
+    balancer = make(*parameters, beta=0.5)
+    balancer(quadratics(*parameters)).backward()
+    before = state_of(balancer).rows.clone()
+    handle = parameters[0].register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        balancer(quadratics(*parameters)).backward()
+    handle.remove()
+    rows, stats = state_of(balancer).rows, state_of(balancer).stats
+    written = not torch.equal(rows, before)
+    assert written == (flushed == "one by one")
+    assert balancer.step == 1 + written
+    close(stats.sumsq.numpy(), rows.square().sum(dim=1).numpy())
 
 
 @pytest.mark.parametrize(("task", "has_grad"), [(0, True), (1, True), (1, False)])
