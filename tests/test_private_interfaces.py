@@ -16,6 +16,13 @@ def tensor_version():
     assert x._version > before
 
 
+def hooks_of_a_parameter():
+    p = torch.zeros(2, requires_grad=True)
+    first, last = (p.register_post_accumulate_grad_hook(lambda _: None) for _ in range(2))
+    assert list(p._post_accumulate_grad_hooks) == [first.id, last.id]
+    assert not torch.zeros(2, requires_grad=True)._post_accumulate_grad_hooks
+
+
 def assert_async():
     torch._assert_async(torch.tensor(True), "message")
 
@@ -82,7 +89,7 @@ def torchjd():
 
 CASES = [
     assert_async, compiled_module, distributed_data_parallel, donated_buffer, dtensor_local, fully_sharded_1,
-    node_names, tensor_version, torchjd, trainer,
+    hooks_of_a_parameter, node_names, tensor_version, torchjd, trainer,
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ..rows import dtensors
 from ..rows.collect import FLUSH_BYTES, RowCollector
@@ -64,7 +65,7 @@ class SharedGradients:
         self._collected_any = False  # since `stash_grads`
         self._distributed = any(dtensors.is_dtensor(p) for p in self._parameters)
         self._collector: RowCollector | SplitCollector | None = None  # of the pass that runs
-        self._unhooked = list(range(len(self._parameters))) if rows.early else []
+        self._handles: list[RemovableHandle | None] = []  # of the hooks, made when first needed
         self._arrived: list[int] = []  # parameters whose gradient the pass has made and the collector has not got yet
         self._bytes = 0  # of those
         self._sizes = [p.nbytes for p in self._parameters]
@@ -78,8 +79,7 @@ class SharedGradients:
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: its parameters are others, and have no hooks yet."""
-        unhooked = list(range(len(self._parameters))) if self._rows.early else []
-        return {**self.__dict__, "_unhooked": unhooked, "_collector": None}
+        return {**self.__dict__, "_handles": [], "_collector": None}
 
     # --- before the passes ------------------------------------------------------------------------------------
 
@@ -94,7 +94,8 @@ class SharedGradients:
             self.forget()
         self._collected_any = False
         for p in self._parameters:
-            p.grad = None
+            if p.grad is not None:
+                p.grad = None
         return Stash(grads, balanced and not dropped, dropped)
 
     def restore_grads(self, grads: list[Tensor | None]) -> None:
@@ -110,10 +111,29 @@ class SharedGradients:
 
     # --- during a pass ----------------------------------------------------------------------------------------
 
+    def hook(self) -> None:
+        """Let gradients be collected while a pass makes them, where rows want that.
+
+        Hooks stay, and are idle between passes. Each is the last of its parameter, so that a user's see the gradient.
+        """
+        if not self._rows.early:
+            return
+        mine, handles = weakref.ref(self), self._handles
+        if not handles:
+            handles += [None] * len(self._parameters)
+            weakref.finalize(self, _remove, handles)
+        for index, p in enumerate(self._parameters):
+            handle, hooks = handles[index], p._post_accumulate_grad_hooks
+            if handle is not None and hooks and next(reversed(hooks)) == handle.id:
+                continue
+            if handle is not None:
+                handle.remove()
+                handles[index] = None
+            if p.requires_grad:  # may have been frozen since
+                handles[index] = p.register_post_accumulate_grad_hook(partial(_on_grad, mine, index))
+
     def collect_into(self, collector: RowCollector | SplitCollector) -> None:
         """The pass that runs from now on is that of this row."""
-        if self._unhooked:
-            self._hook()
         self._collector = collector
         self._arrived, self._bytes = [], 0
 
@@ -127,20 +147,6 @@ class SharedGradients:
     def stop_collecting(self) -> None:
         """No pass runs, whatever became of it: hooks are idle."""
         self._collector = None
-
-    def _hook(self) -> None:
-        """Let gradients be collected while a pass makes them. Hooks stay, and are idle between passes."""
-        mine = weakref.ref(self)
-        handles, frozen = [], []
-        for index in self._unhooked:
-            p = self._parameters[index]
-            if p.requires_grad:
-                handles.append(p.register_post_accumulate_grad_hook(partial(_on_grad, mine, index)))
-            else:
-                frozen.append(index)
-        self._unhooked = frozen
-        if handles:
-            weakref.finalize(self, _remove, handles)
 
     def _flush(self) -> None:
         """What has come so far goes to the row, while it is in cache."""
@@ -289,12 +295,13 @@ def _on_grad(owner: weakref.ref[SharedGradients], index: int, _: Tensor) -> None
     """The hook of parameter ``index``: does nothing while no pass of its owner runs."""
     grads = owner()
     if grads is not None and grads._collector is not None:
-        if grads._bytes >= FLUSH_BYTES:  # without this gradient, which later hooks of its parameter have yet to see
-            grads._flush()
         grads._arrived.append(index)
         grads._bytes += grads._sizes[index]
+        if grads._bytes >= FLUSH_BYTES:
+            grads._flush()
 
 
-def _remove(handles: list[Any]) -> None:
+def _remove(handles: list[RemovableHandle | None]) -> None:
     for handle in handles:
-        handle.remove()
+        if handle is not None:
+            handle.remove()

@@ -78,6 +78,7 @@ class Engine:
         last = len(losses.tasks) - 1
         try:
             before = steps.begin(loss_scale)
+            grads.hook()
             with self.heads.averaging(grads.touched, self._stepped_parameters(), losses.losses):
                 for index, task in enumerate(losses.tasks):
                     collectors.append(rows.collector(task, steps.coefficients(task), steps.loss_scale))
