@@ -13,8 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; a test that 
     torch.set_num_threads(1)
 
 
-# Fixtures that run a script for many seconds. Use --dist loadfile: one worker has all tests of a file.
-SLOW_FIXTURES = {"four", "folder", "ranks", "measured"}
+# Fixtures that run a script, or nvcc, for many seconds. Use --dist loadfile: one worker has all tests of a file.
+SLOW_FIXTURES = {"four", "folder", "ranks", "library"}
 
 
 @pytest.fixture(autouse=True)

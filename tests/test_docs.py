@@ -33,6 +33,7 @@ def test_snippets(page, tmp_path, monkeypatch):
         sys.modules.pop("model", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_ddp.py", "train_fsdp.py", "checkpoint.py"])
 def test_scripts(name, tmp_path):
     _, scripts = snippets_of("docs/training.md")

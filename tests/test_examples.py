@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 DEMO = Path(__file__).parent.parent / "examples" / "multi_mnist.py"
 METHODS = DEMO.with_name("multi_mnist_methods.py")
 
@@ -15,7 +17,6 @@ def demo(*arguments, program=DEMO):
     return subprocess.run([sys.executable, str(program), *map(str, arguments)], capture_output=True, text=True)
 
 
-@pytest.mark.slow
 def test_quick_run_trains_and_draws(tmp_path):
     out = tmp_path / "deep" / "picture.png"
     run = demo("--quick", "--processes", "2", "--out", out)
@@ -45,7 +46,6 @@ def test_help_explains_every_option():
         assert option in run.stdout
 
 
-@pytest.mark.slow
 def test_other_methods_with_and_without_the_log():
     run = demo("--quick", "--processes", "1", program=METHODS)
     assert run.returncode == 0, run.stderr

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 OTHERS = ("lightning", "pytorch_lightning", "transformers", "accelerate", "tensorboard", "torchjd")
 HEAVY = {*OTHERS, "triton", "sympy", "numpy", "scipy", "matplotlib", "setuptools"}
 SCRIPT = """
@@ -29,6 +31,7 @@ def test_importing_is_light():
     assert len(new) - len(others) <= 40
 
 
+@pytest.mark.slow
 def test_the_adapter_of_accelerate_imports_nothing_of_the_others():
     code = f"import dbmtl_kernels.integrations.accelerate, sys; print([x for x in {OTHERS} if x in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # the first compiles every kernel
+
 ARCHITECTURES = (80, 90, 100) if os.environ.get("CI") else (90,)
 # Where an input's addresses or sizes rule out 128-bit accesses.
 SCALAR = ("dense, odd P", "accumulate, unaligned row")
