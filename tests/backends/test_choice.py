@@ -158,18 +158,21 @@ def test_report():
         assert message in report(env=plain)
 
 
-def test_building_without_a_compiler_succeeds_and_says_so(tmp_path):
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])  # "false" is there and cannot compile
+@pytest.mark.parametrize("asked", ["", "DBMTL_BUILD_NATIVE", "DBMTL_CUDA"])
+def test_building_without_a_compiler_fails_only_where_one_was_asked_for(tmp_path, compiler, asked):
     stale = tmp_path / "dbmtl_kernels" / "lib" / native.path.name
     stale.parent.mkdir(parents=True)
     stale.write_text("of an earlier build")
-    for compiler in ("no-such-compiler", "false"):  # "false" cannot compile
-        build = subprocess.run(
-            [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path],
-            cwd=ROOT,
-            env={**os.environ, "CXX": compiler, "CUDACXX": compiler},
-            capture_output=True,
-            text=True,
-        )
-        assert build.returncode == 0, build.stderr
-        assert "NOT built" in build.stdout + build.stderr
-        assert not list(tmp_path.rglob("*.so"))
+    switches = {"DBMTL_BUILD_NATIVE": "", "DBMTL_CUDA": ""} | ({asked: "1"} if asked else {})
+    build = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path],
+        cwd=ROOT,
+        env={**os.environ, **switches, "CXX": compiler, "CUDACXX": compiler},
+        capture_output=True,
+        text=True,
+    )
+    said = build.stdout + build.stderr
+    assert (build.returncode == 0) == (not asked), said
+    assert {"": "NOT built", "DBMTL_BUILD_NATIVE": compiler, "DBMTL_CUDA": "DBMTL_CUDA=1 needs nvcc"}[asked] in said
+    assert not list(tmp_path.rglob("*.so"))
