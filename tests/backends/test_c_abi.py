@@ -75,7 +75,7 @@ class Call:
         nonfinite, steps = self.tensor(0, 0, dtype=torch.bool), self.tensor(0, 0, dtype=torch.int64)
         outs = [c.Out(self.numbers(4).data, F32, start, 4) for start in (0, 4)]
         return c.BalanceRowsArgs(
-            self.rows(), sumsq, norms, weights, nonfinite.data_ptr(), steps.data_ptr(), None, self.numbers(1),
+            self.rows(), sumsq, norms, weights, nonfinite.data_ptr(), steps.data_ptr(), None, self.numbers(1), 1.0,
             (c.Out * c.MAX_OUTS)(*outs), 2, 1, 0, c.Weighting(1e-8, 0.0, 0), self.where,
         )  # fmt: skip
 
@@ -208,4 +208,4 @@ def test_a_library_that_is_not_there_broken_or_of_another_version(tmp_path, monk
     library.path = native.path
     library.forget()
     monkeypatch.setattr(c, "ABI_VERSION", 99)
-    assert "ABI version 5, this package needs 99" in library.missing(CPU)
+    assert "ABI version 6, this package needs 99" in library.missing(CPU)

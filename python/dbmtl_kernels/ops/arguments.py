@@ -228,6 +228,11 @@ def check_balance_rows(step: BalanceRows) -> None:
             check_device(name, tensor, "rows", rows)
     if step.loss_scale is not None:
         _check_loss_scale(step.loss_scale)
+    above = step.propagate_above
+    if isinstance(above, bool) or not isinstance(above, (int, float)):
+        raise TypeError(f"propagate_above must be a number, got {above!r}")
+    if math.isnan(above):
+        raise ValueError(f"propagate_above must not be NaN, got {above}")
     check_eps(step.eps)
     _check_named_scale(step.scale)
     if len(step.outs) != len(step.starts) or not 1 <= len(step.outs) <= len(GRAD_DTYPES):

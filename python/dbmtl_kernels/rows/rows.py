@@ -91,8 +91,9 @@ class TaskGradientBuffer:
         eps: float,
         scale: str | float,
         *,
-        active: Sequence[bool] | None = None,
+        active: Sequence[bool] | Tensor | None = None,
         loss_scale: Tensor | None = None,
+        propagate_above: float = 1.0,
         fresh: bool = True,
         accumulate: bool = False,
         sums: Tensor | None = None,
@@ -103,8 +104,9 @@ class TaskGradientBuffer:
             flats: see `new_flats`; overwritten, or added to if ``accumulate``.
             eps: added to the norms.
             scale: alpha: a name or a number.
-            active: which tasks have a say; None for all.
+            active: which tasks have a say, on the host or as (K,) bool on the device; None for all.
             loss_scale: one number that the balanced gradient shall carry.
+            propagate_above: the loss scale above which a nonfinite task makes the balanced gradient NaN.
             fresh: whether this is the first call of a step.
             accumulate: add to ``flats``.
             sums: (K,) what takes the place of `sums`, where rows go on in another buffer; overwritten.
@@ -114,7 +116,10 @@ class TaskGradientBuffer:
         total = self.sums() if sums is None else sums
         stats = self.stats if total is own else self.stats._replace(sumsq=total)
         outs, starts = self._outs(flats), self.starts
-        mask = None if active is None or all(active) else ops.upload(active, torch.bool, self.device)
+        if active is None or isinstance(active, Tensor):
+            mask = active
+        else:
+            mask = None if all(active) else ops.upload(active, torch.bool, self.device)
         step = ops.BalanceRows(
             self.rows,
             stats,
@@ -122,6 +127,7 @@ class TaskGradientBuffer:
             starts,
             mask,
             loss_scale,
+            propagate_above,
             eps,
             name,
             constant,

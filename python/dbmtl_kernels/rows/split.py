@@ -64,15 +64,17 @@ class SplitTaskGradientBuffer:
         eps: float,
         scale: str | float,
         *,
-        active: Sequence[bool] | None = None,
+        active: Sequence[bool] | Tensor | None = None,
         loss_scale: Tensor | None = None,
+        propagate_above: float = 1.0,
         fresh: bool = True,
         accumulate: bool = False,
     ) -> None:
         total = self.sums()
         for part, own in zip(self.parts, self._flats_of_parts(flats), strict=True):
             part.balance(
-                own, eps, scale, active=active, loss_scale=None if loss_scale is None else loss_scale.to(part.device),
+                own, eps, scale, active=active.to(part.device) if isinstance(active, Tensor) else active,
+                loss_scale=None if loss_scale is None else loss_scale.to(part.device), propagate_above=propagate_above,
                 fresh=fresh, accumulate=accumulate, sums=total.to(part.device, copy=True),
             )  # fmt: skip
 
