@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import ops, reference
 from ..rows.placement import Buffer
 from ..rows.ranks import Ranks
 from ..rows.rows import Flats
@@ -24,10 +24,14 @@ class BalancedGradient:
         weighting: `MaxNorm` is computed by the kernels, without a Gramian and without a sync; any other is called with
             the Gramian of the tasks that have a finite gradient, which takes a sync to know.
         ranks: those whose weights must agree.
+
+    Attributes:
+        propagate_above: the factor above which a nonfinite task makes the balanced gradient NaN.
     """
 
     def __init__(self, rows: Buffer, steps: Steps, weighting: Weighting, ranks: Ranks) -> None:
         self._rows, self._steps, self._weighting, self._ranks = rows, steps, weighting, ranks
+        self.propagate_above = 1.0
 
     def compute(self, flats: Flats, accumulate: bool) -> None:
         """Norms, weights, stats, and the balanced gradient into ``flats``, added to what is there if ``accumulate``."""
@@ -35,7 +39,7 @@ class BalancedGradient:
         if type(weighting) is MaxNorm:  # exactly: a subclass may weigh otherwise
             self._rows.balance(
                 flats, weighting.eps, weighting.scale, active=steps.seen, loss_scale=steps.loss_scale,
-                fresh=steps.fresh, accumulate=accumulate,
+                propagate_above=self.propagate_above, fresh=steps.fresh, accumulate=accumulate,
             )  # fmt: skip
         else:
             self._weigh()
@@ -49,19 +53,23 @@ class BalancedGradient:
         return self._rows.views(flats)
 
     def overflow(self) -> Tensor:
-        """(K,) bool: the tasks whose overflow a GradScaler must see, as NaN in the balanced gradient.
+        """(K,) bool: the tasks whose overflow must be seen, as NaN in the balanced gradient.
 
-        Factors up to 1 are those of accumulation, where nobody looks for it.
+        Those with a gradient in this step, where the factor is above `propagate_above`. By default that is for a
+        GradScaler: factors up to 1 are those of accumulation, where nobody looks for it.
         """
-        nonfinite, scale = self._rows.stats.nonfinite, self._steps.loss_scale
-        return torch.zeros_like(nonfinite) if scale is None else nonfinite & (scale.to(nonfinite.device) > 1)
+        bad, seen = self._rows.stats.nonfinite, self._steps.seen
+        active_bad = bad if all(seen) else bad & ops.upload(seen, torch.bool, bad.device)
+        return active_bad & (self._factor() > self.propagate_above)
+
+    def _factor(self) -> Tensor:
+        """The loss scale, 1 where there is none."""
+        weights, scale = self._rows.stats.weights, self._steps.loss_scale
+        return weights.new_ones(()) if scale is None else scale.to(weights.device, weights.dtype)
 
     def _scaled_weights(self) -> Tensor:
-        """(K,) weights times the loss scale."""
-        weights, scale = self._rows.stats.weights, self._steps.loss_scale
-        if scale is None:
-            return weights
-        return torch.where(self.overflow(), torch.nan, weights * scale.to(weights.device, weights.dtype))
+        """(K,) weights times the factor."""
+        return torch.where(self.overflow(), torch.nan, self._rows.stats.weights * self._factor())
 
     @torch.no_grad()
     def _weigh(self) -> None:
