@@ -156,6 +156,17 @@ def test_what_may_be_null_and_sizes_that_may_be_zero(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("above", "passed_on"), [(4.0, True), (5.0, False), (float("inf"), False), (-1.0, True)])
+def test_a_task_that_is_not_finite_is_passed_on_above_a_factor(above, passed_on, backend):
+    """The loss scale of the call is 5."""
+    call = Call(backend, "balance_rows")
+    call.set("propagate_above", above)
+    assert call() == 0
+    outs = [x for x in call.memory if x.numel() == 4]
+    assert [bool(out.isnan().all()) for out in outs] == [passed_on] * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_entry_points_that_take_no_tensors(backend):
     library = (cuda if backend == "cuda" else native).library()
     assert library.dbmtl_abi_version() == c.ABI_VERSION
