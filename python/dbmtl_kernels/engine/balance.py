@@ -24,25 +24,28 @@ class BalancedGradient:
         weighting: `MaxNorm` is computed by the kernels, without a Gramian and without a sync; any other is called with
             the Gramian of the tasks that have a finite gradient, which takes a sync to know.
         ranks: those whose weights must agree.
-
-    Attributes:
         propagate_above: the factor above which a nonfinite task makes the balanced gradient NaN.
     """
 
-    def __init__(self, rows: Buffer, steps: Steps, weighting: Weighting, ranks: Ranks) -> None:
+    def __init__(
+        self, rows: Buffer, steps: Steps, weighting: Weighting, ranks: Ranks, propagate_above: float = 1.0
+    ) -> None:
         self._rows, self._steps, self._weighting, self._ranks = rows, steps, weighting, ranks
-        self.propagate_above = 1.0
+        self.propagate_above = propagate_above
 
-    def compute(self, flats: Flats, accumulate: bool) -> None:
-        """Norms, weights, stats, and the balanced gradient into ``flats``, added to what is there if ``accumulate``."""
+    def compute(self, flats: Flats, accumulate: bool, sums: Tensor | None = None) -> None:
+        """Norms, weights, stats, and the balanced gradient into ``flats``, added to what is there if ``accumulate``.
+
+        ``sums``: (K,) what `TaskGradientBuffer.sums` gives, where it is known.
+        """
         steps, weighting = self._steps, self._weighting
         if type(weighting) is MaxNorm:  # exactly: a subclass may weigh otherwise
             self._rows.balance(
-                flats, weighting.eps, weighting.scale, active=steps.seen, loss_scale=steps.loss_scale,
-                propagate_above=self.propagate_above, fresh=steps.fresh, accumulate=accumulate,
+                flats, weighting.eps, weighting.scale, active=self._active(), loss_scale=steps.loss_scale,
+                propagate_above=self.propagate_above, fresh=steps.fresh, accumulate=accumulate, sums=sums,
             )  # fmt: skip
         else:
-            self._weigh()
+            self._weigh(sums)
             self._rows.combine(self._scaled_weights(), flats, accumulate)
         steps.fresh = False
 
@@ -58,9 +61,15 @@ class BalancedGradient:
         Those with a gradient in this step, where the factor is above `propagate_above`. By default that is for a
         GradScaler: factors up to 1 are those of accumulation, where nobody looks for it.
         """
-        bad, seen = self._rows.stats.nonfinite, self._steps.seen
-        active_bad = bad if all(seen) else bad & ops.upload(seen, torch.bool, bad.device)
-        return active_bad & (self._factor() > self.propagate_above)
+        bad, active = self._rows.stats.nonfinite, self._active()
+        if not isinstance(active, Tensor):
+            active = ops.upload(active, torch.bool, bad.device)
+        return bad & active & (self._factor() > self.propagate_above)
+
+    def _active(self) -> list[bool] | Tensor:
+        """Which tasks have a say; on the device where only it knows."""
+        active, known = self._steps.active(), self._steps.finite
+        return active if known is None else ops.upload(active, torch.bool, self._rows.device) & known
 
     def _factor(self) -> Tensor:
         """The loss scale, 1 where there is none."""
@@ -72,15 +81,17 @@ class BalancedGradient:
         return torch.where(self.overflow(), torch.nan, self._rows.stats.weights * self._factor())
 
     @torch.no_grad()
-    def _weigh(self) -> None:
+    def _weigh(self, sums: Tensor | None) -> None:
         """Weights by the Gramian, and the stats, as the kernels do for `MaxNorm`."""
         rows, steps = self._rows, self._steps
-        sums = rows.sums()
+        sums = rows.sums() if sums is None else sums
         # The Gramian may be narrower than the sums; what does not fit is not given to a solver.
         largest = 0.999 * torch.finfo(rows.narrow).max
         nonfinite, now = reference.nonfinite(sums, rows.stats.nonfinite, steps.fresh, largest)
         bad = [task for task, is_bad in enumerate(nonfinite.tolist()) if is_bad]
-        used = [task for task, is_seen in enumerate(steps.seen) if is_seen and task not in bad]
+        active = self._active()
+        active = active.tolist() if isinstance(active, Tensor) else active
+        used = [task for task, is_active in enumerate(active) if is_active and task not in bad]
         weights = torch.zeros_like(rows.stats.weights)
         try:
             if used:

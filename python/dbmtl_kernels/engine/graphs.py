@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from heapq import heappop, heappush
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +48,85 @@ def walk(losses: Sequence[Tensor]) -> Reached:
             compiled.add(node)
         pending.extend(previous for previous, _ in reversed(node.next_functions))
     return Reached(list(found.values()), hidden, compiled)
+
+
+class Meeting(NamedTuple):
+    """What `meet` came by.
+
+    Attributes:
+        leaves: leaf tensors that are not shared parameters, each once.
+        common: those of them that two losses or more reach.
+        below: those of ``common`` that are reached through nodes which shared parameters go into: parts of the trunk.
+    """
+
+    leaves: list[Tensor]
+    common: list[Tensor]
+    below: list[Tensor]
+
+
+def meet(losses: Sequence[Tensor], shared: set[int], whole: bool) -> Meeting:
+    """From the losses down to where their graphs meet: that far a node is reached from one loss alone.
+
+    Nodes are visited in the order of their sequence numbers, the latest first, so that a node's users come before it
+    and the walk can stop once only common nodes are left. That takes a few dozen nodes, whatever the trunk's depth.
+
+    Args:
+        losses: scalars with a graph.
+        shared: ids of the shared parameters.
+        whole: go on to the end; otherwise `Meeting.common` and ``below`` are not complete.
+    """
+    trunk = 1 << len(losses)  # the bit of a node below one that a shared parameter goes into
+    masks: dict[Any, int] = {}
+    leaves: dict[int, tuple[Tensor, int]] = {}
+    heap: list[tuple[int, int, Any]] = []
+    private = 0  # nodes in the heap that one loss alone reaches
+
+    def alone(mask: int) -> bool:
+        mask &= trunk - 1
+        return mask & (mask - 1) == 0
+
+    def reach(node: Any, mask: int) -> None:
+        nonlocal private
+        before = masks.get(node)
+        after = mask if before is None else before | mask
+        if after == before:
+            return
+        masks[node] = after
+        if before is None or node in popped:
+            popped.discard(node)
+            heappush(heap, (-node._sequence_nr(), len(masks), node))
+            private += alone(after)
+        else:
+            private += alone(after) - alone(before)
+
+    popped: set[Any] = set()
+    for index, loss in enumerate(losses):
+        if loss.grad_fn is not None:
+            reach(loss.grad_fn, 1 << index)
+        elif loss.requires_grad:
+            leaves[id(loss)] = loss, 1 << index
+    while heap and (whole or private):
+        node = heappop(heap)[2]
+        popped.add(node)
+        mask = masks[node]
+        private -= alone(mask)
+        below = mask
+        inner = []
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            if type(following).__name__ != "AccumulateGrad":
+                inner.append(following)
+            elif id(p := following.variable) in shared:
+                below |= trunk
+            else:
+                leaves[id(p)] = p, mask | leaves.get(id(p), (p, 0))[1]
+        for following in inner:
+            reach(following, below)
+    common = [(p, mask) for p, mask in leaves.values() if not alone(mask)]
+    return Meeting(
+        [p for p, _ in leaves.values()], [p for p, _ in common], [p for p, mask in common if mask & trunk]
+    )
 
 
 def find_shared_parameters(losses: Sequence[Tensor], *, stacklevel: int = 2) -> list[Tensor]:

@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..balancer import DBMTL, GradientBalancer
+from ..balancer import GradientBalancer
+from ..dbmtl import DBMTL
 from ..checkpoint import gathered
 from .wrappers import Shared, balancing, make_balancer
 

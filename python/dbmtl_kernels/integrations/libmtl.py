@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..balancer import DBMTL
+from ..dbmtl import DBMTL
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -69,8 +69,9 @@ class SplitTaskGradientBuffer:
         propagate_above: float = 1.0,
         fresh: bool = True,
         accumulate: bool = False,
+        sums: Tensor | None = None,
     ) -> None:
-        total = self.sums()
+        total = self.sums() if sums is None else sums
         for part, own in zip(self.parts, self._flats_of_parts(flats), strict=True):
             part.balance(
                 own, eps, scale, active=active.to(part.device) if isinstance(active, Tensor) else active,

@@ -1,0 +1,239 @@
+"""Attempt: one go at feeding gradients, that comes to its end as a whole or leaves things as they were."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..rows.placement import Buffer
+from .balance import BalancedGradient
+from .bookkeeping import Steps
+from .gradients import SharedGradients
+from .heads import HeadGradients
+from .losses import TaskLosses
+from .notices import Notices
+
+
+class Parts(NamedTuple):
+    """What a step works on."""
+
+    rows: Buffer
+    steps: Steps
+    balanced: BalancedGradient
+    grads: SharedGradients
+    heads: HeadGradients
+    notices: Notices
+
+
+class Attempt:
+    """What is done between taking every ``.grad`` away and leaving the result there.
+
+    Args:
+        parts: see `Parts`.
+        frozen: gradients get the weights of the last balance; rows stay as they are.
+        ends: with the balanced gradient the step is over; otherwise an optimizer's step will end it.
+    """
+
+    def __init__(self, parts: Parts, frozen: bool, ends: bool) -> None:
+        self.rows, self.steps, self._balanced, self.grads, self.heads, self._notices = parts
+        self.frozen, self._ends = frozen, ends
+        self.touched = list(self.grads.touched)
+        self._before = self.steps.snapshot()
+        self._collectors: dict[int, Any] = {}  # by task; None: spoilt without a pass
+        self._scratch: tuple[Buffer, Any] | None = None
+        self._evaluated = False
+        self._sums: Tensor | None = None
+
+    # --- a pass -----------------------------------------------------------------------------------------------
+
+    def collect(self, task: int, loss_scale: Tensor | None, skip_zeros: bool) -> None:
+        """The pass that comes now is that of this task."""
+        steps = self.steps
+        if self.frozen:
+            self._scratch = self._scratch or (self.rows.of_one_task(), self.rows.new_flats())
+            collector = self._scratch[0].collector(0, (0.0, 1.0), loss_scale)
+        else:
+            collector = self._collectors[task] = self.rows.collector(
+                task, steps.coefficients(task), steps.loss_scale, again=steps.seen[task], skip_zeros=skip_zeros
+            )
+        self.grads.collect_into(collector)
+
+    def collected(self, task: int, loss_scale: Tensor | None) -> None:
+        """The pass is over. One that was zero everywhere does not count."""
+        self.grads.finish_collecting()
+        self.heads.collect(task)
+        if self.frozen:
+            self._weigh(task, loss_scale)
+        elif self._collectors[task].empty is True:
+            self._notices.zero_gradient(task)
+        else:
+            self.steps.seen[task] = True
+
+    def _weigh(self, task: int, loss_scale: Tensor | None) -> None:
+        """Add the gradient with the weight that the task had last; not if it is not finite."""
+        assert self._scratch is not None
+        one, flats = self._scratch
+        weight = self.rows.stats.weights[task : task + 1]
+        weight = weight if loss_scale is None else weight * loss_scale.to(weight.device, weight.dtype)
+        one.combine(torch.where(one.sums().isfinite(), weight, 0.0), flats, self._evaluated)
+        self._evaluated = True
+
+    def spoil(self, task: int) -> None:
+        """The loss of a task is not finite: it sits out the step, and its row begins anew."""
+        if not self.frozen:
+            self._collectors.setdefault(task, None)
+            self.steps.sitting_out.add(task)
+            self.steps.seen[task] = True
+            self.rows.spoil(task)
+
+    # --- the end ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def write(self, losses: TaskLosses, named: Collection[int] | None) -> None:
+        """Norms, weights, the balanced gradient, ``.grad``; ends the step unless an optimizer will.
+
+        Should the weighting raise, ``.grad`` is what others put there and the step ends, as its rows are fed and would
+        count again.
+
+        Args:
+            losses: those of the passes.
+            named: ids of the parameters to write to; None for all.
+        """
+        if self.frozen:
+            out = {task for index, task in enumerate(losses.tasks) if losses.is_finite(index) is False}
+            self.heads.average(self.grads.touched, out)
+            self._take_evaluated()
+        else:
+            out = self._sitting_out(losses.tasks)
+            self._compute(out, named)
+        self._commit(out)
+
+    @torch.no_grad()
+    def write_task(self, task: int, spoilt: bool) -> None:
+        """The gradient of a single task: shared ones wait for a balance, unless frozen."""
+        if self.frozen:
+            out = {task} if spoilt else set()
+            self.heads.average(self.grads.touched, out)
+            self._take_evaluated()
+            self._commit(out)
+            return
+        out = self._sitting_out([task])
+        self.heads.average(self.grads.touched, out)
+        try:
+            self._give_back(task, out)
+        except BaseException:
+            self._give_back(task, out)
+            raise
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """The balanced gradient of the rows as they are."""
+        self._compute((), None)
+        self._commit(())
+
+    def _sitting_out(self, tasks: Sequence[int]) -> set[int]:
+        """Of ``tasks`` those that leave nothing in heads. Where only the device knows, it clears what they left."""
+        steps = self.steps
+        sums = self._sums = self.rows.sums()
+        above, scale = self._balanced.propagate_above, steps.loss_scale
+        if sums.device.type == "cpu":
+            passed_on = (1.0 if scale is None else float(scale)) > above
+            values = sums.tolist()
+            return {t for t in tasks if t in steps.sitting_out or not (passed_on or math.isfinite(values[t]))}
+        keep = sums.isfinite() if scale is None else sums.isfinite() | (scale.to(sums.device) > above)
+        if steps.finite is not None:
+            keep = keep & steps.finite
+        self.heads.clear({task: keep[task] for task in tasks})
+        return steps.sitting_out & set(tasks)
+
+    def _compute(self, out: Collection[int], named: Collection[int] | None) -> None:
+        try:
+            self.heads.average(self.grads.touched, out)
+            self.grads.compute_grads(self._sums, named)
+        except BaseException:
+            self.heads.restore()
+            self.grads.restore_grads()
+            self._end_step()
+            raise
+
+    def _take_evaluated(self) -> None:
+        if self._scratch is None:
+            self.grads.restore_grads()
+        else:
+            self.grads.take_grads(self._scratch[1])
+
+    def _commit(self, out: Collection[int]) -> None:
+        """Leave in ``.grad`` what is due; done even if interrupted."""
+        try:
+            self._put(out)
+        except BaseException:
+            self._put(out)
+            raise
+
+    def _put(self, out: Collection[int]) -> None:
+        self.grads.put_grads()
+        self.heads.put(out)
+        if not self.frozen:
+            self.steps.balanced()
+            if self._ends:
+                self._end_step()
+
+    def _give_back(self, task: int, out: Collection[int]) -> None:
+        self.grads.restore_grads()
+        self.heads.put(out)
+        self.steps.pending.add(task)
+
+    def _end_step(self) -> None:
+        self.steps.end()
+        self.grads.forget()
+
+    # --- or not -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def recover(self) -> None:
+        """Clean up after an exception, also an interrupt: ``.grad``, of heads too, is what it was.
+
+        In one process it is as if the attempt had not been made, but that the rows which it fed are lost: those tasks
+        begin anew, which is said by name. The attempt may be made again, and counts once. If ``.grad`` held a balanced
+        gradient of the open step, that is computed again from the rows.
+
+        Of several ranks the others may not have failed, and would not answer. There the step ends, and rows that were
+        fed stay fed.
+        """
+        steps, grads, rows, stash = self.steps, self.grads, self.rows, self.grads.aside
+        self.heads.restore()
+        if stash is None:  # nothing was done yet, or all of it
+            return
+        fed = [task for task, collector in self._collectors.items() if collector is None or collector.fed]
+        for collector in self._collectors.values():
+            if collector is not None:
+                collector.abandon()
+        if not rows.local:
+            if not fed:
+                steps.undo(self._before)
+            grads.restore_grads()
+            self._end_step()
+            return
+        grads.touched[:] = self.touched
+        steps.undo(self._before)
+        for task in fed:
+            rows.drop(task)
+            steps.seen[task] = False
+            steps.pending.discard(task)
+        if stash.balanced:
+            self.balance()
+        else:
+            grads.restore_grads()
+        if stash.dropped:
+            self._end_step()
+        if fed and steps.started:
+            warnings.warn(
+                f"a backward failed after it had fed the moving average of task(s) {sorted(fed)}: these begin anew",
+                RuntimeWarning,
+                stacklevel=2,
+            )
