@@ -47,7 +47,7 @@ class Steps:
         self._beta, self._sigma = beta, beta_sigma
         self.capturable = device is not None
         self._count: int | Tensor = 0 if device is None else torch.zeros((), dtype=torch.int64, device=device)
-        self._beta_k: float | Tensor = beta  # of the step now open
+        self._coefficients: Coefficients = beta, 1.0 - beta  # of a first gradient in the step now open
         self.open = False
         self.fresh = True
         self.seen = [False] * num_tasks
@@ -96,13 +96,10 @@ class Steps:
             self.end()
         _, self.fresh, self.seen, self.losses, self.loss_scale = before
 
-    def coefficients(self, task: int) -> Coefficients:
-        """How a gradient of ``task`` counts in the open step: decay and gain. Its row is about to change."""
+    def coefficients(self) -> Coefficients:
+        """How the first gradient of a task counts in the open step: decay and gain. A row is about to change."""
         self.changes += 1
-        beta = self._beta_k
-        if isinstance(beta, Tensor):
-            return torch.stack([torch.ones_like(beta) if self.seen[task] else beta, 1.0 - beta])
-        return 1.0 if self.seen[task] else beta, 1.0 - beta
+        return self._coefficients
 
     def balanced(self) -> None:
         """The balanced gradient has been written."""
@@ -125,7 +122,8 @@ class Steps:
 
     def _set_beta_k(self, count: int | Tensor) -> None:
         k = count.to(torch.float64) if isinstance(count, Tensor) else count
-        self._beta_k = self._beta / k**self._sigma
+        beta = self._beta / k**self._sigma
+        self._coefficients = torch.stack([beta, 1.0 - beta]) if isinstance(beta, Tensor) else (beta, 1.0 - beta)
         self._count = count
 
     def refuse_inside(self, what: str) -> None:

@@ -81,7 +81,8 @@ class Engine:
             grads.hook()
             with self.heads.averaging(grads.touched, self._stepped_parameters(), losses.losses):
                 for index, task in enumerate(losses.tasks):
-                    collectors.append(rows.collector(task, steps.coefficients(task), steps.loss_scale))
+                    again = steps.seen[task]
+                    collectors.append(rows.collector(task, steps.coefficients(), steps.loss_scale, again))
                     grads.collect_into(collectors[-1])
                     losses.backward(index, loss_scale, retain_graph or index < last)
                     grads.finish_collecting()
@@ -89,7 +90,7 @@ class Engine:
                     steps.losses[task] = losses.values[index]
                 grads.check_collected(len(losses.tasks) == len(steps.seen))
         except BaseException:
-            self._recover(stash, collectors, before)
+            self._recover(stash, collectors, before, losses.tasks[len(collectors) - 1])
             raise
         finally:
             grads.stop_collecting()
@@ -116,14 +117,14 @@ class Engine:
                 with self.heads.sharing_logs(index, log_transform):
                     yield
                 before = steps.begin(scale)
-                collectors.append(rows.collector(index, steps.coefficients(index), steps.loss_scale))
+                collectors.append(rows.collector(index, steps.coefficients(), steps.loss_scale, steps.seen[index]))
                 grads.collect_into(collectors[0])
                 grads.finish_collecting()
                 steps.seen[index] = True
                 steps.losses.pop(index, None)  # that of an earlier backward is not of this gradient
             steps.pending.add(index)
         except BaseException:
-            self._recover(stash, collectors, before)
+            self._recover(stash, collectors, before, index)
             raise
         else:
             grads.restore_grads(stash.grads)
@@ -167,7 +168,7 @@ class Engine:
             self.end_step()
 
     @torch.no_grad()
-    def _recover(self, stash: Stash, collectors: list[Any], before: Before | None) -> None:
+    def _recover(self, stash: Stash, collectors: list[Any], before: Before | None, task: int) -> None:
         """Clean up after an exception.
 
         - A step that got no gradient does not count; ``.grad`` is what it was.
@@ -177,8 +178,8 @@ class Engine:
 
         Several ranks take the last way: the others may not have failed, and would not answer.
         """
-        if collectors:
-            collectors[-1].abandon()
+        if collectors and collectors[-1].abandon():
+            self.rows.drop(task)
         undone = before is not None and not any(collector.fed for collector in collectors)
         if before is not None and undone:
             self.steps.undo_begin(before)
