@@ -32,7 +32,7 @@ class RowCollector:
         fed: (1,) bool, whether the task was fed in this step; used and updated if ``zeros`` is deferred.
 
     Attributes:
-        fed: whether the row was written to.
+        fed: whether the row was written to (if ``zeros`` is deferred, perhaps with what was there).
         empty: after `finish`, whether nothing was fed because all was zero; None where the host does not know.
     """
 

@@ -67,7 +67,13 @@ class TaskGradientBuffer:
 
     @cached_property
     def rows(self) -> Tensor:
-        """(K, row_numel) in ``layout.state_dtype``, zeros at first; padding is zero. Allocated when first asked for."""
+        """(K, row_numel) in ``layout.state_dtype``, zeros at first; padding is zero. Allocated when first asked for.
+
+        Raises:
+            RuntimeError: that is while a CUDA graph is captured, each replay of which would set them to zero.
+        """
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("the task gradients have no memory yet: run a step before a CUDA graph is captured")
         with torch.inference_mode(False):  # first asked for there, it could not be updated elsewhere
             shape = len(self.stats.sumsq), self._row_numel()
             return ops.allocate(*shape, dtype=self.layout.state_dtype, device=self.device, zero=True)

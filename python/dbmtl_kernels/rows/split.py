@@ -34,6 +34,7 @@ class SplitTaskGradientBuffer:
         self.local = all(part.local for part in self.parts)
         self.parameters = [self.parts[part].parameters[index] for part, index in self.members]
         self.names = [self.parts[part].names[index] for part, index in self.members]
+        self._given = [[i for i, (part, _) in enumerate(self.members) if part == n] for n in range(len(self.parts))]
         self.deferred = any(part.deferred for part in self.parts)
 
     @property
@@ -54,8 +55,8 @@ class SplitTaskGradientBuffer:
 
     def check_unchanged(self) -> None:
         """See `ParameterLayout.check_unchanged`."""
-        for number, part in enumerate(self.parts):
-            part.layout.check_unchanged([index for index, (own, _) in enumerate(self.members) if own == number])
+        for part, given in zip(self.parts, self._given, strict=True):
+            part.layout.check_unchanged(given)
 
     def collector(
         self,
