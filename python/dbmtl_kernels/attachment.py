@@ -79,7 +79,8 @@ class Attachment:
 
 def watch_optimizers(engine: Engine) -> None:
     """Let every optimizer that holds shared parameters, attached or not, be refused while it would not see their
-    gradient: in a backward pass, or when tasks wait for a balance."""
+    gradient: in a backward pass, or when tasks wait for a balance.
+    """
     handle = register_optimizer_step_pre_hook(partial(_check_step, weakref.ref(engine)))
     weakref.finalize(engine, handle.remove)
 
@@ -94,9 +95,8 @@ def _check_step(ref: weakref.ref[Engine], optimizer: Optimizer, *_: Any) -> None
     engine.steps.refuse_inside(f"{name}.step()")
     if engine.busy:
         raise RuntimeError(
-            f"{name}.step() within the backward pass of a single task (an optimizer that steps in backward, in a hook of "
-            "the parameters?): the other tasks' gradients are not known yet. Remove that hook, and step after the "
-            "backward"
+            f"{name}.step() within the backward pass of a single task (in a hook of the parameters?): the other tasks' "
+            "gradients are not known yet. Remove that hook, and step after the backward"
         )
     engine.steps.refuse_unbalanced(f"{name}.step()")
 
@@ -121,7 +121,8 @@ def _after_step(ref: weakref.ref[Engine], optimizer: Optimizer, *_: Any) -> None
 
 class _Closure:
     """A closure, as called within one step of an optimizer. Once it has fed a step, a backward whose predecessor's
-    gradient was thrown away is an evaluation at another point, and not another update."""
+    gradient was thrown away is an evaluation at another point, and not another update.
+    """
 
     def __init__(self, engine: weakref.ref[Engine], closure: Callable[[], Any]) -> None:
         self._engine, self._closure = engine, closure
@@ -166,8 +167,8 @@ def check_held(engine: Engine, optimizers: Sequence[Optimizer]) -> None:
     ]
     if rest:
         warnings.warn(
-            f"no attached optimizer holds {', '.join(rest[:5])}{', ...' if len(rest) > 5 else ''}: attach all optimizers "
-            "that step shared parameters, attach(first, second); balancer.rebind(parameters) if the model has others now",
+            f"no attached optimizer holds {', '.join(rest[:5])}{', ...' if len(rest) > 5 else ''}: attach all that "
+            "step shared parameters, attach(first, second); if the model has others now, balancer.rebind(parameters)",
             UserWarning,
             stacklevel=4,
         )
@@ -176,8 +177,8 @@ def check_held(engine: Engine, optimizers: Sequence[Optimizer]) -> None:
         for other in _ATTACHED.get(optimizer, ()):
             if mine & {id(p) for p in other.rows.parameters}:
                 warnings.warn(
-                    f"another balancer of the same parameters is attached to this {type(optimizer).__name__}: both would "
-                    "write their .grad. Call detach() on the old one",
+                    f"another balancer of the same parameters is attached to this {type(optimizer).__name__}: both "
+                    "would write their .grad. Call detach() on the old one",
                     UserWarning,
                     stacklevel=4,
                 )

@@ -100,7 +100,7 @@ class GradientBalancer:
         check_weighting(weighting, num_tasks, capturable)
         self._recipe = Recipe(
             state_dtype, backend, process_group, capturable, arguments.check_choice("nonfinite", nonfinite, NONFINITE),
-            arguments.check_choice("zero_gradients", zero_gradients, ZERO_GRADIENTS),
+            str(arguments.check_choice("zero_gradients", zero_gradients, ZERO_GRADIENTS)),
         )  # fmt: skip
         self._begin(Shared.of(shared_parameters), num_tasks, weighting)
 
@@ -198,7 +198,7 @@ class GradientBalancer:
         (``zero_grad``) by the next backward. Of several optimizers the first to step ends the step.
 
         Args:
-            optimizers: those that together hold the shared parameters, also such as Lightning or Accelerate has wrapped.
+            optimizers: those that together hold the shared parameters, also wrapped by Lightning or Accelerate.
             closures_update: every call of a closure in ``step(closure)`` is an update; see `no_update`.
 
         Returns:
@@ -299,8 +299,8 @@ class GradientBalancer:
     def rebind(self, shared_parameters: Iterable[Tensor] | nn.Module) -> None:
         """Go on with other parameters: a layer was replaced, added, thawed or resized.
 
-        Those that stay (the same tensors) keep their part of every task's average; new ones begin with zeros. Of several
-        ranks all must call it.
+        Those that stay (the same tensors) keep their part of every task's average; new ones begin with zeros. Of
+        several ranks all must call it.
 
         Args:
             shared_parameters: as for the class.

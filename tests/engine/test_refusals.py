@@ -188,7 +188,7 @@ def test_parameters_changed_since(change, message):
     balancer = dbk.DBMTL(conv.parameters(), 1)
     conv.to(**change)
     x = torch.randn(1, 3, 5, 5, dtype=conv.weight.dtype)
-    with pytest.raises(RuntimeError, match=f"shared parameter 0 was .*{message}.*model.to"):
+    with pytest.raises(RuntimeError, match=f"shared parameter 0 of shape .* was .*{message}.*model.to"):
         balancer([conv(x).square().mean()]).backward()
     assert (state_of(balancer).rows == 0).all()
     assert balancer.step == 0

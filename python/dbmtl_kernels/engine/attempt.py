@@ -59,7 +59,7 @@ class Attempt:
             collector = self._scratch[0].collector(0, (0.0, 1.0), loss_scale)
         else:
             collector = self._collectors[task] = self.rows.collector(
-                task, steps.coefficients(task), steps.loss_scale, again=steps.seen[task], skip_zeros=skip_zeros
+                task, steps.coefficients(), steps.loss_scale, again=steps.seen[task], skip_zeros=skip_zeros
             )
         self.grads.collect_into(collector)
 

@@ -78,8 +78,8 @@ class _Balance(torch.autograd.Function):
 
 def _refuse_create_graph() -> None:
     raise RuntimeError(
-        "create_graph=True is not supported by a balanced loss: norms and weights are not part of any graph. For second "
-        "derivatives use the sum of the losses"
+        "create_graph=True is not supported by a balanced loss: norms and weights are not part of any graph. For "
+        "second derivatives use the sum of the losses"
     )
 
 
@@ -91,7 +91,7 @@ def _nodes(outputs: Sequence[Any]) -> Iterator[Any]:
         node = pending.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            if isinstance(node, _Balance._backward_cls):  # type: ignore[attr-defined]
+            if isinstance(node, _Balance._backward_cls):
                 yield node
             pending.extend(following for following, _ in node.next_functions)
 

@@ -16,7 +16,7 @@ class Before(NamedTuple):
     """The bookkeeping before an attempt to feed gradients, for `Steps.undo`."""
 
     begun: int
-    beta_k: float | Tensor
+    coefficients: Coefficients
     open: bool
     fresh: bool
     seen: list[bool]
@@ -56,7 +56,7 @@ class Steps:
         self._beta, self._sigma = beta, beta_sigma
         self.capturable = device is not None
         self._count: int | Tensor = 0 if device is None else torch.zeros((), dtype=torch.int64, device=device)
-        self._beta_k: float | Tensor = beta  # of the step now open
+        self._coefficients: Coefficients = beta, 1.0 - beta  # of a first gradient in the step now open
         self.open = False
         self.fresh = True
         self.seen = [False] * num_tasks
@@ -92,7 +92,7 @@ class Steps:
     def snapshot(self) -> Before:
         """What `undo` needs."""
         return Before(
-            self._begun, self._beta_k, self.open, self.fresh, list(self.seen), set(self.pending),
+            self._begun, self._coefficients, self.open, self.fresh, list(self.seen), set(self.pending),
             set(self.sitting_out), self.finite, dict(self.losses), self.loss_scale,
         )  # fmt: skip
 
@@ -104,7 +104,7 @@ class Steps:
                 self.loss_scale = loss_scale  # nothing counted so far
             return
         self._advance(1)
-        self._beta_k = self._beta_of(self._count)
+        self._coefficients = self._coefficients_of(self._count)
         self.seen, self.losses, self.sitting_out, self.finite = [False] * len(self.seen), {}, set(), None
         self.loss_scale = loss_scale
         self.open = self.fresh = True
@@ -114,15 +114,14 @@ class Steps:
         if self._begun != before.begun:
             self._advance(-1)
         (
-            self._begun, self._beta_k, self.open, self.fresh, self.seen, self.pending, self.sitting_out,
+            self._begun, self._coefficients, self.open, self.fresh, self.seen, self.pending, self.sitting_out,
             self.finite, self.losses, self.loss_scale,
         ) = before  # fmt: skip
 
     def coefficients(self) -> Coefficients:
         """How the first gradient that a task has in the open step counts: decay and gain. A row is about to change."""
         self.changes += 1
-        beta = self._beta_k
-        return torch.stack([beta, 1.0 - beta]) if isinstance(beta, Tensor) else (beta, 1.0 - beta)
+        return self._coefficients
 
     def note_finite(self, tasks: Sequence[int], values: Sequence[Tensor]) -> None:
         """Losses whose values only a device knows: a task whose loss is not finite sits out."""
@@ -162,8 +161,9 @@ class Steps:
         count = self._count
         self._begun, self._count = self._begun + by, count.add_(by) if isinstance(count, Tensor) else count + by
 
-    def _beta_of(self, count: int | Tensor) -> float | Tensor:
-        return self._beta / (count.to(torch.float64) if isinstance(count, Tensor) else count) ** self._sigma
+    def _coefficients_of(self, count: int | Tensor) -> Coefficients:
+        beta = self._beta / (count.to(torch.float64) if isinstance(count, Tensor) else count) ** self._sigma
+        return torch.stack([beta, 1.0 - beta]) if isinstance(beta, Tensor) else (beta, 1.0 - beta)
 
     def refuse_inside(self, what: str) -> None:
         """Raise RuntimeError if the context of a task is open."""
@@ -213,7 +213,7 @@ class Steps:
         self._count = self._count.fill_(count) if isinstance(self._count, Tensor) else count
         self.open, self.fresh = bool(state["open"]), bool(state["fresh"])
         if self.open:
-            self._beta_k = self._beta_of(self._count)
+            self._coefficients = self._coefficients_of(self._count)
         self.seen = [bool(x) for x in state["seen"]]
         self.pending = {int(x) for x in state["pending"]}
         scale = state["loss_scale"]

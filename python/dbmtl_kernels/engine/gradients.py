@@ -48,7 +48,7 @@ class Due(NamedTuple):
     grads: list[Tensor | None]
     views: list[Tensor]
     wanted: list[bool]
-    added: set[int]
+    added: dict[int, Tensor]
     ours: bool
 
 
@@ -113,7 +113,7 @@ class SharedGradients:
         """
         grads = [p.grad for p in self._parameters]
         record = self.written, self._left
-        subtracted: list[tuple[Tensor, Tensor]] = []
+        subtracted: dict[int, Tensor] = {}
         try:
             rest, balanced, dropped = grads, self.written and not keep, False
             if balanced:
@@ -130,10 +130,8 @@ class SharedGradients:
             self.aside = stash = Stash(rest, balanced and not dropped, dropped)
         except BaseException:
             self.aside, (self.written, self._left) = None, record
-            for grad, part in subtracted:
-                grad.add_(part)
-            for p, grad in zip(self._parameters, grads, strict=True):
-                p.grad = grad
+            for index, (p, grad) in enumerate(zip(self._parameters, grads, strict=True)):
+                p.grad = grad.add_(subtracted[index]) if grad is not None and index in subtracted else grad
             raise
         return stash
 
@@ -156,7 +154,7 @@ class SharedGradients:
         """Watch what becomes of ``.grad`` in the passes, and collect while they run, where rows want that.
 
         Hooks stay, and are idle between passes. Each is the last of its parameter, so that a user's see the gradient,
-        and one that takes it away is found. Where nothing is collected early, only parameters with other hooks have one.
+        and one that takes it away is found. Where nothing is collected early, only parameters with other hooks get one.
         """
         early, mine, handles = self._rows.early, weakref.ref(self), self._handles
         if not handles:
@@ -214,8 +212,8 @@ class SharedGradients:
                 continue
             if grad.layout is not torch.strided:
                 raise TypeError(
-                    f"{self._rows.describe(index)} has a gradient of layout {grad.layout}; only dense ones can be balanced "
-                    "(sparse=False)"
+                    f"{self._rows.describe(index)} has a gradient of layout {grad.layout}; only dense ones can be "
+                    "balanced (sparse=False)"
                 )
             p.grad = None
             self.touched[index] = self.collected[index] = True
@@ -227,8 +225,8 @@ class SharedGradients:
 
     def _refuse_taken(self, index: int) -> None:
         raise RuntimeError(
-            f"the gradient of {self._rows.describe(index)} was taken out of .grad during the backward pass, by a hook (an "
-            "optimizer that steps in backward?): it cannot be balanced. Remove the hook, and step after the backward"
+            f"the gradient of {self._rows.describe(index)} was taken out of .grad during the backward pass, by a hook "
+            "(an optimizer that steps in backward?): it cannot be balanced. Remove the hook, step after the backward"
         )
 
     # --- after the passes -------------------------------------------------------------------------------------
@@ -263,17 +261,17 @@ class SharedGradients:
                 if grads[index] is not view:
                     view.zero_()
         self._balanced.compute(self._flats, bool(ours), sums)
-        self._due = Due(grads, views, wanted, set(), True)
+        self._due = Due(grads, views, wanted, {}, True)
 
     def take_grads(self, flats: Flats) -> None:
         """Let `put_grads` add ``flats``, which are then the caller's."""
         assert self.aside is not None
         wanted = [p.requires_grad for p in self._parameters]
-        self._due = Due(self.aside.grads, self._rows.views(flats), wanted, set(), False)
+        self._due = Due(self.aside.grads, self._rows.views(flats), wanted, {}, False)
 
     @torch.no_grad()
     def put_grads(self) -> None:
-        """Leave in every ``.grad`` what is due. May be called again where it was interrupted: nothing is added twice."""
+        """Leave in every ``.grad`` what is due. Called again after an interrupt it adds nothing twice."""
         due = self._due
         if due is None:
             return
@@ -288,7 +286,7 @@ class SharedGradients:
             elif index in due.added:
                 new = grad
             else:
-                _, new = due.added.add(index), grad.add_(view)
+                new = due.added[index] = grad.add_(view)
             p.grad = new
             if due.ours:
                 left[index], versions[index], only_ours[index] = new, new._version, grad is None
@@ -336,9 +334,7 @@ class SharedGradients:
         overflowed = bool(self._balanced.overflow().any())
         return not bool((some & (bad if overflowed else torch.ones_like(bad))).any())
 
-    def _without_balanced(
-        self, grads: list[Tensor | None], subtracted: list[tuple[Tensor, Tensor]]
-    ) -> list[Tensor | None]:
+    def _without_balanced(self, grads: list[Tensor | None], subtracted: dict[int, Tensor]) -> list[Tensor | None]:
         """What is in ``.grad`` besides the balanced gradient last written; what is subtracted in place is told."""
         rest = list(grads)
         mixed = []
@@ -347,8 +343,8 @@ class SharedGradients:
                 continue
             if grad is not left:
                 raise RuntimeError(
-                    f"the .grad of {self._rows.describe(index)} was replaced within a step, and may hold the balanced gradient "
-                    "or not: change it in place, or set all gradients to None (zero_grad) to begin the step anew"
+                    f"the .grad of {self._rows.describe(index)} was replaced within a step, and may hold the balanced "
+                    "gradient or not: change it in place, or set all to None (zero_grad) to begin the step anew"
                 )
             rest[index] = None
             if not (self._only_ours[index] and left._version == self._versions[index]):
@@ -358,7 +354,7 @@ class SharedGradients:
             for index in mixed:
                 grad = grads[index]
                 assert grad is not None
-                _, rest[index] = subtracted.append((grad, before[index])), grad.sub_(before[index])
+                rest[index], subtracted[index] = grad.sub_(before[index]), before[index]
         return rest
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from heapq import heappop, heappush
 from collections.abc import Iterable, Sequence
+from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -124,9 +124,7 @@ def meet(losses: Sequence[Tensor], shared: set[int], whole: bool) -> Meeting:
         for following in inner:
             reach(following, below)
     common = [(p, mask) for p, mask in leaves.values() if not alone(mask)]
-    return Meeting(
-        [p for p, _ in leaves.values()], [p for p, _ in common], [p for p, mask in common if mask & trunk]
-    )
+    return Meeting([p for p, _ in leaves.values()], [p for p, _ in common], [p for p, mask in common if mask & trunk])
 
 
 def find_shared_parameters(losses: Sequence[Tensor], *, stacklevel: int = 2) -> list[Tensor]:

@@ -283,4 +283,3 @@ class HeadGradients:
                 weakref.ref(module) for module in modules if any(id(p) in self._shared for p in module.parameters())
             ]
         return [module for ref in self._wrappers if (module := ref()) is not None]
-

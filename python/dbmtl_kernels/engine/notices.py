@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..rows.placement import Buffer
 from .graphs import Meeting
@@ -36,8 +36,8 @@ class Notices:
         self.once(
             "zero",
             f"the gradient of task {task} is exactly zero over all shared parameters: the task counts as absent from "
-            "the step. Give None for a task without labels. zero_gradients='count' follows the letter of the algorithm, "
-            "which takes its old direction at full length",
+            "the step. Give None for a task without labels. zero_gradients='count' follows the letter of the "
+            "algorithm, which takes its old direction at full length",
         )
 
     def no_gradient(self, all_tasks: bool, before: Sequence[bool], now: Sequence[bool]) -> None:
@@ -64,8 +64,8 @@ class Notices:
             if lost:
                 self.once(
                     "lost",
-                    f"{', '.join(lost)} had a gradient in an earlier step and none from any task in this one. If another "
-                    f"took its place in the model, that one is not balanced: {REBIND}",
+                    f"{', '.join(lost)} had a gradient in an earlier step and none from any task in this one. If "
+                    f"another took its place in the model, that one is not balanced: {REBIND}",
                 )
 
     def _none(self) -> None:

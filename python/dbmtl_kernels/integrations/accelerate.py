@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..balancer import GradientBalancer
-from ..dbmtl import DBMTL
 from ..checkpoint import gathered
+from ..dbmtl import DBMTL
 from .wrappers import Shared, balancing, make_balancer
 
 __all__ = ["SavedBalancer", "balancing", "prepare_balancer"]

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ..balancer import GradientBalancer
-from ..dbmtl import DBMTL
 from ..checkpoint import gathered
+from ..dbmtl import DBMTL
 from .wrappers import Shared, balancing, make_balancer
 
 if TYPE_CHECKING:
@@ -187,8 +187,9 @@ class GradientBalancing(Callback):
         self._frozen = []
         self._waiting = None
         self._fitting = False
-        if self.balancer is not None and getattr(pl_module, "balancer", None) is self.balancer:
-            self.balancer.detach(discard=True)
+        balancer = self.balancer
+        if balancer is not None and getattr(pl_module, "balancer", None) is balancer:
+            balancer.detach(discard=True)
             del pl_module.balancer
             if self._had:
                 pl_module.balancer = None  # type: ignore[assignment]

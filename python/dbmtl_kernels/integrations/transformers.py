@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..balancer import GradientBalancer
-from ..dbmtl import DBMTL
 from ..checkpoint import gathered
+from ..dbmtl import DBMTL
 from ..functional import sum_of_losses
 from .wrappers import Shared, balancing, make_balancer
 
