@@ -214,14 +214,17 @@ def test_a_weighted_sum_of_gradients_that_leaves_the_rows(kind, early, state):
     for view, total, p in zip(buffer.views(flats), expected, params, strict=True):
         assert view.dtype == p.dtype
         torch.testing.assert_close(
-            view.double(), total, rtol=2**-6 if torch.bfloat16 in (p.dtype, state) else 1e-6, atol=1e-7
+            view.double(),
+            total,
+            rtol=2**-7 if p.dtype == torch.bfloat16 else 1e-6,
+            atol=0.02 if state == torch.bfloat16 else 1e-7,
         )
     assert same_bits(bits(buffer), before)
     assert same_bits(stats_of(buffer), stats)
 
 
 def test_room_for_one_task_allocates_no_rows():
-    linear = nn.Linear(4, 4).double()
+    linear = nn.Linear(4, 4)
     buffer = make_buffer("plain", list(linear.parameters()))
     one, flats = buffer.of_one_task(), buffer.new_flats()
     grads = [torch.randn_like(p) for p in linear.parameters()]

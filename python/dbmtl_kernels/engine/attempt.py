@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..rows.placement import Buffer
 from .balance import BalancedGradient
-from .bookkeeping import Steps
+from .bookkeeping import Steps, is_zero
 from .gradients import SharedGradients
 from .heads import HeadGradients
 from .losses import TaskLosses
@@ -59,7 +59,11 @@ class Attempt:
             collector = self._scratch[0].collector(0, (0.0, 1.0), loss_scale)
         else:
             collector = self._collectors[task] = self.rows.collector(
-                task, steps.coefficients(), steps.loss_scale, again=steps.seen[task], skip_zeros=skip_zeros
+                task,
+                steps.coefficients(),
+                steps.loss_scale,
+                again=steps.seen[task],
+                skip_zeros=skip_zeros and (loss_scale is None or not is_zero(loss_scale)),
             )
         self.grads.collect_into(collector)
 
@@ -105,7 +109,7 @@ class Attempt:
             named: ids of the parameters to write to; None for all.
         """
         if self.frozen:
-            out = {task for index, task in enumerate(losses.tasks) if losses.is_finite(index) is False}
+            out = {task for task, finite in zip(losses.tasks, losses.finite(), strict=True) if finite is False}
             self.heads.average(self.grads.touched, out)
             self._take_evaluated()
         else:
@@ -143,6 +147,8 @@ class Attempt:
         above, scale = self._balanced.propagate_above, steps.loss_scale
         if sums.device.type == "cpu":
             passed_on = (1.0 if scale is None else float(scale)) > above
+            if not steps.sitting_out and (passed_on or bool(sums.isfinite().all())):
+                return set()
             values = sums.tolist()
             return {t for t in tasks if t in steps.sitting_out or not (passed_on or math.isfinite(values[t]))}
         keep = sums.isfinite() if scale is None else sums.isfinite() | (scale.to(sums.device) > above)

@@ -80,7 +80,7 @@ class SharedGradients:
 
     def __init__(self, rows: Buffer, balanced: BalancedGradient, ranks: Ranks, notices: Notices) -> None:
         self._rows, self._balanced, self._ranks, self._notices = rows, balanced, ranks, notices
-        self._parameters = rows.parameters
+        self._parameters, self._early = rows.parameters, rows.early
         self.aside: Stash | None = None
         self.touched = [False] * len(self._parameters)
         self.collected = [False] * len(self._parameters)
@@ -156,7 +156,7 @@ class SharedGradients:
         Hooks stay, and are idle between passes. Each is the last of its parameter, so that a user's see the gradient,
         and one that takes it away is found. Where nothing is collected early, only parameters with other hooks get one.
         """
-        early, mine, handles = self._rows.early, weakref.ref(self), self._handles
+        early, mine, handles = self._early, weakref.ref(self), self._handles
         if not handles:
             handles += [None] * len(self._parameters)
             weakref.finalize(self, _remove, handles)
@@ -187,16 +187,6 @@ class SharedGradients:
     def stop_collecting(self) -> None:
         """No pass runs, whatever became of it: hooks are idle."""
         self._collector = None
-
-    def _on_grad(self, index: int, p: Tensor) -> None:
-        if p.grad is None:
-            self._refuse_taken(index)
-        if self._collector is None or not self._rows.early:
-            return
-        self._arrived.append(index)
-        self._bytes += self._sizes[index]
-        if self._bytes >= FLUSH_BYTES:  # what has come so far goes to the row, while it is in cache
-            self._collector.add(*self._take())
 
     def _take(self, rest: Iterable[int] = ()) -> tuple[list[int], list[Tensor | None]]:
         """The gradients that have arrived, and those of ``rest`` that are there; no longer in ``.grad``, each once."""
@@ -361,8 +351,16 @@ class SharedGradients:
 def _on_grad(owner: weakref.ref[SharedGradients], index: int, p: Tensor) -> None:
     """The hook of parameter ``index``: does nothing while no pass of its owner runs."""
     grads = owner()
-    if grads is not None and grads.aside is not None:
-        grads._on_grad(index, p)
+    if grads is None or grads.aside is None:
+        return
+    if grads._collector is None or not grads._early:
+        if p.grad is None:
+            grads._refuse_taken(index)
+    else:
+        grads._arrived.append(index)
+        grads._bytes += grads._sizes[index]
+        if grads._bytes >= FLUSH_BYTES:  # what has come so far goes to the row, while it is in cache
+            grads._collector.add(*grads._take())
 
 
 def _remove(handles: list[RemovableHandle | None]) -> None:

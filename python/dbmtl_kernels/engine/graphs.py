@@ -75,56 +75,52 @@ def meet(losses: Sequence[Tensor], shared: set[int], whole: bool) -> Meeting:
         shared: ids of the shared parameters.
         whole: go on to the end; otherwise `Meeting.common` and ``below`` are not complete.
     """
-    trunk = 1 << len(losses)  # the bit of a node below one that a shared parameter goes into
-    masks: dict[Any, int] = {}
+    below = 1 << len(losses)  # the bit of what lies below a node that a shared parameter goes into
+    tasks, alone = below - 1, {1 << index for index in range(len(losses))}
+    masks: dict[Any, int] = {}  # by node: which losses reach it
     leaves: dict[int, tuple[Tensor, int]] = {}
     heap: list[tuple[int, int, Any]] = []
     private = 0  # nodes in the heap that one loss alone reaches
-
-    def alone(mask: int) -> bool:
-        mask &= trunk - 1
-        return mask & (mask - 1) == 0
-
-    def reach(node: Any, mask: int) -> None:
-        nonlocal private
-        before = masks.get(node)
-        after = mask if before is None else before | mask
-        if after == before:
-            return
-        masks[node] = after
-        if before is None or node in popped:
-            popped.discard(node)
-            heappush(heap, (-node._sequence_nr(), len(masks), node))
-            private += alone(after)
-        else:
-            private += alone(after) - alone(before)
-
-    popped: set[Any] = set()
+    fresh: list[tuple[Any, int]] = []
     for index, loss in enumerate(losses):
         if loss.grad_fn is not None:
-            reach(loss.grad_fn, 1 << index)
+            fresh.append((loss.grad_fn, 1 << index))
         elif loss.requires_grad:
             leaves[id(loss)] = loss, 1 << index
-    while heap and (whole or private):
+    while fresh or (heap and (whole or private)):
+        if fresh:
+            following, mask = fresh.pop()
+            before = masks.get(following, 0)
+            masks[following] = after = before | mask
+            if before == 0:
+                heappush(heap, (-following._sequence_nr(), len(masks), following))
+            else:
+                private -= (before & tasks) in alone
+            private += (after & tasks) in alone
+            continue
         node = heappop(heap)[2]
-        popped.add(node)
         mask = masks[node]
-        private -= alone(mask)
-        below = mask
-        inner = []
+        private -= (mask & tasks) in alone
+        inner, uses = [], 0
         for following, _ in node.next_functions:
             if following is None:
                 continue
             if type(following).__name__ != "AccumulateGrad":
                 inner.append(following)
             elif id(p := following.variable) in shared:
-                below |= trunk
+                uses = below
             else:
                 leaves[id(p)] = p, mask | leaves.get(id(p), (p, 0))[1]
         for following in inner:
-            reach(following, below)
-    common = [(p, mask) for p, mask in leaves.values() if not alone(mask)]
-    return Meeting([p for p, _ in leaves.values()], [p for p, _ in common], [p for p, mask in common if mask & trunk])
+            fresh.append((following, mask | uses))
+    found = Meeting([], [], [])
+    for p, mask in leaves.values():
+        found.leaves.append(p)
+        if mask & tasks not in alone:
+            found.common.append(p)
+            if mask & below:
+                found.below.append(p)
+    return found
 
 
 def find_shared_parameters(losses: Sequence[Tensor], *, stacklevel: int = 2) -> list[Tensor]:

@@ -26,7 +26,7 @@ class Head(NamedTuple):
 
     parameter: Tensor
     before: Tensor | None
-    found: str
+    found: tuple[str, int]
     parts: list[tuple[int, Tensor]]  # task and gradient, in the order of the passes
 
 
@@ -70,7 +70,7 @@ class HeadGradients:
                     "(dbmtl_kernels.integrations does so for Lightning, Accelerate and the Hugging Face Trainer)"
                 )
 
-    def begin(self, stepped: Iterable[Tensor], losses: Sequence[Tensor], whole: bool) -> Meeting | None:
+    def begin(self, stepped: Sequence[Tensor], losses: Sequence[Tensor], whole: bool) -> Meeting | None:
         """Set the ``.grad`` of all heads aside.
 
         Args:
@@ -85,15 +85,16 @@ class HeadGradients:
             RuntimeError: with several ranks, a head is hidden in a re-entrant checkpoint.
         """
         self._heads = {}
-        others = list(stepped)
         wrapped = []
         if self._ranks.size > 1:
             wrapped = [p for wrapper in self._live_wrappers() for p in wrapper.parameters()]
-        self._known = bool(wrapped or others)
-        self._watch(wrapped, "wrapper")
-        self._watch(others, "optimizer")
-        found = None if wrapped else self.search(losses, whole)
-        self._watch([p for ref in self._common if (p := ref()) is not None], "graph")
+            self._watch(wrapped, "wrapper")
+        if stepped:
+            self._watch(stepped, "optimizer")
+        self._known = bool(wrapped or stepped)
+        found = self.search(losses, whole) if losses and not wrapped else None
+        if self._common:
+            self._watch([p for ref in self._common if (p := ref()) is not None], "graph")
         return found
 
     def search(self, losses: Sequence[Tensor], whole: bool = True) -> Meeting | None:
@@ -109,8 +110,6 @@ class HeadGradients:
                     )
                 leaves = [] if reached.hidden else reached.leaves
                 self._watch([p for p in leaves if isinstance(p, nn.Parameter)], f"loss {index}")
-            return None
-        if not losses:
             return None
         found = meet(losses, self._shared, whole)
         self._watch(found.leaves, "graph")
@@ -172,11 +171,14 @@ class HeadGradients:
             )
 
     def _watch(self, parameters: Iterable[Tensor], where: str) -> None:
-        heads = [p for p in parameters if id(p) not in self._shared]
-        for index, p in enumerate(heads):
-            if id(p) not in self._heads:
-                self._heads[id(p)] = Head(p, p.grad, f"{where}, {index}", [])
+        shared, heads, index = self._shared, self._heads, 0
+        for p in parameters:
+            if id(p) in shared:
+                continue
+            if id(p) not in heads:
+                heads[id(p)] = Head(p, p.grad, (where, index), [])
                 p.grad = None
+            index += 1
 
     @property
     def found(self) -> bool:

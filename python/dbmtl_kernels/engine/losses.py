@@ -103,10 +103,9 @@ class TaskLosses:
             terms.append(term.to(device))
         return torch.stack(terms).sum()
 
-    def is_finite(self, index: int) -> bool | None:
-        """Whether a loss is finite; None off a CPU, where it would take a sync to know."""
-        value = self.values[index]
-        return math.isfinite(float(value)) if value.device.type == "cpu" else None
+    def finite(self) -> list[bool | None]:
+        """Whether each loss is finite; None off a CPU, where it would take a sync to know."""
+        return [math.isfinite(float(x)) if x.device.type == "cpu" else None for x in self.values]
 
     def backward(
         self, index: int, loss_scale: Tensor | None, retain_graph: bool, inputs: Sequence[Tensor] | None = None

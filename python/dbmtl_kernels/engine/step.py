@@ -132,8 +132,10 @@ class Engine:
         leaves = None if inputs is None else list({id(p): p for p in (*self.rows.parameters, *inputs)}.values())
         grads.hook()
         self._find_heads(losses, look_around=not attempt.frozen)
-        finite = [losses.is_finite(index) for index in range(len(losses.tasks))]
-        last = max((index for index, runs in enumerate(finite) if runs is not False), default=-1)
+        finite = losses.finite()
+        last = len(finite) - 1
+        while last >= 0 and finite[last] is False:
+            last -= 1
         for index, task in enumerate(losses.tasks):
             if not attempt.frozen:
                 steps.losses[task] = losses.values[index]
@@ -282,12 +284,13 @@ class Engine:
     @property
     def attached(self) -> list[torch.optim.Optimizer]:
         """The optimizers whose step ends a step here."""
-        return [optimizer for ref in self.optimizers if (optimizer := ref()) is not None]
+        return [optimizer for ref in self.optimizers if (optimizer := ref()) is not None] if self.optimizers else []
 
     @property
     def stepped(self) -> list[Tensor]:
         """The parameters that attached optimizers hold."""
-        return [p for optimizer in self.attached for group in optimizer.param_groups for p in group["params"]]
+        attached = self.attached
+        return [p for optimizer in attached for group in optimizer.param_groups for p in group["params"]]
 
     @property
     def busy(self) -> bool:

@@ -123,7 +123,11 @@ class TaskGradientBuffer:
                 as they are. (A split buffer gives what its parts share.)
         """
         sumsq = self.stats.sumsq[task : task + 1]
-        zeros = Zeros([self.spread], self.device, self.deferred) if skip_zeros is True else skip_zeros or None
+        zeros = (
+            Zeros([self.spread] if self.spread.size > 1 else [], self.device, self.deferred)
+            if skip_zeros is True
+            else skip_zeros or None
+        )
         return RowCollector(
             self.layout, self.rows[task], sumsq, coefficients, loss_scale, self.backend, self.early, again, zeros,
             None if zeros is None else self.fed[task : task + 1],

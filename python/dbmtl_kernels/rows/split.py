@@ -71,7 +71,7 @@ class SplitTaskGradientBuffer:
         skip_zeros: bool = False,
     ) -> SplitCollector:
         collectors = []
-        spread = [part.spread for part in self.parts]
+        spread = [part.spread for part in self.parts if part.spread.size > 1]
         zeros = Zeros(spread, self.device, self.deferred) if skip_zeros else None
         for part in self.parts:
             own = coefficients.to(part.device) if isinstance(coefficients, Tensor) else coefficients

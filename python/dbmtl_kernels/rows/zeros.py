@@ -30,14 +30,14 @@ class Zeros:
 
     def __init__(self, ranks: Sequence[Ranks], device: torch.device, deferred: bool) -> None:
         self.deferred = deferred
-        self._ranks = [each for each in ranks if each.size > 1]
+        self._ranks = ranks
         self._device = device
         self._found = deferred
         self._answer: bool | Tensor | None = None
 
     def look(self, grads: Iterable[Tensor | None]) -> bool:
         """Whether any gradient so far was not zero; always True if deferred."""
-        self._found = self._found or any(map(_is_nonzero, grads))
+        self._found = self._found or _any_nonzero(grads)
         return self._found
 
     def decide(self, grads: Sequence[Tensor | None]) -> bool | Tensor:
@@ -46,7 +46,10 @@ class Zeros:
         A collective with several ranks. Asked again it gives the same answer, whatever ``grads`` are.
         """
         if self._answer is None:
-            self._answer = any_nonzero(grads, self._device) if self.deferred else self.look(grads)
+            if self.deferred:
+                self._answer = any_nonzero(grads, self._device)
+            else:
+                self._answer = self._found or _any_nonzero(grads)
             if self._ranks:
                 flag = torch.ones(1, device=self._device) * self._answer
                 for ranks in self._ranks:
@@ -95,9 +98,12 @@ def deferred_coefficients(
     return torch.cat([decay.masked_fill(done, 1.0), gain.masked_fill(empty, 0.0)])
 
 
-def _is_nonzero(grad: Tensor | None) -> bool:
-    if grad is None:
-        return False
-    if grad.is_contiguous() and bool(grad.view(-1)[:PREFIX].any()):
-        return True
-    return bool(grad.any())
+def _any_nonzero(grads: Iterable[Tensor | None]) -> bool:
+    """On the host; of most gradients a prefix tells."""
+    for grad in grads:
+        if grad is not None:
+            if grad.is_contiguous() and bool(grad.view(-1)[:PREFIX].any()):
+                return True
+            if bool(grad.any()):
+                return True
+    return False
