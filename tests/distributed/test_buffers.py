@@ -58,8 +58,8 @@ def test_replicas_left_alone_and_back(two):
 
 
 @each_kind
-def test_rows_are_spoiled_and_dropped(two, kind):
-    assert two[f"spoiled, {kind}"] == [[True] * 4] * 2
+def test_rows_sit_out_and_are_dropped(two, kind):
+    assert two[f"sits out, {kind}"] == [[True] * 4] * 2
 
 
 @each_kind

@@ -1,4 +1,4 @@
-"""Rows: allocated when needed, taken over by other buffers, spoiled and dropped; gradients that go into none."""
+"""Rows: allocated when needed, taken over by other buffers, of tasks that sit out, dropped; gradients that go into none."""
 
 import copy
 
@@ -36,7 +36,7 @@ def test_a_buffer_costs_nothing_before_it_is_fed(kind):
         each.signature()
         each.settle()
         each.reindex_tasks([1, None, 0])
-        each.spoil(0)
+        each.sit_out(0, counted=True)
         each.drop(0)
         assert each.sums().tolist() == [0.0] * 3
         new = make_buffer("split", each.parameters[1:], 3)
@@ -154,17 +154,18 @@ def test_a_parameter_that_was_resized_begins_anew_and_memory_order_may_change():
     assert all(torch.equal(ours[i], row[i]) for i in (0, 2, 3))
 
 
-# --- spoiled and dropped ----------------------------------------------------------------------------------------
+# --- sitting out, and dropped -----------------------------------------------------------------------------------
 
 
 @each_kind
-def test_a_spoiled_row_counts_as_nonfinite(kind):
+def test_a_task_that_sits_out_begins_anew_and_is_counted(kind):
     params = parameters()
     buffer, other = make_buffer(kind, params), make_buffer(kind, params)
     for each in (buffer, other):
         feed(each, 1, gradients(params, 1))
     feed(buffer, 0, gradients(params))
-    buffer.spoil(0)
+    buffer.sit_out(0, counted=False)
+    buffer.sit_out(0, counted=True)
     assert all(torch.equal(a, b) for a, b in zip(balance(buffer), balance(other), strict=True))
     assert buffer.stats.nonfinite_steps.tolist() == [1, 0]
     assert same_bits(bits(buffer), bits(other))

@@ -44,7 +44,8 @@ class Attempt:
         self.frozen, self._ends = frozen, ends
         self.touched = list(self.grads.touched)
         self._before = self.steps.snapshot()
-        self._collectors: dict[int, Any] = {}  # by task; None: spoilt without a pass
+        self._collectors: dict[int, Any] = {}  # by task
+        self._spoilt: list[int] = []
         self._scratch: tuple[Buffer, Any] | None = None
         self._evaluated = False
         self._sums: Tensor | None = None
@@ -88,12 +89,9 @@ class Attempt:
         self._evaluated = True
 
     def spoil(self, task: int) -> None:
-        """The loss of a task is not finite: it sits out the step, and its row begins anew."""
+        """The loss of a task is not finite: it sits out the step, and its row will begin anew."""
         if not self.frozen:
-            self._collectors.setdefault(task, None)
-            self.steps.sitting_out.add(task)
-            self.steps.seen[task] = True
-            self.rows.spoil(task)
+            self._spoilt.append(task)
 
     # --- the end ----------------------------------------------------------------------------------------------
 
@@ -143,19 +141,24 @@ class Attempt:
     def _sitting_out(self, tasks: Sequence[int]) -> set[int]:
         """Of ``tasks`` those that leave nothing in heads. Where only the device knows, it clears what they left."""
         steps = self.steps
+        for task in self._spoilt:
+            found = task in steps.sitting_out or (not steps.fresh and bool(self.rows.stats.nonfinite[task]))
+            self.rows.sit_out(task, found)
+            steps.sitting_out.add(task)
+            steps.seen[task] = True
         sums = self._sums = self.rows.sums()
         above, scale = self._balanced.propagate_above, steps.loss_scale
         if sums.device.type == "cpu":
             passed_on = (1.0 if scale is None else float(scale)) > above
-            if not steps.sitting_out and (passed_on or bool(sums.isfinite().all())):
-                return set()
-            values = sums.tolist()
-            return {t for t in tasks if t in steps.sitting_out or not (passed_on or math.isfinite(values[t]))}
+            out = set(self._spoilt)
+            if not passed_on and not bool(sums.isfinite().all()):
+                out |= {task for task in tasks if not math.isfinite(float(sums[task]))}
+            return out
         keep = sums.isfinite() if scale is None else sums.isfinite() | (scale.to(sums.device) > above)
         if steps.finite is not None:
             keep = keep & steps.finite
         self.heads.clear({task: keep[task] for task in tasks})
-        return steps.sitting_out & set(tasks)
+        return set(self._spoilt)
 
     def _compute(self, out: Collection[int], named: Collection[int] | None) -> None:
         try:
@@ -215,11 +218,11 @@ class Attempt:
         self.heads.restore()
         if stash is None:  # nothing was done yet, or all of it
             return
-        fed = [task for task, collector in self._collectors.items() if collector is None or collector.fed]
-        for collector in self._collectors.values():
-            if collector is not None:
-                collector.abandon()
+        fed = [task for task, collector in self._collectors.items() if collector.fed]
+        half = [task for task, collector in self._collectors.items() if collector.abandon()]
         if not rows.local:
+            for task in half:
+                rows.drop(task)
             if not fed:
                 steps.undo(self._before)
             grads.restore_grads()

@@ -187,9 +187,9 @@ class GradientBalancing(Callback):
         self._frozen = []
         self._waiting = None
         self._fitting = False
-        balancer = self.balancer
-        if balancer is not None and getattr(pl_module, "balancer", None) is balancer:
-            balancer.detach(discard=True)
-            del pl_module.balancer
-            if self._had:
-                pl_module.balancer = None  # type: ignore[assignment]
+        if self.balancer is None or getattr(pl_module, "balancer", None) is not self.balancer:
+            return
+        self.balancer.detach(discard=True)
+        del pl_module.balancer
+        if self._had:
+            pl_module.balancer = None  # type: ignore[assignment]

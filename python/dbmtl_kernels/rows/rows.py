@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -140,10 +139,15 @@ class TaskGradientBuffer:
     def settle(self) -> None:
         """Finish updates that are still under way."""
 
-    def spoil(self, task: int) -> None:
-        """Let the next `balance` find the task nonfinite, clear its row and count it."""
-        self.settle()
-        self.stats.sumsq[task] = math.nan
+    def sit_out(self, task: int, counted: bool) -> None:
+        """A task whose loss is not finite, so that its pass was not run: its row begins anew.
+
+        Args:
+            task: which.
+            counted: whether this step is in its ``nonfinite_steps`` already.
+        """
+        self.drop(task)
+        self.stats.nonfinite_steps[task] += not counted
 
     def drop(self, task: int) -> None:
         """Set the row to zero. One that is on its way does not arrive; nobody waits for it."""

@@ -87,9 +87,9 @@ class SplitTaskGradientBuffer:
         for part in self.parts:
             part.settle()
 
-    def spoil(self, task: int) -> None:
+    def sit_out(self, task: int, counted: bool) -> None:
         for part in self.parts:
-            part.spoil(task)
+            part.sit_out(task, counted)
 
     def drop(self, task: int) -> None:
         for part in self.parts:
