@@ -256,7 +256,8 @@ class GradientBalancer:
     def norms(self) -> Tensor:
         """(K,) norms of the task gradients (their EMA) at the last balance, on the device, without a sync.
 
-        float32, or float64 with a float64 state. Not finite where the gradient was not.
+        float32, or float64 with a float64 state. Not finite where the gradient was not; 0 where the loss was not, as
+        its pass is not run then (on a CPU).
         """
         return self.monitor().norms
 

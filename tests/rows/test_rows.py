@@ -1,4 +1,4 @@
-"""Rows: allocated when needed, taken over by other buffers, of tasks that sit out, dropped; gradients that go into none."""
+"""Rows: allocated when needed, taken over by other buffers, begun anew; gradients that go into none."""
 
 import copy
 

@@ -187,9 +187,10 @@ class GradientBalancing(Callback):
         self._frozen = []
         self._waiting = None
         self._fitting = False
-        if self.balancer is None or getattr(pl_module, "balancer", None) is not self.balancer:
+        balancer, held = self.balancer, getattr(pl_module, "balancer", None)
+        if balancer is None or held is not balancer:
             return
-        self.balancer.detach(discard=True)
+        balancer.detach(discard=True)
         del pl_module.balancer
         if self._had:
             pl_module.balancer = None  # type: ignore[assignment]
