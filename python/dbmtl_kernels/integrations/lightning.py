@@ -187,8 +187,9 @@ class GradientBalancing(Callback):
         self._frozen = []
         self._waiting = None
         self._fitting = False
-        balancer, held = self.balancer, getattr(pl_module, "balancer", None)
-        if balancer is None or held is not balancer:
+        balancer = self.balancer
+        on_module = getattr(pl_module, "balancer", None) is balancer
+        if balancer is None or not on_module:
             return
         balancer.detach(discard=True)
         del pl_module.balancer
