@@ -42,7 +42,7 @@ def node_sequence():
     first = x * 2
     second = first + 1
     assert second.grad_fn._sequence_nr() > first.grad_fn._sequence_nr()
-    assert first.grad_fn.next_functions[0][0]._sequence_nr() > second.grad_fn._sequence_nr()  # a leaf comes first of all
+    assert first.grad_fn.next_functions[0][0]._sequence_nr() > second.grad_fn._sequence_nr()  # a leaf
 
 
 class Doubled(torch.autograd.Function):
@@ -131,8 +131,8 @@ def torchjd():
 
 CASES = [
     assert_async, compiled_module, custom_backward, distributed_data_parallel, donated_buffer, dtensor_local,
-    fully_sharded_1, hooks_of_a_parameter, node_names, node_sequence, subclass_without_functions, tensor_version, torchjd,
-    trainer,
+    fully_sharded_1, hooks_of_a_parameter, node_names, node_sequence, subclass_without_functions, tensor_version,
+    torchjd, trainer,
 ]  # fmt: skip
 
 
