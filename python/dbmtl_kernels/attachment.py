@@ -63,7 +63,7 @@ class Attachment:
         if engine is None or not self._removed.alive:
             return
         if not discard:
-            engine.steps.refuse_inside("detach()")
+            engine.turns.refuse_inside("detach()")
             engine.steps.refuse_unbalanced("detach()")
         self._removed()
         for optimizer in engine.attached:
@@ -93,7 +93,7 @@ def _check_step(ref: weakref.ref[Engine], optimizer: Optimizer, *_: Any) -> None
     if not _held(engine, [optimizer]):
         return
     name = type(optimizer).__name__
-    engine.steps.refuse_inside(f"{name}.step()")
+    engine.turns.refuse_inside(f"{name}.step()")
     if engine.busy:
         raise RuntimeError(
             f"{name}.step() within the backward pass of a single task (in a hook of the parameters?): the other tasks' "
@@ -135,9 +135,12 @@ class _Closure:
             return self._closure()
         before, count = engine.frozen, engine.steps.started
         try:
-            engine.repeating = self._fed
-            return self._closure()
-        finally:
+            try:
+                engine.repeating = self._fed
+                return self._closure()
+            finally:
+                engine.repeating, engine.frozen = False, before
+        finally:  # once more, should an interrupt have come just there
             engine.repeating, engine.frozen = False, before
             self._fed = self._fed or engine.steps.started > count
 

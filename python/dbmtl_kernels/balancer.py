@@ -189,10 +189,13 @@ class GradientBalancer:
         attached optimizer calls more than once in a step (LBFGS), all calls but the first are such by themselves.
         """
         before = self._engine.frozen
-        self._engine.frozen = True
         try:
-            yield
-        finally:
+            try:
+                self._engine.frozen = True
+                yield
+            finally:
+                self._engine.frozen = before
+        finally:  # once more, should an interrupt have come just there
             self._engine.frozen = before
 
     def attach(self, *optimizers: torch.optim.Optimizer, closures_update: bool = False) -> Attachment:
@@ -349,7 +352,7 @@ class GradientBalancer:
                 of tasks or state dtype, or an incomplete one. Nothing is changed then.
             RuntimeError: the context of a `task` is open.
         """
-        self._engine.steps.refuse_inside("load_state_dict()")
+        self._engine.turns.refuse_inside("load_state_dict()")
         checkpoint.load(state, self._engine)
         self._engine.copied = False
 

@@ -257,7 +257,8 @@ def test_an_optimizer_in_backward_is_refused_before_anything_moves(take, early, 
 
     def run():
         if how == "call":
-            return balancer(quadratics(p, q)).backward()
+            balancer(quadratics(p, q)).backward()
+            return
         with balancer.task(0):
             quadratics(p, q)[0].backward()
 

@@ -105,7 +105,7 @@ class Attempt:
     def write(self, losses: TaskLosses, named: Collection[int] | None) -> None:
         """Norms, weights, the balanced gradient, ``.grad``; ends the step unless an optimizer will.
 
-        Should the weighting raise, ``.grad`` is what others put there and the step ends, as its rows are fed and would
+        Should the weighting raise, ``.grad`` is what others put there and the step ends: its rows are fed, and would
         count again.
 
         Args:
@@ -163,7 +163,7 @@ class Attempt:
             steps.seen[task] = True
         self._sums = sums
         above, scale = self._balanced.propagate_above, steps.loss_scale
-        if sums.device.type == "cpu":
+        if self._on_host(sums):
             passed_on = (1.0 if scale is None else float(scale)) > above
             out = set(self._spoilt)
             if not passed_on and not bool(sums.isfinite().all()):
@@ -175,11 +175,15 @@ class Attempt:
         self.heads.clear({task: keep[task] for task in tasks})
         return set(self._spoilt)
 
+    def _on_host(self, sums: Tensor) -> bool:
+        """Whether looking at numbers takes no sync."""
+        return sums.device.type == "cpu"
+
     def _compute(self, out: Collection[int], named: Collection[int] | None) -> None:
         try:
             self.heads.average(self.grads.touched, out)
             self.grads.compute_grads(self._sums, named)
-        except BaseException:
+        except Exception:
             self.heads.restore()
             self.grads.restore_grads()
             self._end_step()
@@ -230,6 +234,7 @@ class Attempt:
         fed stay fed.
         """
         steps, grads, rows, stash = self.steps, self.grads, self.rows, self.grads.aside
+        grads.stop_collecting()
         self.heads.restore()
         if stash is None:  # nothing was done yet, or all of it
             return

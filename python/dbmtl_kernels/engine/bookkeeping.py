@@ -12,6 +12,44 @@ from torch import Tensor
 from ..ops import Coefficients
 
 
+class Turn(NamedTuple):
+    """Who is within a step: a thread, and the task whose context is open, if it is one."""
+
+    thread: int
+    task: int | None
+
+
+class Turns:
+    """Lets in one thread at a time, and none from within itself."""
+
+    def __init__(self) -> None:
+        self._turn: dict[None, Turn] = {}  # setdefault is atomic
+
+    def take(self, mine: Turn, what: str) -> None:
+        """Take the turn, until `give_back`.
+
+        Raises:
+            RuntimeError: it is somebody else's.
+        """
+        holder = self._turn.setdefault(None, mine)
+        if holder is not mine:
+            if holder.thread != mine.thread:
+                raise RuntimeError(f"{what} while another thread is within a step of this balancer: one at a time")
+            self.refuse_inside(what)
+            raise RuntimeError(f"{what} within a backward of the same balancer (in a hook?)")
+
+    def give_back(self, mine: Turn) -> None:
+        """The turn is over. More than once does no harm: what an interrupt cut off is done again."""
+        if self._turn.get(None) is mine:
+            self._turn.pop(None, None)
+
+    def refuse_inside(self, what: str) -> None:
+        """Raise RuntimeError if the context of a task is open."""
+        turn = self._turn.get(None)
+        if turn is not None and turn.task is not None:
+            raise RuntimeError(f"{what} inside the context of task({turn.task}); leave it first")
+
+
 class Before(NamedTuple):
     """The bookkeeping before an attempt to feed gradients, for `Steps.undo`."""
 
@@ -42,7 +80,6 @@ class Steps:
         fresh: nothing was balanced yet in this step.
         seen: for each task, whether it has a gradient in this step.
         pending: the tasks entered with `GradientBalancer.task` since the last balance.
-        inside: the task whose context is open.
         complete: the last task entered completed them all, so that they were balanced at once.
         sitting_out: tasks whose loss was not finite in this step, as far as the host knows.
         lengths: of each task, the norm of its first gradient since the last step that is not to update.
@@ -62,7 +99,6 @@ class Steps:
         self.fresh = True
         self.seen = [False] * num_tasks
         self.pending: set[int] = set()
-        self.inside: int | None = None
         self.complete = False
         self.sitting_out: set[int] = set()
         self.finite: Tensor | None = None
@@ -167,11 +203,6 @@ class Steps:
     def _coefficients_of(self, count: int | Tensor) -> Coefficients:
         beta = self._beta / (count.to(torch.float64) if isinstance(count, Tensor) else count) ** self._sigma
         return torch.stack([beta, 1.0 - beta]) if isinstance(beta, Tensor) else (beta, 1.0 - beta)
-
-    def refuse_inside(self, what: str) -> None:
-        """Raise RuntimeError if the context of a task is open."""
-        if self.inside is not None:
-            raise RuntimeError(f"{what} inside the context of task({self.inside}); leave it first")
 
     def refuse_entered(self, task: int) -> None:
         """Raise RuntimeError if the task waits for a balance already."""

@@ -82,8 +82,7 @@ class SharedGradients:
         self._rows, self._balanced, self._ranks, self._notices = rows, balanced, ranks, notices
         self._parameters, self._early = rows.parameters, rows.early
         self.aside: Stash | None = None
-        self.touched = [False] * len(self._parameters)
-        self.collected = [False] * len(self._parameters)
+        self.touched, self.collected = ([False] * len(self._parameters) for _ in range(2))
         self.written = False
         self._distributed = any(dtensors.is_dtensor(p) for p in self._parameters)
         self._collector: RowCollector | SplitCollector | None = None  # of the pass that runs
@@ -94,11 +93,12 @@ class SharedGradients:
         self._flats: Flats = {}
         self._views: list[Tensor] = []
         self._due: Due | None = None
+        self._undefined: list[int] = []  # where an interrupt now would leave in .grad nobody knows what
         # What was written in this step: the tensor left in .grad (None where nothing of ours is), its version then, and
         # whether it held nothing else.
-        self._left: list[Tensor | None] = [None] * len(self._parameters)
-        self._versions = [-1] * len(self._parameters)
-        self._only_ours = [False] * len(self._parameters)
+        count = len(self._parameters)
+        self._left: list[Tensor | None] = [None] * count
+        self._versions, self._only_ours = [-1] * count, [False] * count
 
     # --- before the passes ------------------------------------------------------------------------------------
 
@@ -137,10 +137,13 @@ class SharedGradients:
 
     def restore_grads(self) -> None:
         """Put back what `stash_grads` took away."""
-        if self.aside is not None:
-            for p, grad in zip(self._parameters, self.aside.grads, strict=True):
-                p.grad = grad
-            self.aside = None
+        if self.aside is None:
+            return
+        for index, (p, grad) in enumerate(zip(self._parameters, self.aside.grads, strict=True)):
+            p.grad = None if index in self._undefined else grad
+        for index in self._undefined:
+            self._notices.lost_grad(index)
+        self.aside, self._due, self._undefined = None, None, []
 
     def forget(self) -> None:
         """What is in ``.grad`` is the caller's from now on; nothing of it is kept alive here."""
@@ -162,9 +165,7 @@ class SharedGradients:
             weakref.finalize(self, _remove, handles)
         for index, p in enumerate(self._parameters):
             handle, hooks = handles[index], p._post_accumulate_grad_hooks
-            if not hooks and not early:
-                continue
-            if handle is not None and hooks and next(reversed(hooks)) == handle.id:
+            if not (hooks or early) or (handle is not None and hooks and next(reversed(hooks)) == handle.id):
                 continue
             if handle is not None:
                 handle.remove()
@@ -207,10 +208,9 @@ class SharedGradients:
                 )
             p.grad = None
             self.touched[index] = self.collected[index] = True
-            if grad.requires_grad:
-                grad = grad.detach()
-            found.append(index)
+            grad = grad.detach() if grad.requires_grad else grad
             grads.append(dtensors.local_gradient(p, grad) if self._distributed else grad)
+            found.append(index)
         return found, grads
 
     def _refuse_taken(self, index: int) -> None:
@@ -243,27 +243,29 @@ class SharedGradients:
         ]
         # Nobody set these to None: what others put there lies in our flat tensor.
         ours = [index for index, grad in enumerate(grads) if grad is not None and grad is views[index]]
-        if ours:
-            for index in ours:
-                if not wanted[index]:
-                    grads[index] = views[index].clone()
-            for index, view in enumerate(views):
-                if grads[index] is not view:
-                    view.zero_()
-        self._balanced.compute(self._flats, bool(ours), sums)
-        self._due = Due(grads, views, wanted, {}, True)
+        for index, view in enumerate(views if ours else ()):
+            if grads[index] is view and not wanted[index]:
+                grads[index] = view.clone()
+            if grads[index] is not view:
+                view.zero_()
+        try:
+            self._undefined = ours
+            self._balanced.compute(self._flats, bool(ours), sums)
+        except Exception:
+            self._undefined = []  # a weighting raises before anything is added
+            raise
+        self._due, self._undefined = Due(grads, views, wanted, {}, True), []
 
     def take_grads(self, flats: Flats) -> None:
         """Let `put_grads` add ``flats``, which are then the caller's."""
         assert self.aside is not None
-        wanted = [p.requires_grad for p in self._parameters]
-        self._due = Due(self.aside.grads, self._rows.views(flats), wanted, {}, False)
+        views, wanted = self._rows.views(flats), [p.requires_grad for p in self._parameters]
+        self._due = Due(self.aside.grads, views, wanted, {}, False)
 
     @torch.no_grad()
     def put_grads(self) -> None:
         """Leave in every ``.grad`` what is due. Called again after an interrupt it adds nothing twice."""
-        due = self._due
-        if due is None:
+        if (due := self._due) is None:
             return
         left, versions, only_ours = self._left, self._versions, self._only_ours
         for index, (p, grad, view) in enumerate(zip(self._parameters, due.grads, due.views, strict=True)):
@@ -364,6 +366,5 @@ def _on_grad(owner: weakref.ref[SharedGradients], index: int, p: Tensor) -> None
 
 
 def _remove(handles: list[RemovableHandle | None]) -> None:
-    for handle in handles:
-        if handle is not None:
-            handle.remove()
+    for handle in filter(None, handles):
+        handle.remove()

@@ -151,10 +151,13 @@ class HeadGradients:
             out: Tensor = loss_values.LogOfMean.apply(loss, mean, eps)  # type: ignore[no-untyped-call]
             return out
 
-        loss_values.shared_log = loss_values.SharedLog(log_of, several)
         try:
-            yield spoilt
-        finally:
+            try:
+                loss_values.shared_log = loss_values.SharedLog(log_of, several)
+                yield spoilt
+            finally:
+                loss_values.shared_log = None
+        finally:  # once more, should an interrupt have come just there
             loss_values.shared_log = None
         if not several:
             return

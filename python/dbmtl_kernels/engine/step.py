@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,11 +22,13 @@ from ..rows.ranks import Ranks
 from ..weightings import Weighting
 from .attempt import Attempt, Parts
 from .balance import BalancedGradient
-from .bookkeeping import Steps
+from .bookkeeping import Steps, Turn, Turns
 from .gradients import SharedGradients
 from .heads import HeadGradients
 from .losses import TaskLosses, loss_scale_on, loss_scale_or_none
 from .notices import Notices
+
+Leaves = Sequence[Tensor]
 
 
 class Engine:
@@ -64,8 +67,7 @@ class Engine:
         self.optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self.frozen = self.repeating = self.copied = False
         self._group_unnamed, self._skip_zeros, self._propagate_above = group_unnamed, skip_zeros, propagate_above
-        self._lock = threading.Lock()
-        self._owner: int | None = None  # the thread that is within a step
+        self.turns = Turns()
         self.use(rows)
 
     def use(self, rows: Buffer) -> None:
@@ -93,7 +95,7 @@ class Engine:
         losses.check_logarithms()
 
     def run(
-        self, losses: TaskLosses, loss_scale: Tensor | None, retain_graph: bool, inputs: Sequence[Tensor] | None = None
+        self, losses: TaskLosses, loss_scale: Tensor | None, retain_graph: bool, inputs: Leaves | None = None
     ) -> None:
         """A backward pass for each task, collected into its row before the next, then the balanced gradient.
 
@@ -105,21 +107,20 @@ class Engine:
             retain_graph: keep the graphs of the losses.
             inputs: the only leaves whose ``.grad`` may change; None for all.
         """
-        with self._alone("backward()"):
-            self.steps.refuse_inside("backward()")
-            self.steps.refuse_pending()
-            attempt = self._attempt()
-            try:
-                self._stash(attempt)
-                if not attempt.frozen:
-                    self.steps.begin(loss_scale)
-                self._passes(attempt, losses, loss_scale, retain_graph, inputs)
-                attempt.write(losses, None if inputs is None else {id(p) for p in inputs})
-            except BaseException:
-                attempt.recover()
-                raise
-            finally:
-                self.grads.stop_collecting()
+        self._alone("backward()", partial(self._run, losses, loss_scale, retain_graph, inputs))
+
+    def _run(self, losses: TaskLosses, loss_scale: Tensor | None, retain_graph: bool, inputs: Leaves | None) -> None:
+        self.steps.refuse_pending()
+        attempt = self._attempt()
+        try:
+            self._stash(attempt)
+            if not attempt.frozen:
+                self.steps.begin(loss_scale)
+            self._passes(attempt, losses, loss_scale, retain_graph, inputs)
+            attempt.write(losses, None if inputs is None else {id(p) for p in inputs})
+        except BaseException:
+            attempt.recover()
+            raise
 
     def _passes(
         self,
@@ -127,7 +128,7 @@ class Engine:
         losses: TaskLosses,
         loss_scale: Tensor | None,
         retain_graph: bool,
-        inputs: Sequence[Tensor] | None,
+        inputs: Leaves | None,
     ) -> None:
         """A pass for each loss but those that are not finite: such a task sits out."""
         steps, grads = self.steps, self.grads
@@ -193,32 +194,38 @@ class Engine:
     @contextmanager
     def task(self, index: int, loss_scale: float | Tensor | None, log_transform: bool) -> Iterator[None]:
         """Whatever is backpropagated inside goes to the row of task ``index``."""
-        steps, grads, heads, rows = self.steps, self.grads, self.heads, self.rows
-        index = check_task(index, steps.num_tasks)
-        with self._alone(f"task({index})"):
-            steps.refuse_entered(index)
+        index = check_task(index, self.steps.num_tasks)
+        turn = Turn(threading.get_ident(), index)
+        try:
+            yield from self._task(turn, index, loss_scale, log_transform)
+        finally:  # once more, should an interrupt have come just where it was done
+            self.turns.give_back(turn)
+        if len(self.steps.pending) == self.steps.num_tasks:
+            self.balance()
+            self.steps.complete = True
+
+    def _task(self, turn: Turn, index: int, loss_scale: float | Tensor | None, log_transform: bool) -> Iterator[None]:
+        try:
+            self.turns.take(turn, f"task({index})")
+            self.steps.refuse_entered(index)
             if self._group_unnamed:
                 placement.refuse_unnamed_group()
-            self.ranks.check_same(f"task {index}", rows.device, f"the ranks are not all in task({index})")
-            scale = None if loss_scale is None else loss_scale_or_none(loss_scale_on(rows.device, loss_scale))
+            device = self.rows.device
+            self.ranks.check_same(f"task {index}", device, f"the ranks are not all in task({index})")
+            scale = None if loss_scale is None else loss_scale_or_none(loss_scale_on(device, loss_scale))
             attempt = self._attempt()
             try:
                 self._stash(attempt)
-                steps.inside = index
-                grads.hook()
-                heads.begin(self.stepped, (), whole=False)
-                with heads.sharing_logs(index, log_transform) as spoilt:
+                self.grads.hook()
+                self.heads.begin(self.stepped, (), whole=False)
+                with self.heads.sharing_logs(index, log_transform) as spoilt:
                     yield
                 self._end_task(attempt, index, scale, bool(spoilt))
             except BaseException:
                 attempt.recover()
                 raise
-            finally:
-                grads.stop_collecting()
-                steps.inside = None
-        if len(steps.pending) == steps.num_tasks:
-            self.balance()
-            steps.complete = True
+        finally:
+            self.turns.give_back(turn)
 
     @torch.no_grad()
     def _end_task(self, attempt: Attempt, index: int, scale: Tensor | None, spoilt: bool) -> None:
@@ -236,39 +243,39 @@ class Engine:
     def balance(self) -> None:
         """Write the balanced gradient of the tasks entered with `task`."""
         steps = self.steps
-        steps.refuse_inside("balance()")
+        self.turns.refuse_inside("balance()")
         if not steps.pending:
             if not steps.complete and not self.frozen:
                 raise RuntimeError("balance() has nothing to balance: no task() was entered since the last step")
             steps.complete = False
             return
-        with self._alone("balance()"):
-            attempt = self._attempt()
-            try:
-                self._stash(attempt)
-                attempt.balance()
-            except BaseException:
-                attempt.recover()
-                raise
+        self._alone("balance()", self._balance)
+
+    def _balance(self) -> None:
+        attempt = self._attempt()
+        try:
+            self._stash(attempt)
+            attempt.balance()
+        except BaseException:
+            attempt.recover()
+            raise
 
     # --- what both are made of --------------------------------------------------------------------------------
 
-    @contextmanager
-    def _alone(self, what: str) -> Iterator[None]:
-        """One thread at a time, and not from within itself."""
-        mine = False
+    def _alone(self, what: str, call: Callable[[], None]) -> None:
+        """One at a time. Two functions, as an interrupt may come at any line of one, that of a `finally` too."""
+        turn = Turn(threading.get_ident(), None)
         try:
-            mine = self._lock.acquire(blocking=False)
-            if not mine:
-                if self._owner != threading.get_ident():
-                    raise RuntimeError(f"{what} while another thread is within a step of this balancer: one at a time")
-                self.steps.refuse_inside(what)
-                raise RuntimeError(f"{what} within a backward of the same balancer (in a hook?)")
-            self._owner = threading.get_ident()
-            yield
+            self._in_turn(turn, what, call)
         finally:
-            if mine:
-                self._lock.release()
+            self.turns.give_back(turn)
+
+    def _in_turn(self, turn: Turn, what: str, call: Callable[[], None]) -> None:
+        try:
+            self.turns.take(turn, what)
+            call()
+        finally:
+            self.turns.give_back(turn)
 
     def _attempt(self) -> Attempt:
         self.rows.check_unchanged()
@@ -314,7 +321,7 @@ class Engine:
 
     def refuse_within(self, what: str) -> None:
         """Raise RuntimeError within a step."""
-        self.steps.refuse_inside(what)
+        self.turns.refuse_inside(what)
         self.end_if_dropped()
         if self.steps.open:
             end = "balance()" if self.steps.pending else "optimizer.step(), or detach()"
