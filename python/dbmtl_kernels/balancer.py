@@ -16,7 +16,7 @@ from .engine.backward import balanced_loss
 from .engine.losses import Given, TaskLosses
 from .monitor import Monitor
 from .ops import arguments
-from .recipe import NONFINITE, ZERO_GRADIENTS, Recipe, Shared, copied_attributes, pickled
+from .recipe import NONFINITE, ZERO_GRADIENTS, Recipe, Shared, copied_attributes, kept_in, pickled
 from .weightings import Weighting, check_weighting
 
 if TYPE_CHECKING:
@@ -256,7 +256,8 @@ class GradientBalancer:
     def norms(self) -> Tensor:
         """(K,) norms of the task gradients (their EMA) at the last balance, on the device, without a sync.
 
-        float32, or float64 with a float64 state. Not finite where the gradient was not.
+        float32, or float64 with a float64 state. Not finite where the gradient was not; 0 where the loss was not, as
+        its pass is not run then (on a CPU).
         """
         return self.monitor().norms
 
@@ -353,9 +354,10 @@ class GradientBalancer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make it anew."""
         self.__dict__.update(state["attributes"])
-        self._begin(Shared.restored(state), state["num_tasks"], state["weighting"], frozen_ok=True)
-        if state["state"] is not None:
-            checkpoint.load(state["state"], self._engine)
+        weighting, kept = kept_in(state)
+        self._begin(Shared.restored(state), state["num_tasks"], weighting, frozen_ok=True)
+        if kept is not None:
+            checkpoint.load(kept, self._engine)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientBalancer:
         """One of the copied parameters, not attached, whose averages begin with zeros and cost nothing until it trains.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import weakref
 from collections.abc import Iterable
@@ -94,7 +95,9 @@ class Recipe(NamedTuple):
 
 
 def pickled(attributes: dict[str, Any], engine: Engine) -> dict[str, Any]:
-    """What `GradientBalancer.__getstate__` gives. The state is a copy: a process that is spawned gets rows of its own.
+    """What `GradientBalancer.__getstate__` gives.
+
+    The state is in bytes: torch.multiprocessing would have a process that is spawned share the tensors.
 
     Raises:
         RuntimeError: several ranks share the rows.
@@ -108,9 +111,20 @@ def pickled(attributes: dict[str, Any], engine: Engine) -> dict[str, Any]:
         "names": shared.names,
         "module": None if shared.module is None else shared.module(),
         "num_tasks": engine.steps.num_tasks,
-        "weighting": engine.weighting,
-        "state": copy.deepcopy(checkpoint.state_of(engine)) if engine.rows.allocated else None,
+        "kept": _bytes_of((engine.weighting, checkpoint.state_of(engine) if engine.rows.allocated else None)),
     }
+
+
+def kept_in(state: dict[str, Any]) -> tuple[Weighting, dict[str, Any] | None]:
+    """The weighting in a pickle, and the state_dict of one that has run."""
+    weighting, kept = torch.load(io.BytesIO(state["kept"]), weights_only=False)
+    return weighting, kept
+
+
+def _bytes_of(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
 
 
 def copied_attributes(attributes: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:

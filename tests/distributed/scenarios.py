@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from dbmtl_kernels.rows import placement
 from job import NUM_TASKS, Job, Net, batches, first_net, identical, load, save, whole
-from problems import state_of
+from problems import overflowing, state_of
 from refusals import attempts
 from torch import nn
 
@@ -116,7 +116,7 @@ def scaled(job):
                 losses = job.forward(job.part(x))
                 if step == 3:  # on the last rank only: every scaler must skip this step
                     part = job.kind == "single" or dist.get_rank() == dist.get_world_size() - 1
-                    losses[0] = losses[0] * (float("inf") if part else 1.0)
+                    losses[0] = overflowing(losses[0]) if part else losses[0]
                 scaler.scale(job.balancer(losses) / 2).backward()
         scaler.unscale_(job.optimizer)
         scaler.step(job.optimizer)
@@ -218,7 +218,7 @@ def heads_without_a_wrapper():
 
 @scenario
 def overflow_on_one_rank():
-    """One rank's loss of one task is NaN: every scaler sees it, the state stays finite, the step after is a step."""
+    """One rank's gradient of one task is infinite: every scaler sees it, the state stays finite, the step after is a step."""
     for kind in ("ddp", "fsdp"):
         job = Job(kind)
         nans, states, scales = [], [], []
@@ -228,7 +228,7 @@ def overflow_on_one_rank():
             with job.no_sync():
                 losses = job.forward(job.part(x))
                 if step == 2 and dist.get_rank() == 1:
-                    losses[1] = losses[1] * float("nan")
+                    losses[1] = overflowing(losses[1])
                 scaler.scale(job.balancer(losses)).backward()
             shared = torch.cat([whole(p.grad).reshape(-1) for p in job.net.shared()])
             nans.append(bool(shared.isnan().all()))

@@ -237,7 +237,7 @@ def test_a_step_thrown_away_does_not_stand_in_the_way_of_a_new_task(zero, overfl
     balancer = make(p)
     optimizer = torch.optim.SGD([p], lr=0.1)
     balancer.attach(optimizer)
-    (balancer([overflowing(x, p) if overflow else x for x in quadratics(p)]) * 2.0).backward()
+    (balancer([overflowing(x) if overflow else x for x in quadratics(p)]) * 2.0).backward()
     with pytest.raises(RuntimeError, match="within a step"):
         balancer.add_task()
     optimizer.zero_grad(set_to_none=zero)

@@ -1,4 +1,4 @@
-"""Rows: allocated when needed, taken over by other buffers, of tasks that sit out, dropped; gradients that go into none."""
+"""Rows: allocated when needed, taken over by other buffers, begun anew; gradients that go into none."""
 
 import copy
 
@@ -53,7 +53,7 @@ def test_a_buffer_costs_nothing_before_it_is_fed(kind):
 @each_kind
 def test_rows_first_asked_for_in_inference_mode_can_be_fed(kind):
     params = parameters()
-    buffer = make_buffer(kind, params)
+    buffer = make_buffer(kind, params, backend="eager")
     with torch.inference_mode():
         buffer.gramian()
     feed(buffer, 0, gradients(params))

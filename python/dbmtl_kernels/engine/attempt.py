@@ -141,12 +141,18 @@ class Attempt:
     def _sitting_out(self, tasks: Sequence[int]) -> set[int]:
         """Of ``tasks`` those that leave nothing in heads. Where only the device knows, it clears what they left."""
         steps = self.steps
+        sums = self.rows.sums()
+        for task in self._collectors:
+            if task in self.rows.empty_tasks:  # of replicas only now is known that all had zeros
+                steps.seen[task] = False
+                self._notices.zero_gradient(task)
         for task in self._spoilt:
             found = task in steps.sitting_out or (not steps.fresh and bool(self.rows.stats.nonfinite[task]))
             self.rows.sit_out(task, found)
+            sums[task] = 0.0
             steps.sitting_out.add(task)
             steps.seen[task] = True
-        sums = self._sums = self.rows.sums()
+        self._sums = sums
         above, scale = self._balanced.propagate_above, steps.loss_scale
         if sums.device.type == "cpu":
             passed_on = (1.0 if scale is None else float(scale)) > above

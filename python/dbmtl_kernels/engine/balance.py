@@ -25,13 +25,22 @@ class BalancedGradient:
             the Gramian of the tasks that have a finite gradient, which takes a sync to know.
         ranks: those whose weights must agree.
         propagate_above: the factor above which a nonfinite task makes the balanced gradient NaN.
+        skip_zeros: a task whose gradient is zero everywhere has no say; `TaskGradientBuffer.fed` tells where the host
+            does not know.
     """
 
     def __init__(
-        self, rows: Buffer, steps: Steps, weighting: Weighting, ranks: Ranks, propagate_above: float = 1.0
+        self,
+        rows: Buffer,
+        steps: Steps,
+        weighting: Weighting,
+        ranks: Ranks,
+        propagate_above: float = 1.0,
+        skip_zeros: bool = False,
     ) -> None:
         self._rows, self._steps, self._weighting, self._ranks = rows, steps, weighting, ranks
         self.propagate_above = propagate_above
+        self._asks_rows = skip_zeros and rows.deferred
 
     def compute(self, flats: Flats, accumulate: bool, sums: Tensor | None = None) -> None:
         """Norms, weights, stats, and the balanced gradient into ``flats``, added to what is there if ``accumulate``.
@@ -68,8 +77,12 @@ class BalancedGradient:
 
     def _active(self) -> list[bool] | Tensor:
         """Which tasks have a say; on the device where only it knows."""
-        active, known = self._steps.active(), self._steps.finite
-        return active if known is None else ops.upload(active, torch.bool, self._rows.device) & known
+        active, finite = self._steps.active(), self._steps.finite
+        if finite is None and not self._asks_rows:
+            return active
+        flags = ops.upload(active, torch.bool, self._rows.device)
+        flags = flags if finite is None else flags & finite.to(flags.device)
+        return flags & self._rows.fed if self._asks_rows else flags
 
     def _factor(self) -> Tensor:
         """The loss scale, 1 where there is none."""

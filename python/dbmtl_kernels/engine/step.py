@@ -72,7 +72,9 @@ class Engine:
         """Work on these rows from now on."""
         several = self.ranks.size > 1 or placement.is_distributed(rows.parameters)
         notices = Notices(rows, several)
-        balanced = BalancedGradient(rows, self.steps, self.weighting, self.ranks, self._propagate_above)
+        balanced = BalancedGradient(
+            rows, self.steps, self.weighting, self.ranks, self._propagate_above, self._skip_zeros
+        )
         grads = SharedGradients(rows, balanced, self.ranks, notices)
         heads = HeadGradients(rows.parameters, self.ranks, rows.device)
         self.parts = Parts(rows, self.steps, balanced, grads, heads, notices)

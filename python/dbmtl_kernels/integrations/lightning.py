@@ -187,9 +187,11 @@ class GradientBalancing(Callback):
         self._frozen = []
         self._waiting = None
         self._fitting = False
-        if self.balancer is None or getattr(pl_module, "balancer", None) is not self.balancer:
+        balancer = self.balancer
+        on_module = getattr(pl_module, "balancer", None) is balancer
+        if balancer is None or not on_module:
             return
-        self.balancer.detach(discard=True)
+        balancer.detach(discard=True)
         del pl_module.balancer
         if self._had:
             pl_module.balancer = None  # type: ignore[assignment]
