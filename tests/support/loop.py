@@ -7,7 +7,7 @@ import dbmtl_kernels as dbk
 import numpy as np
 import oracle
 import torch
-from problems import EPS, leaf, overflowing, state_of
+from problems import EPS, leaf, state_of
 
 ABOVE = {None: 1.0, "skip": np.inf, "propagate": -1.0}  # NaN is passed on under larger factors
 MOST_TASKS = 5
@@ -37,7 +37,7 @@ class Simulation(oracle.Training):
         self.heads = np.zeros(2 * MOST_TASKS + 3)
         self.out, self.counted, self.pending = set(), set(), set()
         self.written = False  # .grad holds the balanced gradient of the open step
-        self.blind = False  # zeroed in place since: what is added now cannot be told from what was there
+        self.blind = False  # zeroed in place since: what is added now would not be noticed (docs/gradients.md)
         self.complete = False  # balance() has been done by the last task()
         self.copied = False  # a copy without its averages, that has not trained; None: perhaps
 
@@ -122,6 +122,7 @@ class Simulation(oracle.Training):
         now = [(a, b, cold) for a, b, cold in zip(self.others, self.ours, self.frozen, strict=True) if b is not None]
         if self.written and now and not any(cold or a.any() or b.any() for a, b, cold in now):
             self.end()  # zeros, and changed in place: the same as zeroed
+            self.blind = True
 
     def fail(self, fed):
         """An attempt that failed after it fed these."""
@@ -292,7 +293,8 @@ class Loop:
                 loss = loss * float("nan")
             if kind == "overflow":
                 where = dice.choice([i for i, has in enumerate(reached) if has])
-                loss = overflowing(loss, self.params[where])
+                p = self.params[where]
+                loss = loss + (p - p.detach()).sum().sqrt()  # the gradient of the heads stays finite
                 parts[where] = np.full(len(parts[where]), np.inf)
             out.append(Pass(task, loss, kind, np.concatenate(parts), reached, heads))
         return out
