@@ -1,4 +1,4 @@
-"""Whatever a training loop may do, in any order, against the oracle. The moves are a table: tests/engine/moves.py."""
+"""Whatever a training loop may do, in any order, against the oracle. The moves are a table: tests/support/moves.py."""
 
 import os
 import random
@@ -6,6 +6,7 @@ import warnings
 
 import moves
 import pytest
+import stepping
 from dbmtl_kernels.engine import gradients
 from dbmtl_kernels.rows import collect
 from hypothesis import HealthCheck, given, settings
@@ -37,7 +38,7 @@ def test_any_sequence(backend, examples, steps, early, monkeypatch):
     if early:
         monkeypatch.setattr(gradients, "FLUSH_BYTES", 1)
         monkeypatch.setattr(collect, "FLUSH_BYTES", 1)
-    moves.RAN.clear()
+    stepping.RAN.clear()
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
     sequences = st.lists(st.tuples(st.sampled_from(NAMES), DICE), min_size=steps // 2, max_size=steps)
 
@@ -51,5 +52,5 @@ def test_any_sequence(backend, examples, steps, early, monkeypatch):
 
     any_sequence()
     if backend == "native":  # each was really tried
-        assert set(moves.MOVES) <= set(moves.RAN)
-        print(sorted(moves.RAN.items()))
+        assert set(moves.MOVES) <= set(stepping.RAN)
+        print(sorted(stepping.RAN.items()))

@@ -39,13 +39,12 @@ def micro_batches(balancer, losses, step, attached):
 
 
 def by_task(balancer, losses, step, attached):
-    """Attached, every other time balanced by the optimizer."""
+    """One task, two, or all, which are balanced at once."""
     factor = 1.0 + step % 2
     for task in range(1 + step % 3):
         with balancer.task(task, loss_scale=factor):
             (dbk.log_transform(losses[task]) * factor).backward(retain_graph=task < step % 3)
-    if step % 2 or not attached:
-        balancer.balance()
+    balancer.balance()
 
 
 def partial(balancer, losses, step, attached):

@@ -159,9 +159,7 @@ class Simulation(oracle.Training):
         return over
 
     def grads(self):
-        return [
-            a if b is None else b if a is None else a + b for a, b in zip(self.others, self.ours, strict=True)
-        ]
+        return [a if b is None else b if a is None else a + b for a, b in zip(self.others, self.ours, strict=True)]
 
     def resume(self, present):
         """Another balancer goes on, where these parameters have a .grad."""
@@ -329,6 +327,7 @@ class Loop:
         close(self.balancer.weights.numpy(), model.weights, 1e-9, "weights")
         assert self.balancer.nonfinite_steps.tolist() == model.nonfinite_steps.tolist(), "nonfinite_steps"
         assert not self.balancer._engine.busy
+        assert self.balancer._engine.steps.pending == model.pending, "pending"
 
 
 def close(actual, expected, rtol, what):
