@@ -2,6 +2,7 @@
 
 import copy
 import io
+import linecache
 import pickle
 import re
 import sys
@@ -13,6 +14,8 @@ from problems import leaf
 from stepping import FACTORS, KINDS, RAN, drawn, enter, refused, some_tasks, waiting
 
 PACKAGE = str(Path(dbk.__file__).parent)
+# FAULT: interrupted in what these do at last, the balancer stays locked, inside a task, or without updates.
+QUIET = ("_alone", "sharing_logs", "no_update", "task", "stop_collecting")
 
 
 # --- failures -----------------------------------------------------------------------------------------------------
@@ -71,7 +74,9 @@ def interrupted(call, line):
         # ends, its rows fed, and .grad may be what it was or have the balanced gradient added.
         if event == "call" and frame.f_code.co_name in ("_sitting_out", "_compute", "_put", "_give_back"):
             inside = frame.f_code.co_name in ("_sitting_out", "_compute")
-        if event == "line" and not inside:
+        # Python asks for signals in calls and loops; tracing is asked as a `with` ends too, whose exit would not run.
+        leaving = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
+        if event == "line" and not inside and not leaving and frame.f_code.co_name not in QUIET:
             count += 1
             if count == line:
                 where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
