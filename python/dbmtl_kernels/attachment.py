@@ -57,12 +57,13 @@ class Attachment:
             discard: throw away what tasks wait for a balance.
 
         Raises:
-            RuntimeError: tasks wait for a balance.
+            RuntimeError: tasks wait for a balance, or the context of one is open.
         """
         engine = self._engine()
         if engine is None or not self._removed.alive:
             return
         if not discard:
+            engine.steps.refuse_inside("detach()")
             engine.steps.refuse_unbalanced("detach()")
         self._removed()
         for optimizer in engine.attached:
@@ -175,7 +176,7 @@ def check_held(engine: Engine, optimizers: Sequence[Optimizer]) -> None:
     mine = {id(p) for p in engine.rows.parameters}
     for optimizer in optimizers:
         for other in _ATTACHED.get(optimizer, ()):
-            if mine & {id(p) for p in other.rows.parameters}:
+            if other is not engine and mine & {id(p) for p in other.rows.parameters}:
                 warnings.warn(
                     f"another balancer of the same parameters is attached to this {type(optimizer).__name__}: both "
                     "would write their .grad. Call detach() on the old one",

@@ -179,9 +179,13 @@ class GradientBalancer:
 
     @contextmanager
     def no_update(self) -> Iterator[None]:
-        """Inside, a backward is no update: its gradients get the weights of the last step, and rows stay as they are.
+        """Inside, a backward is no update: gradients get the weights of the last step, and rows stay as they are.
 
-        For a second gradient within a step, as SAM takes one. The result is added to ``.grad``. Of a closure that an
+        For a second gradient within a step, as SAM takes one. With w_t and m_t those of the last step::
+
+            grad = sum_t w_t * ||m_t|| / ||g_t|| * g_t        g_t: of the new point; its norm that of the first such one
+
+        so that every task has the share that it had in the step. It is added to ``.grad``. Of a closure that an
         attached optimizer calls more than once in a step (LBFGS), all calls but the first are such by themselves.
         """
         before = self._engine.frozen
@@ -268,7 +272,7 @@ class GradientBalancer:
 
     @property
     def nonfinite_steps(self) -> Tensor:
-        """(K,) int64: in how many steps each task's gradient was not finite."""
+        """(K,) int64: in how many steps each task's loss or gradient was not finite."""
         return self.monitor().nonfinite_steps
 
     def monitor(self) -> Monitor:
@@ -343,7 +347,9 @@ class GradientBalancer:
         Raises:
             ValueError: a state of another version, of other parameters (number, dtypes, shapes, memory order), number
                 of tasks or state dtype, or an incomplete one. Nothing is changed then.
+            RuntimeError: the context of a `task` is open.
         """
+        self._engine.steps.refuse_inside("load_state_dict()")
         checkpoint.load(state, self._engine)
         self._engine.copied = False
 

@@ -172,6 +172,7 @@ def into_no_row(kind):
     for seed, weight in ((1, 0.5), (2, 2.0)):
         grads = mine(params, seed)
         one.collector(0, (0.0, 1.0)).finish(list(range(len(grads))), list(grads))
+        one.settle()
         one.combine(torch.tensor([weight]), flats, accumulate=seed > 1)
         for total, grad, p in zip(expected, grads, params, strict=True):
             mean = grad.clone()

@@ -218,7 +218,7 @@ def heads_without_a_wrapper():
 
 @scenario
 def overflow_on_one_rank():
-    """One rank's gradient of one task is infinite: every scaler sees it, the state stays finite, the step after is a step."""
+    """One rank's gradient of a task is infinite: every scaler sees it, the state stays finite, the next step counts."""
     for kind in ("ddp", "fsdp"):
         job = Job(kind)
         nans, states, scales = [], [], []

@@ -46,6 +46,7 @@ class Attempt:
         self._before = self.steps.snapshot()
         self._collectors: dict[int, Any] = {}  # by task
         self._spoilt: list[int] = []
+        self._zero: list[int] = []  # whose gradient was
         self._scratch: tuple[Buffer, Any] | None = None
         self._evaluated = False
         self._sums: Tensor | None = None
@@ -75,17 +76,22 @@ class Attempt:
         if self.frozen:
             self._weigh(task, loss_scale)
         elif self._collectors[task].empty is True:
-            self._notices.zero_gradient(task)
+            self._zero.append(task)
         else:
             self.steps.seen[task] = True
 
     def _weigh(self, task: int, loss_scale: Tensor | None) -> None:
-        """Add the gradient with the weight that the task had last; not if it is not finite."""
+        """Add the gradient with the weight that the task had last, and the length of its average; not if not finite.
+
+        The length is divided by that of the first such gradient in a step, so that the weights stay the same in it.
+        """
         assert self._scratch is not None
         one, flats = self._scratch
-        weight = self.rows.stats.weights[task : task + 1]
+        norm, stats = one.sums().sqrt(), self.rows.stats
+        first = self.steps.lengths.setdefault(task, norm.clone())
+        weight = stats.weights[task : task + 1] * stats.norms[task : task + 1] / first
         weight = weight if loss_scale is None else weight * loss_scale.to(weight.device, weight.dtype)
-        one.combine(torch.where(one.sums().isfinite(), weight, 0.0), flats, self._evaluated)
+        one.combine(torch.where(norm.isfinite() & (first > 0), weight, 0.0), flats, self._evaluated)
         self._evaluated = True
 
     def spoil(self, task: int) -> None:
@@ -145,6 +151,9 @@ class Attempt:
         for task in self._collectors:
             if task in self.rows.empty_tasks:  # of replicas only now is known that all had zeros
                 steps.seen[task] = False
+                self._zero.append(task)
+        for task in self._zero:
+            if task not in self._spoilt and any(self.grads.collected):
                 self._notices.zero_gradient(task)
         for task in self._spoilt:
             found = task in steps.sitting_out or (not steps.fresh and bool(self.rows.stats.nonfinite[task]))
@@ -215,7 +224,7 @@ class Attempt:
 
         In one process it is as if the attempt had not been made, but that the rows which it fed are lost: those tasks
         begin anew, which is said by name. The attempt may be made again, and counts once. If ``.grad`` held a balanced
-        gradient of the open step, that is computed again from the rows.
+        gradient of the open step, that is computed again from the rows: without the tasks that begin anew.
 
         Of several ranks the others may not have failed, and would not answer. There the step ends, and rows that were
         fed stay fed.

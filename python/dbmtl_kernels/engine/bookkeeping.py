@@ -45,6 +45,7 @@ class Steps:
         inside: the task whose context is open.
         complete: the last task entered completed them all, so that they were balanced at once.
         sitting_out: tasks whose loss was not finite in this step, as far as the host knows.
+        lengths: of each task, the norm of its first gradient since the last step that is not to update.
         finite: (K,) bool on a device, the tasks whose loss was finite; None where the host knows.
         loss_scale: the factor that this step's gradients carry.
         losses: the last loss of each task in this step, where it is known.
@@ -65,6 +66,7 @@ class Steps:
         self.complete = False
         self.sitting_out: set[int] = set()
         self.finite: Tensor | None = None
+        self.lengths: dict[int, Tensor] = {}
         self.loss_scale: Tensor | None = None
         self.losses: dict[int, Tensor] = {}
         self.changes = 0
@@ -99,6 +101,7 @@ class Steps:
     def begin(self, loss_scale: Tensor | None) -> None:
         """Gradients that carry ``loss_scale`` are about to come: begin a step, unless one is open."""
         self.complete = False
+        self.lengths = {}
         if self.open:
             if self.loss_scale is not None and is_zero(self.loss_scale):
                 self.loss_scale = loss_scale  # nothing counted so far
@@ -173,7 +176,7 @@ class Steps:
     def refuse_entered(self, task: int) -> None:
         """Raise RuntimeError if the task waits for a balance already."""
         if task in self.pending:
-            raise RuntimeError(f"task {task} was entered already in this step; call balance() (or optimizer.step())")
+            raise RuntimeError(f"task {task} was entered already in this step; call balance() first")
 
     def refuse_pending(self) -> None:
         """Raise RuntimeError if any task waits for a balance."""

@@ -10,6 +10,10 @@ from torch import nn
 from ..rows.placement import Buffer
 from .graphs import Meeting
 
+NONE = (
+    "no shared parameter got a gradient {}: are they those of the model that gave the losses? "
+    "(balancer.rebind(parameters) goes on with others)"
+)
 REBIND = "balancer.rebind(parameters) goes on with others"
 
 
@@ -68,11 +72,13 @@ class Notices:
                     f"another took its place in the model, that one is not balanced: {REBIND}",
                 )
 
+    def no_gradient_of(self, task: int, now: Sequence[bool]) -> None:
+        """No shared parameter had a gradient in the context of a task."""
+        if not any(now) and any(p.requires_grad for p in self._rows.parameters):
+            self.once("none", NONE.format(f"in task({task})"))
+
     def _none(self) -> None:
-        complaint = (
-            "no shared parameter got a gradient in this step: are they those of the model that gave the losses? "
-            f"({REBIND})"
-        )
+        complaint = NONE.format("in this step")
         if self._several:
             raise RuntimeError(
                 f"{complaint} fully_shard puts others in their place (make the balancer after it), and with "
@@ -81,7 +87,7 @@ class Notices:
         self.once("none", complaint)
 
     def undeclared(self, found: Meeting | None, module: nn.Module | None) -> None:
-        """Parameters that belong to the trunk and are not balanced.
+        """Parameters that the tasks share and that are not balanced: as far as a module or the graphs tell.
 
         Args:
             found: what a walk through the graphs of the losses found.

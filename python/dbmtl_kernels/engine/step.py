@@ -166,15 +166,16 @@ class Engine:
     def gradients(
         self, losses: TaskLosses, loss_scale: Tensor | None, retain_graph: bool, inputs: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """What `run` would add to the ``.grad`` of ``inputs``, as tensors; every ``.grad`` stays as it is.
+        """What `run` would add to the ``.grad`` of ``inputs``, as tensors; every ``.grad`` stays as it is. A step.
 
         Raises:
-            RuntimeError: a balanced gradient of the open step is in ``.grad``, which would not be that of the rows.
+            RuntimeError: a step is open.
         """
-        if self.grads.written and not self.grads.was_dropped():
+        self.end_if_dropped()
+        if self.steps.open:
             raise RuntimeError(
-                "autograd.grad of a balanced loss in the middle of a step: .grad holds the balanced gradient so far. "
-                "Call optimizer.step() first, or zero_grad()"
+                "autograd.grad of a balanced loss in the middle of a step: it would add to the gradients so far. Call "
+                "optimizer.step() first, or zero_grad()"
             )
         before = [p.grad for p in inputs]
         try:
@@ -185,7 +186,7 @@ class Engine:
         finally:
             for p, grad in zip(inputs, before, strict=True):
                 p.grad = grad
-            self.grads.forget()
+            self.end_step()
 
     # --- task by task -----------------------------------------------------------------------------------------
 
@@ -224,10 +225,12 @@ class Engine:
         if not attempt.frozen:
             self.steps.begin(scale)
             self.steps.losses.pop(index, None)  # that of an earlier backward is not of this gradient
-        attempt.collect(index, scale, self._skip_zeros)
-        attempt.collected(index, scale)
         if spoilt:
             attempt.spoil(index)
+        attempt.collect(index, scale, self._skip_zeros)
+        attempt.collected(index, scale)
+        if not spoilt:
+            self.parts.notices.no_gradient_of(index, self.grads.collected)
         attempt.write_task(index, spoilt)
 
     def balance(self) -> None:
@@ -314,7 +317,8 @@ class Engine:
         self.steps.refuse_inside(what)
         self.end_if_dropped()
         if self.steps.open:
-            raise RuntimeError(f"{what} within a step; end it first (balance(), or optimizer.step())")
+            end = "balance()" if self.steps.pending else "optimizer.step(), or detach()"
+            raise RuntimeError(f"{what} within a step; end it first: {end}")
 
     def reindex_tasks(self, tasks: list[int | None]) -> None:
         """Let the tasks be these of the former ones, None being a new one.

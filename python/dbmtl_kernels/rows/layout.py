@@ -165,7 +165,7 @@ class ParameterLayout:
                 raise RuntimeError(
                     f"{what} was {dtype} of shape {tuple(shape)} with strides {strides} on {device} when the balancer "
                     f"was made, and is {p.dtype} of shape {tuple(p.shape)} with strides {p.stride()} on {p.device}; "
-                    "make the balancer after model.to(...)"
+                    "make the balancer after model.to(...), or call balancer.rebind(parameters)"
                 )
 
     def signature(self) -> list[list[Any]]:
