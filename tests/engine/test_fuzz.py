@@ -15,7 +15,7 @@ from loop import Loop
 
 CI = bool(os.environ.get("CI"))
 NAMES = [name for name, move in moves.MOVES.items() for _ in range(move.weight)]
-KINDS_OF_MOVES = 0  # of `stepping.RAN`, all that moves tell there
+KINDS_OF_MOVES = 0
 DICE = st.integers(0, 9999)  # what a move draws from: random.Random(dice)
 
 

@@ -32,6 +32,8 @@ class Simulation(oracle.Training):
         self.absent = absent  # a gradient of zeros does not count
         self.sizes = list(sizes)
         self.weights, self.nonfinite_steps = np.zeros(num_tasks), np.zeros(num_tasks, dtype=int)
+        self.norms = np.zeros(num_tasks)  # at the last balance
+        self.lengths = {}  # of each task's first gradient since then that was no update
         self.others, self.ours = [None] * len(sizes), [None] * len(sizes)
         self.touched, self.frozen = [False] * len(sizes), [False] * len(sizes)
         self.heads = np.zeros(2 * MOST_TASKS + 3)
@@ -63,6 +65,7 @@ class Simulation(oracle.Training):
             self.feed({}, factor)
             self.out, self.counted = set(), set()
         self.complete = False
+        self.lengths = {}
 
     def passes(self, passes, factor, times=1):
         """Rows, bookkeeping and heads; a task that sits out leaves nothing in heads."""
@@ -90,6 +93,7 @@ class Simulation(oracle.Training):
     def write(self, attached):
         for task in self.nonfinite:
             self.count(task)
+        self.norms = np.linalg.norm(self.rows, axis=1)
         seen, self.seen = self.seen, self.seen - self.out
         parts = self.parts(self.balance())
         used = sorted(self.seen - self.nonfinite)
@@ -106,15 +110,20 @@ class Simulation(oracle.Training):
             self.end()
 
     def evaluate(self, passes, factor, by_task=False):
-        """No update: the weights of the last balance, rows as they are."""
+        """No update: each task has the share that it had in the last balance, rows stay as they are."""
         total = np.zeros(sum(self.sizes))
         if not by_task and all(one.kind == "nan" for one in passes):
             return
         for one in passes:
-            if one.kind != "nan":
-                self.touched = [a or b for a, b in zip(self.touched, one.reached, strict=True)]
-                total += self.weights[one.task] * factor * one.row
-                self.heads += one.heads * factor
+            if one.kind == "nan":
+                if by_task:
+                    self.lengths.setdefault(one.task, 0.0)
+                continue
+            self.touched = [a or b for a, b in zip(self.touched, one.reached, strict=True)]
+            self.heads += one.heads * factor
+            first = self.lengths.setdefault(one.task, np.linalg.norm(one.row))
+            if first > 0:
+                total += self.weights[one.task] * self.norms[one.task] / first * factor * one.row
         for index, part in enumerate(self.parts(total)):
             # FAULT: what no task ever touched gets zeros. Right: `if self.touched[index] and not ...`
             if not self.frozen[index]:
@@ -177,8 +186,9 @@ class Simulation(oracle.Training):
 
     def reindex(self, tasks):
         super().reindex(tasks)
-        kept = [(0, 0) if t is None else (self.weights[t], self.nonfinite_steps[t]) for t in tasks]
-        self.weights, self.nonfinite_steps = np.array([k[0] for k in kept]), np.array([k[1] for k in kept], dtype=int)
+        for name in ("weights", "norms", "nonfinite_steps"):
+            before = getattr(self, name)
+            setattr(self, name, np.array([0 if t is None else before[t] for t in tasks], dtype=before.dtype))
 
     def rebind(self, places, sizes):
         """The parameters are those of these places now; None is a new one."""

@@ -41,7 +41,8 @@ def failure(loop, dice):
     counts = [one for one in passes[:at] if one.kind != "nan" and (one.row.any() or not loop.model.absent)]
     fed = sorted(one.task for one in counts)
     loop.model.fail(fed)
-    loop.model.complete = False  # FAULT: balance() after it is refused, as if the step before had not been whole
+    # FAULT: balance() after it is refused, though the step before was whole; lengths of no_update() are forgotten.
+    loop.model.complete, loop.model.lengths = False, {}
     loop.model.copied = False
     assert named_tasks(loop.warned("begin anew")) == (fed if loop.model.step else [])
 
@@ -123,7 +124,8 @@ def interrupt(loop, dice):
         outcomes += [model, nothing := copy.deepcopy(model)]
         nothing.fail(fed)
     agree(loop, outcomes, where)
-    loop.model.complete = loop.balancer._engine.steps.complete  # FAULT: a failure undoes it
+    steps = loop.balancer._engine.steps  # FAULT: a failure undoes neither
+    loop.model.complete, loop.model.lengths = steps.complete, {t: float(x) for t, x in steps.lengths.items()}
     loop.model.copied = loop.model.copied and None
 
 
@@ -151,7 +153,7 @@ def thawed(parameters):
 
 def goes_on(loop, attached):
     """Another balancer is in the place of the former one."""
-    loop.model.complete = False
+    loop.model.complete, loop.model.lengths = False, {}
     loop.handle = None
     if attached:
         loop.attach()
@@ -260,6 +262,8 @@ def change_tasks(loop, dice):
         return refused(call, ValueError, "at least 1, got 0")
     if loop.model.open:
         return refused(call, RuntimeError, "within a step")
+    if loop.model.lengths:  # FAULT: lengths of gradients that are no update stay where they were
+        return None
     if not add or count < 5:
         RAN["added" if add else "removed"] += 1
         assert call() == (count if add else None)

@@ -112,6 +112,8 @@ def no_update(loop, dice):
     """A second gradient of a step, as SAM takes one."""
     if loop.model.blind:  # see zero_grad
         return
+    if not np.isfinite(loop.model.norms).all():  # FAULT: weight 0 times a norm that is infinite: .grad is NaN
+        return
     form, call, passes, factor = drawn(loop, dice, TAME)
     with loop.balancer.no_update():
         if loop.model.pending:
