@@ -15,7 +15,7 @@ from loop import Loop
 
 CI = bool(os.environ.get("CI"))
 NAMES = [name for name, move in moves.MOVES.items() for _ in range(move.weight)]
-KINDS_OF_MOVES = 0
+KINDS = 60  # of moves and their forms in `stepping.RAN`
 DICE = st.integers(0, 9999)  # what a move draws from: random.Random(dice)
 
 
@@ -53,5 +53,5 @@ def test_any_sequence(backend, examples, steps, early, monkeypatch):
 
     any_sequence()
     if backend == "native":  # each was really tried
-        assert len(stepping.RAN) == KINDS_OF_MOVES
-        assert min(stepping.RAN[name] for name in moves.MOVES) >= (50 if CI else 5)
+        assert min(stepping.RAN[name] for name in moves.MOVES) >= (50 if CI else 1)
+        assert not CI or len(stepping.RAN) >= KINDS
