@@ -15,7 +15,7 @@ from loop import Loop
 
 CI = bool(os.environ.get("CI"))
 NAMES = [name for name, move in moves.MOVES.items() for _ in range(move.weight)]
-KINDS = 60  # of moves and their forms in `stepping.RAN`
+KINDS = 57  # of moves and their forms, at least, in `stepping.RAN`
 DICE = st.integers(0, 9999)  # what a move draws from: random.Random(dice)
 
 
