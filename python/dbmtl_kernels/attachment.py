@@ -39,6 +39,9 @@ class Attachment:
         if not optimizers:
             raise ValueError("attach() takes one optimizer or several, got none")
         plain = [_unwrapped(optimizer) for optimizer in optimizers]
+        for optimizer in plain:
+            if not _held(engine, [optimizer]):
+                raise ValueError(f"{type(optimizer).__name__} holds none of the shared parameters")
         check_held(engine, plain)
         self._engine = weakref.ref(engine)
         handles: list[Any] = []
@@ -65,6 +68,7 @@ class Attachment:
         if not discard:
             engine.turns.refuse_inside("detach()")
             engine.steps.refuse_unbalanced("detach()")
+        engine.discard_waiting()
         self._removed()
         for optimizer in engine.attached:
             _ATTACHED[optimizer].discard(engine)
@@ -133,7 +137,7 @@ class _Closure:
         engine = self._engine()
         if engine is None:
             return self._closure()
-        before, count = engine.frozen, engine.steps.started
+        before, count = engine.frozen, engine.steps.changes
         try:
             try:
                 engine.repeating = self._fed
@@ -142,7 +146,7 @@ class _Closure:
                 engine.repeating, engine.frozen = False, before
         finally:  # once more, should an interrupt have come just there
             engine.repeating, engine.frozen = False, before
-            self._fed = self._fed or engine.steps.started > count
+            self._fed = self._fed or engine.steps.changes > count
 
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:
@@ -159,10 +163,7 @@ def _held(engine: Engine, optimizers: Sequence[Optimizer]) -> set[int]:
 
 
 def check_held(engine: Engine, optimizers: Sequence[Optimizer]) -> None:
-    """See `Attachment`."""
-    for optimizer in optimizers:
-        if not _held(engine, [optimizer]):
-            raise ValueError(f"{type(optimizer).__name__} holds none of the shared parameters")
+    """The warnings of `Attachment`."""
     held = _held(engine, optimizers)
     rest = [
         engine.rows.describe(index)

@@ -367,6 +367,7 @@ class GradientBalancer:
         self._begin(Shared.restored(state), state["num_tasks"], weighting, frozen_ok=True)
         if kept is not None:
             checkpoint.load(kept, self._engine)
+        self._engine.copied = state["copied"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientBalancer:
         """One of the copied parameters, not attached, whose averages begin with zeros and cost nothing until it trains.

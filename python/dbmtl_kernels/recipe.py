@@ -111,6 +111,7 @@ def pickled(attributes: dict[str, Any], engine: Engine) -> dict[str, Any]:
         "names": shared.names,
         "module": None if shared.module is None else shared.module(),
         "num_tasks": engine.steps.num_tasks,
+        "copied": engine.copied,
         "kept": _bytes_of((engine.weighting, checkpoint.state_of(engine) if engine.rows.allocated else None)),
     }
 

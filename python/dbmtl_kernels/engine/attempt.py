@@ -15,7 +15,6 @@ from .balance import BalancedGradient
 from .bookkeeping import Steps, is_zero
 from .gradients import SharedGradients
 from .heads import HeadGradients
-from .losses import TaskLosses
 from .notices import Notices
 
 
@@ -45,7 +44,9 @@ class Attempt:
         self.touched = list(self.grads.touched)
         self._before = self.steps.snapshot()
         self._collectors: dict[int, Any] = {}  # by task
-        self._spoilt: list[int] = []
+        self._spoilt: list[int] = []  # whose loss is not finite
+        self._counts: dict[int, int] = {}  # of tasks that sit out, their `nonfinite_steps` when this is over
+        self._out: set[int] = set()  # tasks that leave nothing in heads
         self._zero: list[int] = []  # whose gradient was
         self._scratch: tuple[Buffer, Any] | None = None
         self._evaluated = False
@@ -87,65 +88,69 @@ class Attempt:
         """
         assert self._scratch is not None
         one, flats = self._scratch
-        norm, stats = one.sums().sqrt(), self.rows.stats
-        first = self.steps.lengths.setdefault(task, norm.clone())
-        weight = stats.weights[task : task + 1] * stats.norms[task : task + 1] / first
-        weight = weight if loss_scale is None else weight * loss_scale.to(weight.device, weight.dtype)
-        one.combine(torch.where(norm.isfinite() & (first > 0), weight, 0.0), flats, self._evaluated)
+        norm, stats, lengths = one.sums().sqrt(), self.rows.stats, self.steps.lengths
+        finite, factor = norm.isfinite(), torch.ones_like(norm) if loss_scale is None else loss_scale.to(norm)
+        passed_on = factor > self._balanced.propagate_above
+        first = lengths.get(task, norm)
+        lengths[task] = first = torch.where(first.isfinite() & (first > 0), first, norm)
+        weight = stats.weights[task : task + 1]
+        share = torch.where((weight != 0) & (first > 0), weight * stats.norms[task : task + 1] / first, 0.0)
+        one.combine(torch.where(finite, share * factor, torch.where(passed_on, torch.nan, 0.0)), flats, self._evaluated)
         self._evaluated = True
+        kept = finite | passed_on
+        if not self._on_host(norm):
+            self.heads.clear({task: kept[0]})
+        elif not bool(kept):
+            self._out.add(task)
 
     def spoil(self, task: int) -> None:
         """The loss of a task is not finite: it sits out the step, and its row will begin anew."""
-        if not self.frozen:
-            self._spoilt.append(task)
+        self._spoilt.append(task)
+        self._out.add(task)
 
     # --- the end ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def write(self, losses: TaskLosses, named: Collection[int] | None) -> None:
+    def write(self, tasks: Sequence[int], named: Collection[int] | None) -> None:
         """Norms, weights, the balanced gradient, ``.grad``; ends the step unless an optimizer will.
 
         Should the weighting raise, ``.grad`` is what others put there and the step ends: its rows are fed, and would
         count again.
 
         Args:
-            losses: those of the passes.
+            tasks: those present.
             named: ids of the parameters to write to; None for all.
         """
         if self.frozen:
-            out = {task for task, finite in zip(losses.tasks, losses.finite(), strict=True) if finite is False}
-            self.heads.average(self.grads.touched, out)
             self._take_evaluated()
         else:
-            out = self._sitting_out(losses.tasks)
-            self._compute(out, named)
-        self._commit(out)
+            self._look(tasks)
+            self._compute(named)
+        self._commit()
 
     @torch.no_grad()
-    def write_task(self, task: int, spoilt: bool) -> None:
+    def write_task(self, task: int) -> None:
         """The gradient of a single task: shared ones wait for a balance, unless frozen."""
         if self.frozen:
-            out = {task} if spoilt else set()
-            self.heads.average(self.grads.touched, out)
             self._take_evaluated()
-            self._commit(out)
+            self._commit()
             return
-        out = self._sitting_out([task])
-        self.heads.average(self.grads.touched, out)
+        self._look([task])
+        self.heads.average(self.grads.touched, self._out)
         try:
-            self._give_back(task, out)
+            self._give_back(task)
         except BaseException:
-            self._give_back(task, out)
+            self._give_back(task)
             raise
 
     @torch.no_grad()
     def balance(self) -> None:
         """The balanced gradient of the rows as they are."""
-        self._compute((), None)
-        self._commit(())
+        self._compute(None)
+        self._commit()
 
-    def _sitting_out(self, tasks: Sequence[int]) -> set[int]:
-        """Of ``tasks`` those that leave nothing in heads. Where only the device knows, it clears what they left."""
+    def _look(self, tasks: Sequence[int]) -> None:
+        """Which tasks had nothing, or sit out and leave nothing in heads; what only the device knows it clears."""
         steps = self.steps
         sums = self.rows.sums()
         for task in self._collectors:
@@ -156,32 +161,30 @@ class Attempt:
             if task not in self._spoilt and any(self.grads.collected):
                 self._notices.zero_gradient(task)
         for task in self._spoilt:
-            found = task in steps.sitting_out or (not steps.fresh and bool(self.rows.stats.nonfinite[task]))
-            self.rows.sit_out(task, found)
-            sums[task] = 0.0
-            steps.sitting_out.add(task)
             steps.seen[task] = True
+            if steps.fresh or not bool(self.rows.stats.nonfinite[task]):
+                steps.sitting_out.add(task)  # else its gradient was not finite before, which may have to be passed on
         self._sums = sums
         above, scale = self._balanced.propagate_above, steps.loss_scale
         if self._on_host(sums):
-            passed_on = (1.0 if scale is None else float(scale)) > above
-            out = set(self._spoilt)
-            if not passed_on and not bool(sums.isfinite().all()):
-                out |= {task for task in tasks if not math.isfinite(float(sums[task]))}
-            return out
+            if (1.0 if scale is None else float(scale)) <= above and not bool(sums.isfinite().all()):
+                self._out |= {task for task in tasks if not math.isfinite(float(sums[task]))}
+            return
         keep = sums.isfinite() if scale is None else sums.isfinite() | (scale.to(sums.device) > above)
         if steps.finite is not None:
             keep = keep & steps.finite
         self.heads.clear({task: keep[task] for task in tasks})
-        return set(self._spoilt)
 
     def _on_host(self, sums: Tensor) -> bool:
         """Whether looking at numbers takes no sync."""
         return sums.device.type == "cpu"
 
-    def _compute(self, out: Collection[int], named: Collection[int] | None) -> None:
+    def _compute(self, named: Collection[int] | None) -> None:
+        stats, fresh = self.rows.stats, self.steps.fresh
+        for task in self.steps.sitting_out:
+            self._counts[task] = int(stats.nonfinite_steps[task]) + (fresh or not bool(stats.nonfinite[task]))
         try:
-            self.heads.average(self.grads.touched, out)
+            self.heads.average(self.grads.touched, self._out)
             self.grads.compute_grads(self._sums, named)
         except Exception:
             self.heads.restore()
@@ -190,30 +193,33 @@ class Attempt:
             raise
 
     def _take_evaluated(self) -> None:
+        self.heads.average(self.grads.touched, self._out)
         if self._scratch is None:
             self.grads.restore_grads()
         else:
             self.grads.take_grads(self._scratch[1])
 
-    def _commit(self, out: Collection[int]) -> None:
+    def _commit(self) -> None:
         """Leave in ``.grad`` what is due; done even if interrupted."""
         try:
-            self._put(out)
+            self._put()
         except BaseException:
-            self._put(out)
+            self._put()
             raise
 
-    def _put(self, out: Collection[int]) -> None:
+    def _put(self) -> None:
+        for task, count in self._counts.items():
+            self.rows.sit_out(task, count)
         self.grads.put_grads()
-        self.heads.put(out)
+        self.heads.put(self._out)
         if not self.frozen:
             self.steps.balanced()
             if self._ends:
                 self._end_step()
 
-    def _give_back(self, task: int, out: Collection[int]) -> None:
+    def _give_back(self, task: int) -> None:
         self.grads.restore_grads()
-        self.heads.put(out)
+        self.heads.put(self._out)
         self.steps.pending.add(task)
 
     def _end_step(self) -> None:
@@ -235,6 +241,9 @@ class Attempt:
         """
         steps, grads, rows, stash = self.steps, self.grads, self.rows, self.grads.aside
         grads.stop_collecting()
+        if grads.due is not None:  # all was done but to leave it there
+            self._commit()
+            return
         self.heads.restore()
         if stash is None:  # nothing was done yet, or all of it
             return

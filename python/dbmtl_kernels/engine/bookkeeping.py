@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -59,8 +58,10 @@ class Before(NamedTuple):
     fresh: bool
     seen: list[bool]
     pending: set[int]
+    complete: bool
     sitting_out: set[int]
     finite: Tensor | None
+    lengths: dict[int, Tensor]
     losses: dict[int, Tensor]
     loss_scale: Tensor | None
 
@@ -130,8 +131,8 @@ class Steps:
     def snapshot(self) -> Before:
         """What `undo` needs."""
         return Before(
-            self._begun, self._coefficients, self.open, self.fresh, list(self.seen), set(self.pending),
-            set(self.sitting_out), self.finite, dict(self.losses), self.loss_scale,
+            self._begun, self._coefficients, self.open, self.fresh, list(self.seen), set(self.pending), self.complete,
+            set(self.sitting_out), self.finite, dict(self.lengths), dict(self.losses), self.loss_scale,
         )  # fmt: skip
 
     def begin(self, loss_scale: Tensor | None) -> None:
@@ -153,8 +154,8 @@ class Steps:
         if self._begun != before.begun:
             self._advance(-1)
         (
-            self._begun, self._coefficients, self.open, self.fresh, self.seen, self.pending, self.sitting_out,
-            self.finite, self.losses, self.loss_scale,
+            self._begun, self._coefficients, self.open, self.fresh, self.seen, self.pending, self.complete,
+            self.sitting_out, self.finite, self.lengths, self.losses, self.loss_scale,
         ) = before  # fmt: skip
 
     def coefficients(self) -> Coefficients:
@@ -193,6 +194,7 @@ class Steps:
     def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
         """Let the tasks be these, None being a new one."""
         self.changes += 1
+        self.lengths = {}
         self.seen = [task is not None and self.seen[task] for task in tasks]
 
     def _advance(self, by: int) -> None:
@@ -235,6 +237,7 @@ class Steps:
             "fresh": self.fresh,
             "seen": [int(x) for x in self.seen],
             "pending": sorted(self.pending),
+            "sitting_out": sorted(self.sitting_out) if self.open else [],
             "known": sorted(known),
             "losses": losses,
             "loss_scale": None if self.loss_scale is None else float(self.loss_scale),
@@ -254,7 +257,8 @@ class Steps:
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.losses = {int(t): state["losses"][int(t)].to(device, wide) for t in state["known"]}
         self.loss_scale = None if scale is None else torch.full((), float(scale), dtype=wide, device=device)
-        self.sitting_out = {t for t in self.losses if not math.isfinite(float(state["losses"][t]))}
+        self.sitting_out = {int(x) for x in state.get("sitting_out", ())}
+        self.lengths, self.complete = {}, False
 
 
 def is_zero(scale: Tensor) -> bool:

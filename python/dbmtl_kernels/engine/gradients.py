@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Collection, Iterable
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +73,7 @@ class SharedGradients:
 
     Attributes:
         aside: what was taken away and not yet given back; None outside of a step.
+        due: what is to be left in ``.grad`` and is not yet.
         touched: whether any task ever had a gradient of the parameter.
         collected: whether one had, since `stash_grads`.
         written: whether ``.grad`` holds a balanced gradient of the open step.
@@ -90,15 +91,13 @@ class SharedGradients:
         self._arrived: list[int] = []  # parameters whose gradient the pass has made and the collector has not got yet
         self._bytes = 0  # of those
         self._sizes = [p.nbytes for p in self._parameters]
-        self._flats: Flats = {}
-        self._views: list[Tensor] = []
-        self._due: Due | None = None
+        self._flats, self._views = dict[Any, Tensor](), list[Tensor]()
+        self.due: Due | None = None
         self._undefined: list[int] = []  # where an interrupt now would leave in .grad nobody knows what
         # What was written in this step: the tensor left in .grad (None where nothing of ours is), its version then, and
         # whether it held nothing else.
-        count = len(self._parameters)
-        self._left: list[Tensor | None] = [None] * count
-        self._versions, self._only_ours = [-1] * count, [False] * count
+        self._left: list[Tensor | None] = [None] * len(self._parameters)
+        self._versions, self._only_ours = ([0] * len(self._parameters) for _ in range(2))
 
     # --- before the passes ------------------------------------------------------------------------------------
 
@@ -141,15 +140,13 @@ class SharedGradients:
             return
         for index, (p, grad) in enumerate(zip(self._parameters, self.aside.grads, strict=True)):
             p.grad = None if index in self._undefined else grad
-        for index in self._undefined:
-            self._notices.lost_grad(index)
-        self.aside, self._due, self._undefined = None, None, []
+        self._notices.lost_grads(self._undefined)
+        self.aside, self.due, self._undefined = None, None, []
 
     def forget(self) -> None:
         """What is in ``.grad`` is the caller's from now on; nothing of it is kept alive here."""
         if self.written:
-            self.written = False
-            self._left = [None] * len(self._parameters)
+            self.written, self._left = False, [None] * len(self._parameters)
 
     # --- during a pass ----------------------------------------------------------------------------------------
 
@@ -182,8 +179,8 @@ class SharedGradients:
     def finish_collecting(self) -> None:
         """The pass is over: what is left in ``.grad`` goes to its row too."""
         collector, self._collector = self._collector, None
-        assert collector is not None
-        collector.finish(*self._take(range(len(self._parameters))))
+        if collector is not None:
+            collector.finish(*self._take(range(len(self._parameters))))
 
     def stop_collecting(self) -> None:
         """No pass runs, whatever became of it: hooks are idle."""
@@ -191,8 +188,7 @@ class SharedGradients:
 
     def _take(self, rest: Iterable[int] = ()) -> tuple[list[int], list[Tensor | None]]:
         """The gradients that have arrived, and those of ``rest`` that are there; no longer in ``.grad``, each once."""
-        found: list[int] = []
-        grads: list[Tensor | None] = []
+        found, grads = list[int](), list[Tensor | None]()
         arrived, self._arrived, self._bytes = self._arrived, [], 0
         for number, index in enumerate(chain(arrived, rest)):
             p = self._parameters[index]
@@ -254,18 +250,19 @@ class SharedGradients:
         except Exception:
             self._undefined = []  # a weighting raises before anything is added
             raise
-        self._due, self._undefined = Due(grads, views, wanted, {}, True), []
+        self.due, self._undefined = Due(grads, views, wanted, {}, True), []
 
     def take_grads(self, flats: Flats) -> None:
         """Let `put_grads` add ``flats``, which are then the caller's."""
         assert self.aside is not None
-        views, wanted = self._rows.views(flats), [p.requires_grad for p in self._parameters]
-        self._due = Due(self.aside.grads, views, wanted, {}, False)
+        views = self._rows.views(flats)
+        wanted = [seen and p.requires_grad for p, seen in zip(self._parameters, self.touched, strict=True)]
+        self.due = Due(self.aside.grads, views, wanted, {}, False)
 
     @torch.no_grad()
     def put_grads(self) -> None:
         """Leave in every ``.grad`` what is due. Called again after an interrupt it adds nothing twice."""
-        if (due := self._due) is None:
+        if (due := self.due) is None:
             return
         left, versions, only_ours = self._left, self._versions, self._only_ours
         for index, (p, grad, view) in enumerate(zip(self._parameters, due.grads, due.views, strict=True)):
@@ -281,14 +278,19 @@ class SharedGradients:
                 new = due.added[index] = grad.add_(view)
             p.grad = new
             if due.ours:
-                left[index], versions[index], only_ours[index] = new, new._version, grad is None
-        self.written, self.aside, self._due = self.written or due.ours, None, None
+                left[index], versions[index], only_ours[index] = new, new._version, int(grad is None)
+        self.written, self.aside, self.due = self.written or due.ours, None, None
 
     def was_dropped(self) -> bool:
         """Whether the balanced gradient last written was thrown away by the caller; see `Stash`."""
         return self.written and self._was_dropped([p.grad for p in self._parameters])
 
-    def resume(self, touched: list[bool], written: bool) -> bool:
+    @property
+    def left(self) -> list[int]:
+        """For each parameter, 1 if a balanced gradient of the open step was left in its ``.grad``."""
+        return [int(self.written and left is not None) for left in self._left]
+
+    def resume(self, touched: list[bool], left: list[bool] | None) -> bool:
         """Take over what a checkpoint tells; what is in ``.grad`` now is what was left there, if anything was.
 
         Returns:
@@ -296,13 +298,14 @@ class SharedGradients:
         """
         self.forget()
         self.touched[:] = touched
-        grads = [p.grad if seen else None for p, seen in zip(self._parameters, touched, strict=True)]
-        self.written = written and any(grad is not None for grad in grads)
+        if left is None:
+            return False
+        grads = [p.grad if ours else None for p, ours in zip(self._parameters, left, strict=True)]
+        self.written = any(grad is not None for grad in grads)
         if self.written:
-            self._left = grads
+            self._left, self._only_ours = grads, [0] * len(grads)
             self._versions = [-1 if grad is None else grad._version for grad in grads]
-            self._only_ours = [False] * len(grads)
-        return written and not self.written
+        return not self.written
 
     def _was_dropped(self, grads: list[Tensor | None]) -> bool:
         """Whether nothing is left of what was written; values are looked at only where they changed."""

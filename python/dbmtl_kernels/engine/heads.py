@@ -112,6 +112,9 @@ class HeadGradients:
                 self._watch([p for p in leaves if isinstance(p, nn.Parameter)], f"loss {index}")
             return None
         found = meet(losses, self._shared, whole)
+        if not (whole or found.leaves or self._common):  # they meet at once, as those in one tensor do
+            found = meet(losses, self._shared, whole=True)
+            self._watch(found.common, "graph")
         self._watch(found.leaves, "graph")
         if not whole:
             return None

@@ -117,13 +117,14 @@ class Notices:
             "copy.load_state_dict(original.state_dict()) gives it those of the original",
         )
 
-    def lost_grad(self, index: int) -> None:
+    def lost_grads(self, indices: Sequence[int]) -> None:
         """An interrupt came while the balanced gradient was added to what was in ``.grad``."""
-        warnings.warn(
-            f"an interrupt came while the .grad of {self._rows.describe(index)} was written: what was there is lost",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        for index in indices:
+            warnings.warn(
+                f"an interrupt came when the .grad of {self._rows.describe(index)} was written: it is lost",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def replaced(self) -> None:
         """Nothing of the balanced gradient is left, and other tensors are in its place."""

@@ -117,7 +117,7 @@ class Engine:
             if not attempt.frozen:
                 self.steps.begin(loss_scale)
             self._passes(attempt, losses, loss_scale, retain_graph, inputs)
-            attempt.write(losses, None if inputs is None else {id(p) for p in inputs})
+            attempt.write(losses.tasks, None if inputs is None else {id(p) for p in inputs})
         except BaseException:
             attempt.recover()
             raise
@@ -234,11 +234,13 @@ class Engine:
             self.steps.losses.pop(index, None)  # that of an earlier backward is not of this gradient
         if spoilt:
             attempt.spoil(index)
+        if self.copied and not attempt.frozen:
+            self.parts.notices.copied()
         attempt.collect(index, scale, self._skip_zeros)
         attempt.collected(index, scale)
         if not spoilt:
             self.parts.notices.no_gradient_of(index, self.grads.collected)
-        attempt.write_task(index, spoilt)
+        attempt.write_task(index)
 
     def balance(self) -> None:
         """Write the balanced gradient of the tasks entered with `task`."""
@@ -313,6 +315,12 @@ class Engine:
         """The step is over; ``.grad`` is the caller's."""
         self.steps.end()
         self.grads.forget()
+
+    def discard_waiting(self) -> None:
+        """No balance will follow: a row that is not finite must not stay."""
+        for task in [t for t in self.steps.pending if not bool(self.rows.stats.sumsq[t].isfinite())]:
+            self.rows.drop(task)
+        self.steps.pending = set()
 
     def end_if_dropped(self) -> None:
         """End a step whose gradients the caller has thrown away."""

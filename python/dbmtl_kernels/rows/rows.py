@@ -139,15 +139,17 @@ class TaskGradientBuffer:
     def settle(self) -> None:
         """Finish updates that are still under way."""
 
-    def sit_out(self, task: int, counted: bool) -> None:
-        """A task whose loss is not finite, so that its pass was not run: its row begins anew.
+    def sit_out(self, task: int, count: int) -> None:
+        """A task whose loss is not finite, so that its pass was not run: its row begins anew. Twice is as once.
 
         Args:
             task: which.
-            counted: whether this step is in its ``nonfinite_steps`` already.
+            count: what its ``nonfinite_steps`` are now.
         """
         self.drop(task)
-        self.stats.nonfinite_steps[task] += not counted
+        self.stats.norms[task] = 0.0
+        self.stats.nonfinite[task] = True
+        self.stats.nonfinite_steps[task] = count
 
     def drop(self, task: int) -> None:
         """Set the row to zero. One that is on its way does not arrive; nobody waits for it."""

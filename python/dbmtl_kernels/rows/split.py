@@ -87,9 +87,9 @@ class SplitTaskGradientBuffer:
         for part in self.parts:
             part.settle()
 
-    def sit_out(self, task: int, counted: bool) -> None:
+    def sit_out(self, task: int, count: int) -> None:
         for part in self.parts:
-            part.sit_out(task, counted)
+            part.sit_out(task, count)
 
     def drop(self, task: int) -> None:
         for part in self.parts:
