@@ -189,6 +189,7 @@ class Attempt:
         except Exception:
             self.heads.restore()
             self.grads.restore_grads()
+            self._sit_out()
             self._end_step()
             raise
 
@@ -208,14 +209,18 @@ class Attempt:
             raise
 
     def _put(self) -> None:
-        for task, count in self._counts.items():
-            self.rows.sit_out(task, count)
+        if self._counts:
+            self._sit_out()
         self.grads.put_grads()
         self.heads.put(self._out)
         if not self.frozen:
             self.steps.balanced()
             if self._ends:
                 self._end_step()
+
+    def _sit_out(self) -> None:
+        for task, count in self._counts.items():
+            self.rows.sit_out(task, count)
 
     def _give_back(self, task: int) -> None:
         self.grads.restore_grads()
