@@ -1,5 +1,6 @@
 """What 4 ranks do together, run by torchrun; rank 0 writes what came of it for test_distributed.py to judge."""
 
+import copy
 import functools
 import io
 import json
@@ -191,6 +192,47 @@ def shared_parameter_of_one_rank():
     balancer([head(z).square().mean() + 0.1 for head in net.heads]).backward()
     grads = torch.cat([p.grad.reshape(-1) for p in net.shared()])
     RESULTS["shared on one rank"] = {"identical": identical(grads), "gain": float(net.gain.grad.abs())}
+
+
+@scenario
+def sitting_out():
+    """One rank's loss of a task is NaN: the task sits out on all, and leaves nothing in any .grad."""
+    for kind in ("ddp", "fsdp"):
+        job, without = Job(kind), Job(kind)
+        for each, bad in ((job, True), (without, False)):
+            for step, x in enumerate(batches(0, 3)):
+                each.optimizer.zero_grad()
+                with each.no_sync():
+                    losses = each.forward(each.part(x))
+                    if step == 1 and bad and dist.get_rank() == 1:
+                        losses[1] = losses[1] * torch.nan
+                    tasks = [0, 2] if step == 1 and not bad else [0, 1, 2]
+                    each.balancer([losses[t] for t in tasks], tasks=tasks).backward()
+                if step == 1:
+                    each.seen = each.gradients()
+        RESULTS[f"sits out, {kind}"] = {
+            "difference": difference(job.seen, without.seen),
+            "nonfinite": job.balancer.nonfinite_steps.tolist(),
+            "identical": identical(job.gradients()),
+            "finite": bool(job.gradients().isfinite().all()),
+        }
+
+
+@scenario
+def copies():
+    """A deep copy works with the same ranks."""
+    net = Net()
+    balancer = dbk.DBMTL(net.shared(), NUM_TASKS, process_group=dist.group.WORLD)
+    x, *more = (x[dist.get_rank() :: dist.get_world_size()] for x in batches(0, 3))
+    balancer(net(x)).backward()
+    twin_net, twin = copy.deepcopy((net, balancer))
+    twin.load_state_dict(balancer.state_dict())
+    for x in more:
+        for each, owner in ((net, balancer), (twin_net, twin)):
+            each.zero_grad()
+            owner(each(x)).backward()
+    grads = [torch.cat([p.grad.reshape(-1) for p in each.shared()]) for each in (net, twin_net)]
+    RESULTS["copies"] = {"same": torch.equal(*grads), "identical": identical(grads[0])}
 
 
 @scenario

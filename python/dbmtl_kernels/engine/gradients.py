@@ -334,7 +334,7 @@ class SharedGradients:
         rest = list(grads)
         mixed = []
         for index, (grad, left) in enumerate(zip(grads, self._left, strict=True)):
-            if left is None or grad is None:
+            if left is None or grad is None or not self._parameters[index].requires_grad:  # frozen: it is the caller's
                 continue
             if grad is not left:
                 raise RuntimeError(
