@@ -73,26 +73,21 @@ class Simulation(oracle.Training):
         self.begin(factor)
         for one in passes:
             if one.kind == "nan":
+                self.seen.add(one.task)
+                if one.task not in self.nonfinite:  # else that was found at a balance, and stays to be passed on
+                    self.out.add(one.task)
                 continue
             self.touched = [a or b for a, b in zip(self.touched, one.reached, strict=True)]
             if one.row.any() or not self.absent:
                 self.feed({one.task: one.row * times}, factor)
             if one.kind != "overflow" or self.unit > self.propagate_above:
                 self.heads += one.heads * factor * times
-        for one in passes:
-            if one.kind == "nan":
-                self.rows[one.task] = 0.0
-                self.count(one.task)
-                self.out.add(one.task)
-                self.seen.add(one.task)
-
-    def count(self, task):
-        self.nonfinite_steps[task] += task not in self.counted
-        self.counted.add(task)
 
     def write(self, attached):
-        for task in self.nonfinite:
-            self.count(task)
+        bad = self.nonfinite | self.out
+        self.nonfinite_steps[sorted(bad - self.counted)] += 1
+        self.counted |= bad
+        self.rows[sorted(self.out)] = 0.0
         self.norms = np.linalg.norm(self.rows, axis=1)
         seen, self.seen = self.seen, self.seen - self.out
         parts = self.parts(self.balance())
@@ -116,17 +111,22 @@ class Simulation(oracle.Training):
             return
         for one in passes:
             if one.kind == "nan":
-                if by_task:
-                    self.lengths.setdefault(one.task, 0.0)
                 continue
             self.touched = [a or b for a, b in zip(self.touched, one.reached, strict=True)]
+            if one.kind == "overflow":
+                if factor > self.propagate_above:
+                    self.heads += one.heads * factor
+                    total[:] = np.nan
+                continue
             self.heads += one.heads * factor
-            first = self.lengths.setdefault(one.task, np.linalg.norm(one.row))
-            if first > 0:
-                total += self.weights[one.task] * self.norms[one.task] / first * factor * one.row
+            length = np.linalg.norm(one.row)
+            if length > 0 and self.weights[one.task] != 0:
+                share = self.weights[one.task] * self.norms[one.task] / self.lengths.get(one.task, length)
+                total += share * factor * one.row
+            if length > 0:
+                self.lengths.setdefault(one.task, length)
         for index, part in enumerate(self.parts(total)):
-            # FAULT: what no task ever touched gets zeros. Right: `if self.touched[index] and not ...`
-            if not self.frozen[index]:
+            if self.touched[index] and not self.frozen[index]:
                 self.add(index, part)
         now = [(a, b, cold) for a, b, cold in zip(self.others, self.ours, self.frozen, strict=True) if b is not None]
         if self.written and now and not any(cold or a.any() or b.any() for a, b, cold in now):
@@ -172,10 +172,12 @@ class Simulation(oracle.Training):
 
     def resume(self, present):
         """Another balancer goes on, where these parameters have a .grad."""
+        self.complete, self.lengths = False, {}
         self.others = [x if has else None for x, has in zip(self.others, present, strict=True)]
+        left = any(ours is not None for ours in self.ours)
         self.ours = [x if has else None for x, has in zip(self.ours, present, strict=True)]
-        if self.written:
-            if any(a and b for a, b in zip(self.touched, present, strict=True)):
+        if self.written and left:
+            if any(ours is not None for ours in self.ours):
                 for index, ours in enumerate(self.ours):
                     if ours is not None and self.others[index] is None:
                         self.others[index] = np.zeros_like(ours)
@@ -186,6 +188,7 @@ class Simulation(oracle.Training):
 
     def reindex(self, tasks):
         super().reindex(tasks)
+        self.lengths = {}
         for name in ("weights", "norms", "nonfinite_steps"):
             before = getattr(self, name)
             setattr(self, name, np.array([0 if t is None else before[t] for t in tasks], dtype=before.dtype))
@@ -218,7 +221,7 @@ class Several(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure() if closure else None
             for p in self.param_groups[0]["params"]:
-                if p.grad is not None:
+                if p.grad is not None and p.grad.isfinite().all():
                     p.data -= 1e-3 * p.grad
         return loss
 
@@ -279,8 +282,6 @@ class Loop:
             kind = dice.choice(kinds)
             if kind == "overflow" and not any(reached):
                 kind = "finite"
-            if kind == "overflow" and self.model.open and task in self.model.out:
-                kind = "finite"  # FAULT: counted twice in nonfinite_steps
             at = round(dice.uniform(-1, 1), 3) * (1 + task)
             shared = [p for p, use in zip(self.params, used, strict=True) if use]
             mine = [self.heads[task], self.heads[-1]]
@@ -335,9 +336,15 @@ class Loop:
         assert self.balancer.step == model.step, "step"
         assert self.balancer.num_tasks == len(model.rows)
         close(self.balancer.weights.numpy(), model.weights, 1e-9, "weights")
+        norms = np.where(np.isfinite(model.norms), model.norms, np.inf)  # of -inf or NaN in a row too
+        close(np.where(np.isfinite(ours := self.balancer.norms.numpy()), ours, np.inf), norms, 1e-9, "norms")
         assert self.balancer.nonfinite_steps.tolist() == model.nonfinite_steps.tolist(), "nonfinite_steps"
         assert not self.balancer._engine.busy
-        assert self.balancer._engine.steps.pending == model.pending, "pending"
+        assert not self.balancer._engine.frozen
+        assert self.balancer._engine.turns._turn == {}, "locked"
+        steps = self.balancer._engine.steps
+        assert steps.pending == model.pending, "pending"
+        assert steps.complete == model.complete, "complete"
 
 
 def close(actual, expected, rtol, what):

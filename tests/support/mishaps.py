@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import dbmtl_kernels as dbk
+import numpy as np
 import torch
 from problems import leaf
 from stepping import FACTORS, KINDS, RAN, drawn, enter, refused, some_tasks, waiting
 
+LOST = "an interrupt came when the .grad of"
 PACKAGE = str(Path(dbk.__file__).parent)
-# FAULT: interrupted in what these do at last, the balancer stays locked, inside a task, or without updates.
-QUIET = ("_alone", "sharing_logs", "no_update", "task", "stop_collecting")
 
 
 # --- failures -----------------------------------------------------------------------------------------------------
@@ -41,8 +41,6 @@ def failure(loop, dice):
     counts = [one for one in passes[:at] if one.kind != "nan" and (one.row.any() or not loop.model.absent)]
     fed = sorted(one.task for one in counts)
     loop.model.fail(fed)
-    # FAULT: balance() after it is refused, though the step before was whole; lengths of no_update() are forgotten.
-    loop.model.complete, loop.model.lengths = False, {}
     loop.model.copied = False
     assert named_tasks(loop.warned("begin anew")) == (fed if loop.model.step else [])
 
@@ -65,19 +63,15 @@ def failure_in_task(loop, dice):
 
 def interrupted(call, line):
     """Whether KeyboardInterrupt was raised before the line of the package with this number, counted as they run."""
-    count, where, inside = 0, None, False
+    count, where = 0, None
 
     def trace(frame, event, _):
-        nonlocal count, where, inside
+        nonlocal count, where
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
-        # FAULT: from `_sitting_out` on rows are dropped and counted that nothing gives back; from `_compute` on a step
-        # ends, its rows fed, and .grad may be what it was or have the balanced gradient added.
-        if event == "call" and frame.f_code.co_name in ("_sitting_out", "_compute", "_put", "_give_back"):
-            inside = frame.f_code.co_name in ("_sitting_out", "_compute")
         # Python asks for signals in calls and loops; tracing is asked as a `with` ends too, whose exit would not run.
         leaving = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
-        if event == "line" and not inside and not leaving and frame.f_code.co_name not in QUIET:
+        if event == "line" and not leaving:
             count += 1
             if count == line:
                 where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
@@ -112,20 +106,24 @@ def interrupt(loop, dice):
         if len(whole.pending) == loop.tasks:  # balanced at once, unless that is what was interrupted
             outcomes.append(balanced := copy.deepcopy(whole))
             balanced.write(loop.attached)
+            balanced.complete = True
     else:
-        form = None if loop.attached else "list"  # FAULT: heads of losses in one tensor are found only if attached
-        what, call, passes, factor = drawn(loop, dice, form=form)
+        what, call, passes, factor = drawn(loop, dice)
         whole.passes(passes, factor)
         whole.write(loop.attached)
     where = interrupted(call, int(3500 ** dice.random()) if dice.random() < 0.3 else dice.randint(1, 3500))
+    said = [str(one.message) for one in loop.said]
+    lost = [
+        p.grad is None and any(f"{LOST} {loop.balancer._engine.rows.describe(i)} " in one for one in said)
+        for i, p in enumerate(loop.params)
+    ]
     fed = named_tasks(loop.warned("begin anew"))
     if where is not None:
         RAN[f"interrupted: {what}"] += 1
         outcomes += [model, nothing := copy.deepcopy(model)]
         nothing.fail(fed)
+        nothing.others = [None if gone else x for gone, x in zip(lost, nothing.others, strict=True)]
     agree(loop, outcomes, where)
-    steps = loop.balancer._engine.steps  # FAULT: a failure undoes neither
-    loop.model.complete, loop.model.lengths = steps.complete, {t: float(x) for t, x in steps.lengths.items()}
     loop.model.copied = loop.model.copied and None
 
 
@@ -153,7 +151,6 @@ def thawed(parameters):
 
 def goes_on(loop, attached):
     """Another balancer is in the place of the former one."""
-    loop.model.complete, loop.model.lengths = False, {}
     loop.handle = None
     if attached:
         loop.attach()
@@ -168,21 +165,8 @@ def detached(loop):
     return was
 
 
-def lost_in_state(loop):
-    """FAULT: in the middle of a step a state may forget that a task sits out; and whoever loads it takes what others
-    have put into the .grad of a parameter that was frozen (or not yet touched) at the last balance for the balanced
-    gradient, and subtracts that.
-    """
-    model = loop.model
-    each = zip(model.touched, model.ours, model.others, strict=True)
-    taken = model.written and any(seen and ours is None and others is not None for seen, ours, others in each)
-    return taken or (model.open and model.out)
-
-
 def resume(loop, dice):
     """Between steps or within one, in this balancer or in another."""
-    if lost_in_state(loop):
-        return
     how = dice.choice(("deepcopy", "file", "itself"))
     RAN[f"resume: {how}"] += 1
     present = [p.grad is not None for p in loop.params]
@@ -214,14 +198,11 @@ def resume(loop, dice):
 
 def pickled(loop, dice):
     """With its parameters, whose .grad a pickle does not keep."""
-    if lost_in_state(loop):
-        return
     file = pickle.dumps((loop.balancer, loop.params))
     attached = detached(loop)
     loop.balancer, loop.params = pickle.loads(file)
     assert all(mine is p for mine, p in zip(loop.balancer.shared_parameters, loop.params, strict=True))
     loop.model.resume([False] * len(loop.params))
-    loop.model.copied = loop.model.copied and None  # FAULT: not in the pickle
     loop.make_optimizers(dice)
     goes_on(loop, attached)
 
@@ -231,7 +212,7 @@ def copied(loop, dice):
     twin, params = copy.deepcopy((loop.balancer, loop.params))
     assert all(mine is p for mine, p in zip(twin.shared_parameters, params, strict=True))
     present = [p.grad is not None for p in params]
-    kept = dice.random() < 0.5 and not lost_in_state(loop)
+    kept = dice.random() < 0.5
     if kept:
         RAN["copied: state loaded"] += 1
         twin.load_state_dict(loop.balancer.state_dict())
@@ -262,8 +243,6 @@ def change_tasks(loop, dice):
         return refused(call, ValueError, "at least 1, got 0")
     if loop.model.open:
         return refused(call, RuntimeError, "within a step")
-    if loop.model.lengths:  # FAULT: lengths of gradients that are no update stay where they were
-        return None
     if not add or count < 5:
         RAN["added" if add else "removed"] += 1
         assert call() == (count if add else None)
@@ -284,15 +263,12 @@ def replace(loop, dice):
     if not thawed(params):
         return refused(call, ValueError, "does not require grad")
     RAN["replaced"] += 1
-    attached = False
-    if len(loop.optimizers) > 1:  # FAULT: raises when all is done, if one of the optimizers holds none any more
-        attached = detached(loop)
     call()
     assert bool(loop.warned("no attached optimizer holds")) == loop.attached
     loop.model.copied = None
     loop.params, loop.uses = params, [loop.uses[at] for at in places]
     loop.model.rebind([None if n == which else at for n, at in enumerate(places)], sizes)
-    attached = detached(loop) or attached
+    attached = detached(loop)
     loop.make_optimizers(dice)
     if attached:
         loop.attach()
@@ -322,9 +298,8 @@ def attach_or_detach(loop, dice):
     loop.handle = loop.balancer._attachment
     if loop.model.pending:
         refused(loop.handle.remove, RuntimeError, waiting(loop, "detach.."))
-        if loop.model.nonfinite:  # FAULT: their rows stay infinite
-            return None
         loop.handle.remove(discard=True)
+        loop.model.rows[~np.isfinite(loop.model.rows).all(axis=1)] = 0.0
     else:
         loop.balancer.detach()
     loop.model.end()

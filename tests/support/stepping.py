@@ -10,7 +10,6 @@ import torch
 
 FACTORS = (1.0, 1.0, 1.0, 0.25, 3.0, 1024.0)
 KINDS = ("finite",) * 6 + ("zero", "nan", "overflow")
-TAME = ("finite",) * 6 + ("zero", "nan")  # nothing that could put NaN into .grad
 RAN = collections.Counter()
 
 
@@ -56,15 +55,20 @@ def backward(loop, dice):
     form, call, passes, factor = drawn(loop, dice)
     if loop.model.pending:
         return refused(call, RuntimeError, waiting(loop, "backward.."))
-    copied = loop.model.copied
     RAN[f"backward: {form}"] += 1
     RAN.update(f"a task: {one.kind}" for one in passes)
     call()
     loop.model.passes(passes, factor)
     loop.model.write(loop.attached)
-    assert copied in (None, bool(loop.warned("deep copy")))  # FAULT: not said by task()
-    loop.model.copied = False
+    trained(loop)
     return None
+
+
+def trained(loop):
+    """A copy without its averages says so, once."""
+    said = bool(loop.warned("deep copy"))
+    assert loop.model.copied in (None, said), "said of a deep copy"
+    loop.model.copied = False
 
 
 def task(loop, dice):
@@ -76,6 +80,7 @@ def task(loop, dice):
         return refused(call, RuntimeError, f"task {one.task} was entered already")
     enter(loop, one, factor, times)
     loop.model.passes([one], factor, times)
+    trained(loop)
     entered(loop, one)
     return None
 
@@ -112,9 +117,7 @@ def no_update(loop, dice):
     """A second gradient of a step, as SAM takes one."""
     if loop.model.blind:  # see zero_grad
         return
-    if not np.isfinite(loop.model.norms).all():  # FAULT: weight 0 times a norm that is infinite: .grad is NaN
-        return
-    form, call, passes, factor = drawn(loop, dice, TAME)
+    form, call, passes, factor = drawn(loop, dice)
     with loop.balancer.no_update():
         if loop.model.pending:
             refused(call, RuntimeError, waiting(loop, "backward.."))
@@ -123,7 +126,6 @@ def no_update(loop, dice):
         elif dice.random() < 0.7:
             RAN[f"no_update: {form}"] += 1
             call()
-            loop.model.copied = loop.model.copied and None
             loop.model.evaluate(passes, factor)
         else:
             RAN["no_update: task()"] += 1
@@ -194,21 +196,19 @@ def closure(loop, dice, calls=1):
     cold = all(not p.requires_grad for p, use in zip(loop.params, loop.uses, strict=True) if use != "none")
     if cold:
         return None
-    if loop.model.open and not loop.model.pending and all(ours is None for ours in loop.model.ours):
-        return None  # FAULT: a first call that joins an open step does not count as one, and the second is an update
     fed = again = False
 
     def call():
         nonlocal fed, again
         again = (loop.zero_grad(none) and fed and loop.attached) or again
-        _, make, passes, factor = drawn(loop, dice, TAME, "list")
+        _, make, passes, factor = drawn(loop, dice, form="list")
         make()
-        loop.model.copied = loop.model.copied and None
         if again:
             loop.model.evaluate(passes, factor)
         else:
             loop.model.passes(passes, factor)
             loop.model.write(loop.attached)
+            trained(loop)
             fed = True
         loop.check()
         return passes[0].loss
