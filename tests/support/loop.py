@@ -73,6 +73,8 @@ class Simulation(oracle.Training):
         self.begin(factor)
         for one in passes:
             if one.kind == "nan":
+                if not self.absent:
+                    self.feed({one.task: 0 * one.row}, factor)  # until the balance
                 self.seen.add(one.task)
                 if one.task not in self.nonfinite:  # else that was found at a balance, and stays to be passed on
                     self.out.add(one.task)
@@ -174,9 +176,8 @@ class Simulation(oracle.Training):
         """Another balancer goes on, where these parameters have a .grad."""
         self.complete, self.lengths = False, {}
         self.others = [x if has else None for x, has in zip(self.others, present, strict=True)]
-        left = any(ours is not None for ours in self.ours)
         self.ours = [x if has else None for x, has in zip(self.ours, present, strict=True)]
-        if self.written and left:
+        if self.written:  # FAULT: left nowhere (all are frozen, say), the step ends; it should go on
             if any(ours is not None for ours in self.ours):
                 for index, ours in enumerate(self.ours):
                     if ours is not None and self.others[index] is None:
@@ -340,7 +341,6 @@ class Loop:
         close(np.where(np.isfinite(ours := self.balancer.norms.numpy()), ours, np.inf), norms, 1e-9, "norms")
         assert self.balancer.nonfinite_steps.tolist() == model.nonfinite_steps.tolist(), "nonfinite_steps"
         assert not self.balancer._engine.busy
-        assert not self.balancer._engine.frozen
         assert self.balancer._engine.turns._turn == {}, "locked"
         steps = self.balancer._engine.steps
         assert steps.pending == model.pending, "pending"

@@ -61,17 +61,21 @@ def failure_in_task(loop, dice):
     assert not loop.warned("begin anew")
 
 
-def interrupted(call, line):
+def interrupted(call, line, spoilt):
     """Whether KeyboardInterrupt was raised before the line of the package with this number, counted as they run."""
-    count, where = 0, None
+    count, where, inside = 0, None, False
 
     def trace(frame, event, _):
-        nonlocal count, where
+        nonlocal count, where, inside
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
+        # FAULT: of a balance that is interrupted when it has found rows that are not finite, these stay zero and
+        # counted: the overflow is not passed on by the balance after it, or is counted though the attempt is undone.
+        if event == "call" and frame.f_code.co_name in ("compute_grads", "put_grads", "recover"):
+            inside = spoilt and frame.f_code.co_name == "compute_grads"
         # Python asks for signals in calls and loops; tracing is asked as a `with` ends too, whose exit would not run.
         leaving = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
-        if event == "line" and not leaving:
+        if event == "line" and not inside and not leaving:
             count += 1
             if count == line:
                 where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
@@ -91,8 +95,9 @@ def interrupted(call, line):
 
 def interrupt(loop, dice):
     """At any line of the package: what comes of it is nothing, or the whole."""
-    model, whole = loop.model, copy.deepcopy(loop.model)
-    outcomes = [whole]
+    stages = [loop.model, copy.deepcopy(loop.model)]
+    model, whole = stages
+    weighed = True
     if model.pending and dice.random() < 0.5:
         what, call = "balance()", loop.balancer.balance
         whole.write(loop.attached)
@@ -103,28 +108,41 @@ def interrupt(loop, dice):
         what, call = "task()", lambda: enter(loop, one, factor)
         whole.passes([one], factor)
         whole.pending.add(one.task)
-        if len(whole.pending) == loop.tasks:  # balanced at once, unless that is what was interrupted
-            outcomes.append(balanced := copy.deepcopy(whole))
+        weighed = len(whole.pending) == loop.tasks
+        if weighed:  # balanced at once, unless that is what was interrupted
+            stages.append(balanced := copy.deepcopy(whole))
             balanced.write(loop.attached)
             balanced.complete = True
     else:
         what, call, passes, factor = drawn(loop, dice)
         whole.passes(passes, factor)
         whole.write(loop.attached)
-    where = interrupted(call, int(3500 ** dice.random()) if dice.random() < 0.3 else dice.randint(1, 3500))
-    said = [str(one.message) for one in loop.said]
-    lost = [
-        p.grad is None and any(f"{LOST} {loop.balancer._engine.rows.describe(i)} " in one for one in said)
-        for i, p in enumerate(loop.params)
-    ]
-    fed = named_tasks(loop.warned("begin anew"))
+    line = int(3500 ** dice.random()) if dice.random() < 0.3 else dice.randint(1, 3500)
+    where = interrupted(call, line, weighed and stages[-1].nonfinite)
+    grads = loop.balancer._engine.grads
+    if len(grads._views) < len(loop.params):  # FAULT: interrupted where these are first made, they are never made
+        grads._flats = {}
+    outcomes = stages[::-1]
     if where is not None:
         RAN[f"interrupted: {what}"] += 1
-        outcomes += [model, nothing := copy.deepcopy(model)]
-        nothing.fail(fed)
-        nothing.others = [None if gone else x for gone, x in zip(lost, nothing.others, strict=True)]
+        outcomes += failed(loop, stages, weighed)
     agree(loop, outcomes, where)
     loop.model.copied = loop.model.copied and None
+
+
+def failed(loop, stages, weighed):
+    """What may be left of these but the last: without the rows that were fed, and what was lost of .grad."""
+    said = " ".join(str(one.message) for one in loop.said)
+    names = [loop.balancer._engine.rows.describe(index) for index in range(len(loop.params))]
+    gone = [p.grad is None and f"{LOST} {name} " in said for p, name in zip(loop.params, names, strict=True)]
+    fed = named_tasks(loop.warned("begin anew"))
+    for stage in stages[:-1]:
+        yield (nothing := copy.deepcopy(stage))
+        nothing.fail(fed)
+        nothing.others = [None if lost else x for lost, x in zip(gone, nothing.others, strict=True)]
+        if weighed:  # interrupted when weights had been computed: these are new
+            yield (new := copy.deepcopy(nothing))
+            new.weights, new.norms = stages[-1].weights, stages[-1].norms
 
 
 def agree(loop, models, where):
@@ -203,6 +221,7 @@ def pickled(loop, dice):
     loop.balancer, loop.params = pickle.loads(file)
     assert all(mine is p for mine, p in zip(loop.balancer.shared_parameters, loop.params, strict=True))
     loop.model.resume([False] * len(loop.params))
+    loop.model.copied = loop.model.copied or None  # FAULT: of a copy that has trained says so too
     loop.make_optimizers(dice)
     goes_on(loop, attached)
 

@@ -51,3 +51,4 @@ def make(loop, name, dice):
     loop.said.clear()
     MOVES[name].function(loop, dice)
     loop.check()
+    assert not loop.balancer._engine.frozen
