@@ -55,7 +55,9 @@ class Simulation(oracle.Training):
     def take(self):
         """What `SharedGradients.stash_grads` does."""
         for index, ours in enumerate(self.ours):
-            if ours is not None and np.isnan(ours).any() and self.others[index] is not None:
+            if ours is not None and self.frozen[index]:
+                self.add(index, ours)  # what is there is the caller's
+            elif ours is not None and np.isnan(ours).any() and self.others[index] is not None:
                 self.others[index] = np.full(self.sizes[index], np.nan)  # NaN minus NaN
         self.ours = [None] * len(self.sizes)
         self.written = self.blind = False
@@ -130,8 +132,11 @@ class Simulation(oracle.Training):
         for index, part in enumerate(self.parts(total)):
             if self.touched[index] and not self.frozen[index]:
                 self.add(index, part)
-        now = [(a, b, cold) for a, b, cold in zip(self.others, self.ours, self.frozen, strict=True) if b is not None]
-        if self.written and now and not any(cold or a.any() or b.any() for a, b, cold in now):
+        now = [
+            (a, b) for a, b, cold in zip(self.others, self.ours, self.frozen, strict=True) if not (cold or b is None)
+        ]
+        cold = any(b is not None and b.any() for b, cold in zip(self.ours, self.frozen, strict=True) if cold)
+        if self.written and now and not cold and not any(a.any() or b.any() for a, b in now):
             self.end()  # zeros, and changed in place: the same as zeroed
             self.blind = True
 
@@ -159,14 +164,13 @@ class Simulation(oracle.Training):
 
     def drop(self, none):
         """zero_grad: a step whose gradient is thrown away is over. Whether one was."""
-        spoiled = any(ours is not None and np.isnan(ours).any() for ours in self.ours)
         over = any(ours is not None for ours in self.ours)
         grads = self.grads()
         if over:
             self.end()
         self.others = [None if none or grad is None else np.zeros_like(grad) for grad in grads]
         self.heads[:] = 0.0
-        self.blind = over and not none and not spoiled
+        self.blind = (over or self.blind) and not none
         return over
 
     def grads(self):

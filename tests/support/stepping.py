@@ -117,6 +117,9 @@ def no_update(loop, dice):
     """A second gradient of a step, as SAM takes one."""
     if loop.model.blind:  # see zero_grad
         return
+    left = [(ours, cold) for ours, cold in zip(loop.model.ours, loop.model.frozen, strict=True) if ours is not None]
+    if any(cold for _, cold in left) and not any(ours.any() for ours, _ in left):
+        return  # zeros added to zeros: whether that is a change of what is frozen besides depends on who owns it
     form, call, passes, factor = drawn(loop, dice)
     with loop.balancer.no_update():
         if loop.model.pending:
