@@ -112,13 +112,15 @@ def dtensor_local():
 
 
 def trainer():
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     assert callable(transformers.Trainer._save_optimizer_and_scheduler)
     assert callable(transformers.Trainer._load_optimizer_and_scheduler)
 
 
 def torchjd():
-    aggregation = pytest.importorskip("torchjd.aggregation")
+    from torchjd import aggregation
+
     vac = aggregation.GradVacWeighting()
     vac(torch.eye(2))
     assert vac._phi_t.shape == (2, 2)
