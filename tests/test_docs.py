@@ -8,6 +8,7 @@ import pytest
 from ranks import torchrun
 
 ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "docs/guide.md", "docs/gradients.md", "docs/training.md", "docs/integrations.md"]
 
 
 def snippets_of(page):
@@ -17,7 +18,7 @@ def snippets_of(page):
     return [text for text in snippets if text not in scripts.values()], scripts
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/training.md", "docs/integrations.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_snippets(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -37,6 +37,48 @@ def node_names():
     assert type(compiled.grad_fn).__name__ == "CompiledFunctionBackward"
 
 
+def node_sequence():
+    x = torch.ones(2, requires_grad=True)
+    first = x * 2
+    second = first + 1
+    assert second.grad_fn._sequence_nr() > first.grad_fn._sequence_nr()
+    assert first.grad_fn.next_functions[0][0]._sequence_nr() > second.grad_fn._sequence_nr()  # a leaf
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+def custom_backward():
+    out = Doubled.apply(torch.ones(2, requires_grad=True))
+    assert isinstance(out.grad_fn, Doubled._backward_cls)
+    assert not isinstance((out + 1).grad_fn, Doubled._backward_cls)
+
+
+class Sub(torch.Tensor):
+    seen = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.seen += 1
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def subclass_without_functions():
+    x = torch.ones(2).as_subclass(Sub)
+    before = Sub.seen
+    out = torch.add(x, 1)
+    assert Sub.seen == before + 1
+    assert type(out) is torch.Tensor
+
+
 def compiled_module():
     module = nn.Linear(2, 2)
     assert torch.compile(module)._orig_mod is module
@@ -90,8 +132,9 @@ def torchjd():
 
 
 CASES = [
-    assert_async, compiled_module, distributed_data_parallel, donated_buffer, dtensor_local, fully_sharded_1,
-    hooks_of_a_parameter, node_names, tensor_version, torchjd, trainer,
+    assert_async, compiled_module, custom_backward, distributed_data_parallel, donated_buffer, dtensor_local,
+    fully_sharded_1, hooks_of_a_parameter, node_names, node_sequence, subclass_without_functions, tensor_version,
+    torchjd, trainer,
 ]  # fmt: skip
 
 

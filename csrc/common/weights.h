@@ -52,11 +52,13 @@ DBMTL_HD inline double weight_of(double norm, bool use, double alpha, int64_t nu
   return weight < kLargest ? weight : kLargest;
 }
 
-// What the balanced gradient carries of a weight: times the loss scale, or NaN where a GradScaler must see that the
-// task is not finite. A factor up to 1 is one of accumulation, where nobody looks.
-DBMTL_HD inline double carried_of(double weight, bool nonfinite, bool scaled, double factor) {
-  if (!scaled) return weight;
-  return nonfinite && factor > 1.0 ? std::nan("") : weight * factor;
+// Whether a task has a say; `active` may be null.
+DBMTL_HD inline bool is_active(const uint8_t* active, int64_t task) { return active == nullptr || active[task]; }
+
+// What the balanced gradient carries of a weight: times the loss scale (1 where there is none), or NaN where somebody
+// looks for it and an active task is not finite. A task that is not active had no part in this step.
+DBMTL_HD inline double carried_of(double weight, bool nonfinite, bool active, double factor, double propagate_above) {
+  return nonfinite && active && factor > propagate_above ? std::nan("") : weight * factor;
 }
 
 }  // namespace dbmtl

@@ -116,13 +116,14 @@ int32_t dbmtl_balance_rows(const dbmtl_balance_rows_args* args) {
     const bool before = args->nonfinite[t] && !args->fresh, now = !is_finite(args->sumsq[t]);
     args->nonfinite_steps[t] += now && !before;
     args->nonfinite[t] = before || now;
-    use[t] = !args->nonfinite[t] && (args->active == nullptr || args->active[t]);
+    use[t] = !args->nonfinite[t] && is_active(args->active, t);
   }
   const double alpha = alpha_of(args->norms, &use[0], rows.num_tasks, args->weighting);
   const double factor = scale.data == nullptr ? 1.0 : number(scale.data, scale.dtype);
   for (int64_t t = 0; t < rows.num_tasks; ++t) {
     args->weights[t] = weight_of(args->norms[t], use[t], alpha, rows.num_tasks, args->weighting);
-    used.add(carried_of(args->weights[t], args->nonfinite[t], scale.data != nullptr, factor),
+    used.add(carried_of(args->weights[t], args->nonfinite[t], is_active(args->active, t), factor,
+                        args->propagate_above),
              at(rows.data, t * rows.stride, rows.dtype));
     if (!args->nonfinite[t]) continue;
     args->sumsq[t] = 0.0;

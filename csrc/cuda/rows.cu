@@ -80,7 +80,7 @@ __device__ bool form_weights(const RowsArguments& a, Stats& stats) {
     stats.norms[t] = sqrt(step.sumsq[t]);
     stats.now[t] = now && !before;
     stats.nonfinite[t] = before || now;
-    stats.use[t] = !stats.nonfinite[t] && (step.active == nullptr || step.active[t]);
+    stats.use[t] = !stats.nonfinite[t] && is_active(step.active, t);
     forget |= stats.nonfinite[t];
   }
   forget = __syncthreads_or(forget);
@@ -90,7 +90,8 @@ __device__ bool form_weights(const RowsArguments& a, Stats& stats) {
     const double alpha = alpha_of(stats.norms, stats.use, num_tasks, step.weighting);
     const double factor = scale.data == nullptr ? 1.0 : number(scale.data, scale.dtype);
     stats.weights[t] = weight_of(stats.norms[t], stats.use[t], alpha, num_tasks, step.weighting);
-    stats.carried[t] = carried_of(stats.weights[t], stats.nonfinite[t], scale.data != nullptr, factor);
+    stats.carried[t] = carried_of(stats.weights[t], stats.nonfinite[t], is_active(step.active, t), factor,
+                                  step.propagate_above);
   }
   __syncthreads();
   return forget;

@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-#define DBMTL_ABI_VERSION 5
+#define DBMTL_ABI_VERSION 6
 #define DBMTL_MAX_OUTS 4
 
 typedef enum {
@@ -127,6 +127,7 @@ typedef struct {
   int64_t* nonfinite_steps;
   const uint8_t* active;
   dbmtl_array loss_scale;
+  double propagate_above;
   dbmtl_out outs[DBMTL_MAX_OUTS];
   int64_t num_outs, fresh, accumulate;
   dbmtl_weighting weighting;

@@ -1,7 +1,8 @@
 """Fused kernels for dual-balancing multi-task learning (DB-MTL), behind one line in a PyTorch training loop."""
 
 from . import reference
-from .balancer import DBMTL, GradientBalancer
+from .balancer import GradientBalancer
+from .dbmtl import DBMTL
 from .engine.graphs import find_shared_parameters
 from .functional import balance_, log_transform
 from .weightings import EqualWeights, GradNorm, IMTLLoss, MaxNorm

@@ -1,23 +1,23 @@
-"""GradientBalancer and DBMTL: what a user touches. The work is done by `engine.step`."""
+"""GradientBalancer: what a user touches. The work is done by `engine.step`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import checkpoint
-from .engine.bookkeeping import Steps
-from .engine.graphs import check_shared_parameters, find_shared_parameters
+from .attachment import Attachment, check_held, watch_optimizers
+from .engine.backward import balanced_loss
 from .engine.losses import Given, TaskLosses
-from .engine.step import Engine
 from .monitor import Monitor
 from .ops import arguments
-from .rows import placement
-from .weightings import MaxNorm, Weighting, check_weighting
+from .recipe import NONFINITE, ZERO_GRADIENTS, Recipe, Shared, copied_attributes, kept_in, pickled
+from .weightings import Weighting, check_weighting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,7 +45,8 @@ class GradientBalancer:
 
     Args:
         shared_parameters: leaf tensors, dense, each once, requiring grad; P elements in all. Dtypes and devices may
-            differ. Those of ``fully_shard`` (DTensors) must be collected before the forward pass.
+            differ. Those of ``fully_shard`` (DTensors) must be collected before the forward pass. Or a module, for all
+            its parameters that require grad: messages then have names, and what is put into it later is noticed.
         num_tasks: K >= 1.
         weighting: a callable from the (K, K) Gramian, on the device, to (K,) weights; see `weightings.Weighting`.
             TorchJD's Gramian weightings are such, as they are. `MaxNorm` needs no Gramian; any other takes a sync to
@@ -63,6 +64,11 @@ class GradientBalancer:
             only this process, or the parameters are DTensors, whose mesh tells. False: leave each rank alone.
         capturable: keep the step count and the coefficients on the device, so that a whole step can be captured in a
             CUDA graph; a few small launches more. With `MaxNorm` only.
+        nonfinite: what becomes of a finite loss whose gradient is not finite (a task whose loss is not finite sits out
+            in any case). "skip": the task sits out. "propagate": ``.grad`` is NaN. None: it is passed on if the factor
+            of the loss is above 1, as that of a GradScaler is, which must see it; else the task sits out.
+        zero_gradients: "absent": a task whose gradient is exactly zero over all shared parameters counts as absent from
+            the step. "count": as the letter of the algorithm has it, its average is scaled to full length.
 
     Raises:
         ValueError: a value out of range, or parameters that are empty, repeated, not leaf or not requiring grad.
@@ -73,7 +79,7 @@ class GradientBalancer:
 
     def __init__(
         self,
-        shared_parameters: Iterable[Tensor],
+        shared_parameters: Iterable[Tensor] | nn.Module,
         num_tasks: int,
         *,
         weighting: Weighting,
@@ -85,16 +91,25 @@ class GradientBalancer:
         backend: str = "auto",
         process_group: ProcessGroup | bool | None = None,
         capturable: bool = False,
+        nonfinite: str | None = None,
+        zero_gradients: str = "absent",
     ) -> None:
         num_tasks = arguments.check_num_tasks(num_tasks)
         self.beta, self.beta_sigma = arguments.check_beta(beta), arguments.check_beta_sigma(beta_sigma)
-        self.eps = arguments.check_eps(eps)
-        self.log_transform = log_transform
+        self.eps, self.log_transform = arguments.check_eps(eps), log_transform
         check_weighting(weighting, num_tasks, capturable)
-        rows, ranks = placement.place(shared_parameters, num_tasks, state_dtype, backend, process_group)
-        steps = Steps(num_tasks, self.beta, self.beta_sigma, rows.device if capturable else None)
-        unnamed = process_group is None and not placement.is_distributed(rows.parameters)
-        self._engine = Engine(rows, ranks, steps, weighting, unnamed)
+        self._recipe = Recipe(
+            state_dtype, backend, process_group, capturable, arguments.check_choice("nonfinite", nonfinite, NONFINITE),
+            str(arguments.check_choice("zero_gradients", zero_gradients, ZERO_GRADIENTS)),
+        )  # fmt: skip
+        self._begin(Shared.of(shared_parameters), num_tasks, weighting)
+
+    def _begin(self, shared: Shared, num_tasks: int, weighting: Weighting, frozen_ok: bool = False) -> None:
+        """Of a new balancer, and of a copy."""
+        self._attachment: Attachment | None = None
+        self._shared = shared
+        self._engine = self._recipe.engine(shared, num_tasks, weighting, (self.beta, self.beta_sigma), frozen_ok)
+        watch_optimizers(self._engine)
 
     # --- a step -----------------------------------------------------------------------------------------------
 
@@ -126,7 +141,7 @@ class GradientBalancer:
             present.check_logarithms()
             return present.total()
         self._engine.prepare(present)
-        return self._engine.balanced_loss(present, retain_graph)
+        return balanced_loss(self._engine, present, retain_graph)
 
     def backward(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> None:
         """``balancer(losses).backward()``, named. Arguments and errors as for `__call__`."""
@@ -137,49 +152,87 @@ class GradientBalancer:
     def task(self, index: int, *, loss_scale: float | Tensor | None = None) -> AbstractContextManager[None]:
         """Whatever is backpropagated inside counts as the gradient of task ``index``.
 
-        Run ``log_transform(loss).backward()`` inside, once or more, then the next task; then `balance` (or
-        ``optimizer.step()``, when attached). Tasks left out of a step keep their state and are left out of the sum.
+        Run ``log_transform(loss).backward()`` inside, once or more, then the next task. When every task was entered the
+        balanced gradient is written at once. Otherwise call `balance` after the last: whoever steps before it, attached
+        or not, gets an error. Tasks left out of a step keep their state and are left out of the sum.
 
         Args:
             index: 0 <= index < K.
-            loss_scale: the factor by which the losses are scaled (``scaler.get_scale()``); see `__call__`. With it,
-                `balance` must come before ``scaler.unscale_`` and ``scaler.step``.
+            loss_scale: the factor by which the losses are scaled (``scaler.get_scale()``); see `__call__`.
 
         Raises:
             ValueError: the index is out of range.
-            RuntimeError: the task was entered already since the last `balance`, or another context is open.
+            RuntimeError: the task was entered already since the last `balance`, another context is open, or another
+                thread is within a step.
         """
         return self._engine.task(index, loss_scale, self.log_transform)
 
     def balance(self) -> None:
-        """Write the balanced gradient of the tasks entered with `task` to ``.grad``.
+        """Write the balanced gradient of the tasks entered with `task` to ``.grad``, if not all of them were.
 
-        Ends the step, unless attached: then ``optimizer.step()`` does (and calls this itself where need be).
+        Ends the step, unless attached: then ``optimizer.step()`` does.
 
         Raises:
             RuntimeError: no task was entered since the last `balance`, or a `task` context is open.
         """
         self._engine.balance()
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
-        """Let ``optimizer.step()`` end a step, for gradient accumulation and for `task` without `balance`.
+    @contextmanager
+    def no_update(self) -> Iterator[None]:
+        """Inside, a backward is no update: gradients get the weights of the last step, and rows stay as they are.
+
+        For a second gradient within a step, as SAM takes one. With w_t and m_t those of the last step::
+
+            grad = sum_t w_t * ||m_t|| / ||g_t|| * g_t        g_t: of the new point; its norm that of the first such one
+
+        so that every task has the share that it had in the step. It is added to ``.grad``. Of a closure that an
+        attached optimizer calls more than once in a step (LBFGS), all calls but the first are such by themselves.
+        """
+        before = self._engine.frozen
+        try:
+            try:
+                self._engine.frozen = True
+                yield
+            finally:
+                self._engine.frozen = before
+        finally:  # once more, should an interrupt have come just there
+            self._engine.frozen = before
+
+    def attach(self, *optimizers: torch.optim.Optimizer, closures_update: bool = False) -> Attachment:
+        """Let ``optimizer.step()`` end a step, for gradient accumulation.
 
         A step that never comes (a GradScaler skipped it) is noticed when the gradients have been thrown away
-        (``zero_grad``) by the next backward.
+        (``zero_grad``) by the next backward. Of several optimizers the first to step ends the step.
 
         Args:
-            optimizer: any, also one that Lightning or Accelerate has wrapped.
+            optimizers: those that together hold the shared parameters, also wrapped by Lightning or Accelerate.
+            closures_update: every call of a closure in ``step(closure)`` is an update; see `no_update`.
 
         Returns:
-            a handle; its ``remove()`` detaches.
+            a handle; its ``remove()`` is `detach`.
 
         Raises:
             RuntimeError: attached already.
-            ValueError: the optimizer holds none of the shared parameters.
+            ValueError: one of the optimizers holds none of the shared parameters.
+
+        Warns:
+            UserWarning: shared parameters that none of them holds; another balancer of the same parameters is attached
+                to one of them.
         """
-        if self._engine.attached is not None:
-            raise RuntimeError("already attached to an optimizer; call remove() on the handle that attach() returned")
-        return Attachment(self, optimizer)
+        self._attachment = Attachment(self._engine, optimizers, closures_update)
+        return self._attachment
+
+    def detach(self, discard: bool = False) -> None:
+        """Undo `attach`; the step is over. Does nothing if not attached.
+
+        Args:
+            discard: throw away what tasks wait for a balance.
+
+        Raises:
+            RuntimeError: tasks wait for a balance.
+        """
+        if self._attachment is not None:
+            self._attachment.remove(discard)
 
     def _losses(self, losses: Given, tasks: Sequence[int] | None) -> TaskLosses:
         return TaskLosses(losses, tasks, len(self._engine.steps.seen), self.eps if self.log_transform else None)
@@ -210,7 +263,8 @@ class GradientBalancer:
     def norms(self) -> Tensor:
         """(K,) norms of the task gradients (their EMA) at the last balance, on the device, without a sync.
 
-        float32, or float64 with a float64 state. Not finite where the gradient was not.
+        float32, or float64 with a float64 state. Not finite where the gradient was not; 0 where the loss was not, as
+        its pass is not run then (on a CPU).
         """
         return self.monitor().norms
 
@@ -221,12 +275,12 @@ class GradientBalancer:
 
     @property
     def nonfinite_steps(self) -> Tensor:
-        """(K,) int64: in how many steps each task's gradient was not finite."""
+        """(K,) int64: in how many steps each task's loss or gradient was not finite."""
         return self.monitor().nonfinite_steps
 
     def monitor(self) -> Monitor:
         """Norms, weights, cosines and conflicts of the tasks, for a logger; see `Monitor`."""
-        return Monitor(self._engine.rows, self._engine.steps)
+        return Monitor(self._engine)
 
     # --- what may change between steps ------------------------------------------------------------------------
 
@@ -249,6 +303,28 @@ class GradientBalancer:
         index = arguments.check_task(index, self.num_tasks)
         arguments.check_num_tasks(self.num_tasks - 1)
         self._engine.reindex_tasks([task for task in range(self.num_tasks) if task != index])
+
+    def rebind(self, shared_parameters: Iterable[Tensor] | nn.Module) -> None:
+        """Go on with other parameters: a layer was replaced, added, thawed or resized.
+
+        Those that stay (the same tensors) keep their part of every task's average; new ones begin with zeros. Of
+        several ranks all must call it.
+
+        Args:
+            shared_parameters: as for the class.
+
+        Raises:
+            RuntimeError: within a step.
+            ValueError, TypeError: as for the class.
+
+        Warns:
+            UserWarning: shared parameters that no attached optimizer holds.
+        """
+        shared = Shared.of(shared_parameters)
+        self._recipe.rebind(self._engine, shared, self.num_tasks)
+        self._shared = shared
+        if self._engine.attached:
+            check_held(self._engine, self._engine.attached)
 
     def set_beta(self, beta: float, beta_sigma: float) -> None:
         """Change the forgetting rate and its decay from the next step on; the count of steps goes on.
@@ -274,124 +350,32 @@ class GradientBalancer:
         Raises:
             ValueError: a state of another version, of other parameters (number, dtypes, shapes, memory order), number
                 of tasks or state dtype, or an incomplete one. Nothing is changed then.
+            RuntimeError: the context of a `task` is open.
         """
+        self._engine.turns.refuse_inside("load_state_dict()")
         checkpoint.load(state, self._engine)
+        self._engine.copied = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle goes on with, where this balancer is now; but it is not attached."""
+        return pickled(self.__dict__, self._engine)
 
-class DBMTL(GradientBalancer):
-    """Dual-balancing multi-task learning (DB-MTL) for any PyTorch training loop.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make it anew."""
+        self.__dict__.update(state["attributes"])
+        weighting, kept = kept_in(state)
+        self._begin(Shared.restored(state), state["num_tasks"], weighting, frozen_ok=True)
+        if kept is not None:
+            checkpoint.load(kept, self._engine)
+        self._engine.copied = state["copied"]
 
-    In step k, with theta the P shared parameters and K losses::
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradientBalancer:
+        """One of the copied parameters, not attached, whose averages begin with zeros and cost nothing until it trains.
 
-        g_t  = grad_theta log(loss_t + eps)
-        m_t  = beta_k * m_t + (1 - beta_k) * g_t          beta_k = beta / k ** beta_sigma, m_t = 0 at the start
-        grad = alpha * sum_t m_t / (||m_t|| + eps)        alpha = max_t ||m_t||
-
-    It is the `GradientBalancer` of the log-losses whose weighting is `MaxNorm`; see there for what a step is, for
-    several ranks, and for what happens to ``.grad`` and to other parameters.
-
-    Args:
-        shared_parameters: leaf tensors, dense, each once, requiring grad; P elements in all. Dtypes and devices may
-            differ. Those of ``fully_shard`` (DTensors) must be collected before the forward pass.
-        num_tasks: K >= 1.
-        beta: forgetting rate in [0, 1).
-        beta_sigma: decay exponent >= 0; 0 keeps beta constant.
-        eps: > 0, in the logarithm and added to the norms.
-        scale: alpha: "max" (the method), "mean", "median", "min", or a number.
-        log_transform: balance the logs of the losses given; False takes the losses as they are.
-        state_dtype: dtype of the EMA: float32, bfloat16 or float64.
-        backend: "auto", or a backend by name.
-        process_group: the ranks that hold replicas of these parameters; None or False as for `GradientBalancer`.
-        capturable: keep the step count and the coefficients on the device, for a CUDA graph.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: as `GradientBalancer`.
-
-    Source: arXiv 2308.12029, Algorithm 1.
-    """
-
-    def __init__(
-        self,
-        shared_parameters: Iterable[Tensor],
-        num_tasks: int,
-        *,
-        beta: float = 0.9,
-        beta_sigma: float = 0.5,
-        eps: float = 1e-8,
-        scale: str | float = "max",
-        log_transform: bool = True,
-        state_dtype: torch.dtype = torch.float32,
-        backend: str = "auto",
-        process_group: ProcessGroup | bool | None = None,
-        capturable: bool = False,
-    ) -> None:
-        super().__init__(
-            shared_parameters,
-            num_tasks,
-            weighting=MaxNorm(scale, eps),
-            beta=beta,
-            beta_sigma=beta_sigma,
-            eps=eps,
-            log_transform=log_transform,
-            state_dtype=state_dtype,
-            backend=backend,
-            process_group=process_group,
-            capturable=capturable,
-        )
-        self.scale = scale
-
-    @classmethod
-    def from_losses(
-        cls, losses: Sequence[Tensor], shared_parameters: Iterable[Tensor] | None = None, **options: Any
-    ) -> DBMTL:
-        """A balancer of what the losses of a first forward pass share; their graphs stay as they are.
-
-        Args:
-            losses: K scalars with a graph.
-            shared_parameters: by default those that `graphs.find_shared_parameters` finds; if given, the losses must
-                depend on each.
-            options: as for the class.
-
-        Raises:
-            ValueError: the losses share nothing, or do not depend on a parameter that was given.
-            ValueError, TypeError, RuntimeError: losses that `graphs.find_shared_parameters` refuses.
-
-        Warns:
-            UserWarning: a parameter that was given is reached from a single loss; see also there.
+        ``copy.load_state_dict(original.state_dict())`` gives it those of the original.
         """
-        if shared_parameters is None:
-            return cls(find_shared_parameters(losses, stacklevel=3), len(losses), **options)
-        return cls(check_shared_parameters(losses, shared_parameters, stacklevel=3), len(losses), **options)
-
-
-class Attachment:
-    """What `GradientBalancer.attach` returns: ``remove()`` detaches, and so does leaving it as a context manager."""
-
-    def __init__(self, balancer: GradientBalancer, optimizer: torch.optim.Optimizer) -> None:
-        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = inner  # of Lightning's and Accelerate's wrappers, that which they wrap
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in held for p in balancer.shared_parameters):
-            raise ValueError(f"{type(optimizer).__name__} holds none of the shared parameters")
-        self._balancer = balancer
-        engine = balancer._engine
-        self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: engine.before_optimizer()),
-            optimizer.register_step_post_hook(lambda *_: engine.end_step()),
-        ]
-        engine.attached = optimizer
-
-    def remove(self) -> None:
-        """Detach; once is enough, more does no harm."""
-        for handle in self._handles:
-            handle.remove()
-        if self._handles:
-            self._handles = []
-            self._balancer._engine.attached = None
-            self._balancer._engine.end_step()
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copied_attributes(self.__dict__, memo))
+        twin._begin(self._shared.copied(memo), self.num_tasks, copy.deepcopy(self.weighting, memo), frozen_ok=True)
+        twin._engine.copied = self.step > 0
+        return twin

@@ -12,6 +12,8 @@ from .engine.step import Engine
 from .rows import dtensors
 
 VERSION = 3
+# What version 3 has had since later, and a state may lack.
+OPTIONAL = {"steps.sitting_out", "left"}
 
 
 def state_of(engine: Engine) -> dict[str, Any]:
@@ -25,6 +27,7 @@ def state_of(engine: Engine) -> dict[str, Any]:
         "steps": engine.steps.state(),
         "touched": [int(x) for x in engine.grads.touched],
         "written": engine.grads.written,
+        "left": engine.grads.left,
         "buffer": engine.rows.state(),
         "weighting": _state_of_weighting(engine.weighting),
     }
@@ -68,7 +71,8 @@ def load(state: dict[str, Any], engine: Engine) -> None:
     _load_weighting(engine.weighting, state["weighting"])
     engine.rows.load(state["buffer"])
     engine.steps.load(state["steps"], engine.rows.device)
-    gone = engine.grads.resume([bool(x) for x in state["touched"]], bool(state["written"]))
+    touched = [bool(x) for x in state["touched"]]
+    gone = engine.grads.resume(touched, [bool(x) for x in state.get("left", touched)] if state["written"] else None)
     if gone and not engine.steps.pending:  # saved after a step that a GradScaler skipped, say
         engine.steps.end()
 
@@ -105,7 +109,7 @@ def check_signature(mine: list[list[Any]], theirs: list[list[Any]]) -> None:
 
 
 def _check_present(state: dict[str, Any], own: dict[str, Any], prefix: str) -> None:
-    missing = sorted(prefix + str(key) for key in set(own) - set(state))
+    missing = sorted({prefix + str(key) for key in set(own) - set(state)} - OPTIONAL)
     if missing and prefix != "buffer.rows.":  # their number follows from the parameters, which are checked next
         raise ValueError(f"state_dict lacks {', '.join(missing)}")
     for key, mine in own.items():
@@ -117,6 +121,8 @@ def _check_tensors(state: dict[str, Any], own: dict[str, Any], prefix: str) -> N
     for key, mine in own.items():
         name = f"{prefix}{key}"
         if key not in state:
+            if name in OPTIONAL:
+                continue
             raise ValueError(f"state_dict lacks {name} (saved of replicas, of a sharded model, or the other way?)")
         theirs = state[key]
         if isinstance(mine, dict):

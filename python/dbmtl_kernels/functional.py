@@ -62,7 +62,8 @@ def log_transform(loss: Tensor, eps: float = 1e-8) -> Tensor:
     """``log(loss + eps)``, in float32 at least: the loss-scale balancing of DB-MTL, differentiable.
 
     Inside ``balancer.task(...)`` of a balancer of several ranks it is the log of the mean of ``loss`` over the ranks,
-    which all of them must call.
+    which all of them must call. There, on a CPU, a loss that is not finite is cut off from its graph: nothing of it
+    reaches any parameter.
 
     Args:
         loss: any shape, positive; half precision is widened first (1e-8 is 0 in float16).
@@ -75,4 +76,6 @@ def log_transform(loss: Tensor, eps: float = 1e-8) -> Tensor:
     """
     wide = loss.to(torch.promote_types(loss.dtype, torch.float32))
     shared = loss_values.shared_log
-    return torch.log(wide + eps) if shared is None else shared(wide, eps)
+    if shared is None or (torch.compiler.is_compiling() and not shared.several):
+        return torch.log(wide + eps)
+    return shared.call(wide, eps)

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .engine.bookkeeping import Steps
-from .rows.placement import Buffer
+from .engine.step import Engine
 
 
 class ScalarWriter(Protocol):
@@ -28,28 +27,27 @@ class Monitor:
     `conflicts`, is a collective: **every rank must read it**; the rest each rank may read alone.
 
     Args:
-        rows: the task gradients.
-        steps: the bookkeeping.
+        engine: of the balancer.
     """
 
-    def __init__(self, rows: Buffer, steps: Steps) -> None:
-        self._rows, self._steps = rows, steps
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._steps = engine, engine.steps
         self._gramian: tuple[int, Tensor] | None = None  # of which change of the rows, and what it was
 
     @property
     def norms(self) -> Tensor:
         """(K,) norms; see `GradientBalancer.norms`."""
-        return self._rows.stats.norms.to(self._rows.narrow, copy=True)
+        return self._engine.rows.stats.norms.to(self._engine.rows.narrow, copy=True)
 
     @property
     def weights(self) -> Tensor:
         """(K,) weights; see `GradientBalancer.weights`."""
-        return self._rows.stats.weights.to(self._rows.narrow, copy=True)
+        return self._engine.rows.stats.weights.to(self._engine.rows.narrow, copy=True)
 
     @property
     def nonfinite_steps(self) -> Tensor:
         """(K,) int64: in how many steps each task's gradient was not finite."""
-        return self._rows.stats.nonfinite_steps.clone()
+        return self._engine.rows.stats.nonfinite_steps.clone()
 
     @property
     def step(self) -> int:
@@ -65,7 +63,7 @@ class Monitor:
         steps = self._steps
         # What a replayed CUDA graph changes is not seen here.
         if self._gramian is None or self._gramian[0] != steps.changes or steps.capturable:
-            self._gramian = (steps.changes, self._rows.gramian())
+            self._gramian = (steps.changes, self._engine.rows.gramian())
         return self._gramian[1].clone()
 
     @property
@@ -75,7 +73,7 @@ class Monitor:
         In the dtype of `gramian`; NaN where that overflowed.
         """
         gramian = self.gramian
-        wide = gramian.to(self._rows.stats.norms.dtype)
+        wide = gramian.to(self._engine.rows.stats.norms.dtype)
         norms = wide.diagonal().clamp(min=0.0).sqrt()
         product = norms.outer(norms)
         cosine = torch.where(product == 0.0, 0.0, wide / product).clamp(-1.0, 1.0)
@@ -105,7 +103,7 @@ class Monitor:
             ValueError: ``names`` are not K, or two are the same.
         """
         tags, values = zip(*self._entries(_checked(names, self._steps.num_tasks), gramian), strict=True)
-        wide = self._rows.stats.norms.dtype
+        wide = self._engine.rows.stats.norms.dtype
         packed = torch.cat([value.reshape(-1).to(wide) for value in values])
         return {prefix + tag: x for tag, x in zip([t for own in tags for t in own], packed.tolist(), strict=True)}
 
@@ -142,7 +140,7 @@ class Monitor:
         return out
 
     def _entries(self, names: Sequence[str], gramian: bool) -> Iterator[tuple[list[str], Tensor]]:
-        yield ["step"], self._steps.count_on(self._rows.device)
+        yield ["step"], self._steps.count_on(self._engine.rows.device)
         yield [f"norm/{name}" for name in names], self.norms
         yield [f"weight/{name}" for name in names], self.weights
         yield [f"nonfinite_steps/{name}" for name in names], self.nonfinite_steps

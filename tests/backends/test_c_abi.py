@@ -75,7 +75,7 @@ class Call:
         nonfinite, steps = self.tensor(0, 0, dtype=torch.bool), self.tensor(0, 0, dtype=torch.int64)
         outs = [c.Out(self.numbers(4).data, F32, start, 4) for start in (0, 4)]
         return c.BalanceRowsArgs(
-            self.rows(), sumsq, norms, weights, nonfinite.data_ptr(), steps.data_ptr(), None, self.numbers(1),
+            self.rows(), sumsq, norms, weights, nonfinite.data_ptr(), steps.data_ptr(), None, self.numbers(1), 1.0,
             (c.Out * c.MAX_OUTS)(*outs), 2, 1, 0, c.Weighting(1e-8, 0.0, 0), self.where,
         )  # fmt: skip
 
@@ -156,6 +156,17 @@ def test_what_may_be_null_and_sizes_that_may_be_zero(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("above", "passed_on"), [(4.0, True), (5.0, False), (float("inf"), False), (-1.0, True)])
+def test_a_task_that_is_not_finite_is_passed_on_above_a_factor(above, passed_on, backend):
+    """The loss scale of the call is 5."""
+    call = Call(backend, "balance_rows")
+    call.set("propagate_above", above)
+    assert call() == 0
+    outs = [x for x in call.memory if x.numel() == 4]
+    assert [bool(out.isnan().all()) for out in outs] == [passed_on] * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_entry_points_that_take_no_tensors(backend):
     library = (cuda if backend == "cuda" else native).library()
     assert library.dbmtl_abi_version() == c.ABI_VERSION
@@ -208,4 +219,4 @@ def test_a_library_that_is_not_there_broken_or_of_another_version(tmp_path, monk
     library.path = native.path
     library.forget()
     monkeypatch.setattr(c, "ABI_VERSION", 99)
-    assert "ABI version 5, this package needs 99" in library.missing(CPU)
+    assert "ABI version 6, this package needs 99" in library.missing(CPU)

@@ -1,6 +1,7 @@
 """The CUDA C++ kernels: emulated on this CPU against the native ones, and what nvcc made of them."""
 
 import ctypes
+import math
 import os
 import re
 import subprocess
@@ -101,25 +102,38 @@ def test_combined_rows(state):
             same_bits(*outs)
 
 
-@pytest.mark.parametrize("case", ["plain", "nan", "inactive", "again"])
+ENDINGS = {  # loss scale, propagate_above, the task that is not active, the one that is not finite
+    "plain": (None, 1.0, None, None),
+    "nan": (16.0, 1.0, None, 0),
+    "inactive": (None, 1.0, 2, None),
+    "again": (16.0, 1.0, None, None),
+    "inactive nan": (16.0, 1.0, 2, 2),
+    "nan, never passed on": (1024.0, math.inf, None, 0),
+    "nan, always passed on": (None, -1.0, 2, 0),
+}
+
+
+@pytest.mark.parametrize("case", ENDINGS)
 @pytest.mark.usefixtures("emulated_cuda")
 def test_the_end_of_a_step(case):
     for state in (F32, F64, BF16):
         rows = torch.randn(4, 2000, dtype=F64).to(state)
         sumsq = rows.double().square().sum(dim=1)
-        if case == "nan":
-            sumsq[0] = torch.nan
+        scale, above, inactive, nonfinite = ENDINGS[case]
+        if nonfinite is not None:
+            sumsq[nonfinite] = torch.nan
         found = []
         for serve in BOTH:
             norms, weights = torch.zeros(2, 4, dtype=F64)
             stats = Stats(sumsq.clone(), norms, weights, torch.arange(4) == 1, torch.arange(4))
             outs, state_rows = [torch.ones(997), torch.ones(1000, dtype=BF16)], rows.clone()
-            active = torch.arange(4) != 2 if case == "inactive" else None
-            scale = torch.tensor(16.0) if case in ("nan", "again") else None
+            active = None if inactive is None else torch.arange(4) != inactive
+            factor = None if scale is None else torch.tensor(scale)
             fresh, accumulate = case != "again", case == "inactive"
-            step = (state_rows, stats, outs, [0, 1000], active, scale, 1e-8, "mean", 0.0, fresh, accumulate)
+            step = (state_rows, stats, outs, [0, 1000], active, factor, above, 1e-8, "mean", 0.0, fresh, accumulate)
             serve.balance_rows_(BalanceRows(*step))
             found.append([state_rows, *stats, *outs])
+            assert outs[0].isnan().all() == (case in ("nan", "again", "nan, always passed on"))
         for ours, theirs in zip(*found, strict=True):
             same_bits(ours, theirs)
 

@@ -81,8 +81,8 @@ def balance_rows(rows, outs, starts, active=None, loss_scale=None, scale="max", 
     sumsq = rows.double().square().sum(1)
     norms, weights = torch.full((2, len(rows)), float("nan"), dtype=F64)
     stats = Stats(sumsq, norms, weights, torch.zeros(len(rows), dtype=torch.bool), torch.zeros(len(rows)).long())
-    flags = {"fresh": True, "accumulate": False, **flags}
-    return BalanceRows(rows, stats, outs, starts, active, loss_scale, 1e-8, scale, 0.7, **flags)
+    flags = {"propagate_above": 1.0, "fresh": True, "accumulate": False, **flags}
+    return BalanceRows(rows, stats, outs, starts, active, loss_scale, eps=1e-8, scale=scale, constant=0.7, **flags)
 
 
 def same_bits(ours, theirs):
@@ -275,6 +275,9 @@ STEPS = [  # state, scale, loss scale, whether partial, flags
     (BF16, "median", 8.0, True, {"accumulate": True}),
     (F64, "mean", 0.5, True, {"fresh": False}),
     (F32, "constant", 8.0, False, {"fresh": False, "accumulate": True}),
+    (F32, "max", 1024.0, True, {"propagate_above": float("inf")}),
+    (BF16, "mean", None, True, {"propagate_above": -1.0}),
+    (F32, "min", 0.5, False, {"propagate_above": -1.0}),
 ]
 
 

@@ -1,5 +1,7 @@
 """What several ranks must not do, and are told so: each attempt is expected to raise on every rank."""
 
+import pickle
+
 import dbmtl_kernels as dbk
 import torch
 import torch.distributed as dist
@@ -121,6 +123,12 @@ def attempts():
         net = FullyShardedDataParallel(Net(), device_id=torch.device("cpu"), use_orig_params=True)
         dbk.DBMTL([p for p in net.parameters() if p.numel()], 3, process_group=dist.group.WORLD)
 
+    def pickled_replicas():
+        pickle.dumps(Job("ddp").balancer)
+
+    def pickled_shards():
+        pickle.dumps(Job("fsdp").balancer)
+
     def plain_among_two_dimensions():
         net = Net()
         shard(net, mesh_of(2, dist.get_world_size() // 2))
@@ -130,5 +138,5 @@ def attempts():
         outside_no_sync, by_task_outside_no_sync, unnamed, not_a_group, other_tasks, other_task_contexts, other_heads,
         re_entrant, no_log, negative, plain_among_two_dimensions,
         heads_of_equal_shape, no_head_on_one_rank, unknown_heads, task_outside_no_sync, evaluated_in_between,
-        before_fully_shard, false_and_sharded, held_back, other_balancers, fsdp1,
+        before_fully_shard, false_and_sharded, held_back, other_balancers, fsdp1, pickled_replicas, pickled_shards,
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """What 4 ranks do together, run by torchrun; rank 0 writes what came of it for test_distributed.py to judge."""
 
+import copy
 import functools
 import io
 import json
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from dbmtl_kernels.rows import placement
 from job import NUM_TASKS, Job, Net, batches, first_net, identical, load, save, whole
-from problems import state_of
+from problems import overflowing, state_of
 from refusals import attempts
 from torch import nn
 
@@ -116,7 +117,7 @@ def scaled(job):
                 losses = job.forward(job.part(x))
                 if step == 3:  # on the last rank only: every scaler must skip this step
                     part = job.kind == "single" or dist.get_rank() == dist.get_world_size() - 1
-                    losses[0] = losses[0] * (float("inf") if part else 1.0)
+                    losses[0] = overflowing(losses[0]) if part else losses[0]
                 scaler.scale(job.balancer(losses) / 2).backward()
         scaler.unscale_(job.optimizer)
         scaler.step(job.optimizer)
@@ -194,6 +195,47 @@ def shared_parameter_of_one_rank():
 
 
 @scenario
+def sitting_out():
+    """One rank's loss of a task is NaN: the task sits out on all, and leaves nothing in any .grad."""
+    for kind in ("ddp", "fsdp"):
+        job, without = Job(kind), Job(kind)
+        for each, bad in ((job, True), (without, False)):
+            for step, x in enumerate(batches(0, 3)):
+                each.optimizer.zero_grad()
+                with each.no_sync():
+                    losses = each.forward(each.part(x))
+                    if step == 1 and bad and dist.get_rank() == 1:
+                        losses[1] = losses[1] * torch.nan
+                    tasks = [0, 2] if step == 1 and not bad else [0, 1, 2]
+                    each.balancer([losses[t] for t in tasks], tasks=tasks).backward()
+                if step == 1:
+                    each.seen = each.gradients()
+        RESULTS[f"sits out, {kind}"] = {
+            "difference": difference(job.seen, without.seen),
+            "nonfinite": job.balancer.nonfinite_steps.tolist(),
+            "identical": identical(job.gradients()),
+            "finite": bool(job.gradients().isfinite().all()),
+        }
+
+
+@scenario
+def copies():
+    """A deep copy works with the same ranks."""
+    net = Net()
+    balancer = dbk.DBMTL(net.shared(), NUM_TASKS, process_group=dist.group.WORLD)
+    x, *more = (x[dist.get_rank() :: dist.get_world_size()] for x in batches(0, 3))
+    balancer(net(x)).backward()
+    twin_net, twin = copy.deepcopy((net, balancer))
+    twin.load_state_dict(balancer.state_dict())
+    for x in more:
+        for each, owner in ((net, balancer), (twin_net, twin)):
+            each.zero_grad()
+            owner(each(x)).backward()
+    grads = [torch.cat([p.grad.reshape(-1) for p in each.shared()]) for each in (net, twin_net)]
+    RESULTS["copies"] = {"same": torch.equal(*grads), "identical": identical(grads[0])}
+
+
+@scenario
 def inputs_that_require_grad():
     """Their gradients are each rank's own."""
     job = Job("ddp")
@@ -218,7 +260,7 @@ def heads_without_a_wrapper():
 
 @scenario
 def overflow_on_one_rank():
-    """One rank's loss of one task is NaN: every scaler sees it, the state stays finite, the step after is a step."""
+    """One rank's gradient of a task is infinite: every scaler sees it, the state stays finite, the next step counts."""
     for kind in ("ddp", "fsdp"):
         job = Job(kind)
         nans, states, scales = [], [], []
@@ -228,7 +270,7 @@ def overflow_on_one_rank():
             with job.no_sync():
                 losses = job.forward(job.part(x))
                 if step == 2 and dist.get_rank() == 1:
-                    losses[1] = losses[1] * float("nan")
+                    losses[1] = overflowing(losses[1])
                 scaler.scale(job.balancer(losses)).backward()
             shared = torch.cat([whole(p.grad).reshape(-1) for p in job.net.shared()])
             nans.append(bool(shared.isnan().all()))

@@ -119,6 +119,9 @@ REFUSALS = {
     "task outside no sync": "RuntimeError: .*inside `with model.no_sync\\(\\)",
     "evaluated in between": "RuntimeError: backward pass of task [01]: .*inside `with model.no_sync\\(\\)",
     "false and sharded": "ValueError: process_group=False would take the log",
+    **dict.fromkeys(
+        ("pickled replicas", "pickled shards"), "RuntimeError: a balancer of several ranks cannot be pickled"
+    ),
     "other balancers": r"RuntimeError: .*the ranks make different balancers \(this one: 3 tasks",
     "fsdp1": "TypeError: shared_parameters are of FullyShardedDataParallel .*fully_shard",
     "plain among two dimensions": "ValueError: shared_parameters has 1 plain tensors.*fully_shard",
@@ -150,6 +153,19 @@ def test_a_file_of_rank_0_is_refused_by_the_others(four, kind):
 def test_a_shared_parameter_with_a_gradient_on_one_rank_gets_it_on_all(four):
     assert four["shared on one rank"]["identical"]
     assert four["shared on one rank"]["gain"] > 0
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_nan_on_one_rank_leaves_nothing_anywhere(four, kind):
+    result = four[f"sits out, {kind}"]
+    assert result["difference"] <= 1e-6
+    assert result["nonfinite"] == [0, 1, 0]
+    assert result["identical"]
+    assert result["finite"]
+
+
+def test_a_deep_copy_works_with_the_same_ranks(four):
+    assert four["copies"] == {"same": True, "identical": True}
 
 
 def test_gradients_of_inputs_are_left_alone(four):

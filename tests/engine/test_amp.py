@@ -173,6 +173,36 @@ def test_an_overflow_in_one_task(attached, unscale, zero):
         assert scaler.get_scale() == (scale / 2 if broken else scale)
 
 
+@pytest.mark.parametrize("weighting", [dbk.MaxNorm(), dbk.EqualWeights()], ids=["norms", "gramian"])
+@pytest.mark.parametrize(
+    ("above", "scale", "passed_on"),
+    [(1.0, 1024.0, True), (1.0, 1.0, False), (float("inf"), 1024.0, False), (-1.0, 0.5, True), (-1.0, 1.0, True)],
+)
+def test_which_factors_pass_a_nan_on(weighting, above, scale, passed_on):
+    """A factor of 1 is no factor. A task that has no part in the step is not passed on, whatever its row holds."""
+    net, params, _, optimizer = start()
+    balancer = dbk.GradientBalancer(params, TASKS, weighting=weighting, beta=BETA, beta_sigma=SIGMA)
+    balancer._engine.grads._balanced.propagate_above = above
+    reference = oracle.Training(TASKS, rows_of(balancer).shape[1], BETA, SIGMA, propagate_above=above)
+    for tasks, broken in (([0, 1, 2], [1]), ([0, 2], [])):
+        optimizer.zero_grad()
+        losses = net.losses(data(1)[0], broken, factor=float("inf"))
+        exact = flat_gradients(losses, params, log=False)
+        reference.feed({task: exact[task] for task in tasks}, scale)
+        reference.end()
+        if not broken:
+            state_of(balancer).stats.sumsq[1] = torch.inf
+        (balancer([losses[task] for task in tasks], tasks=tasks) * scale).backward()
+        grads = flat_grad(params)
+        assert np.isnan(grads).all() if broken and passed_on else np.isfinite(grads).all()
+        expected = reference.balance()
+        if type(weighting) is dbk.MaxNorm:
+            close(grads, expected, rtol=1e-5)
+        assert not rows_of(balancer)[1].any()
+        assert balancer.weights[1] == 0
+    assert balancer.nonfinite_steps.tolist() == [0, 2, 0]
+
+
 @pytest.mark.parametrize("scaling", [True, False])
 @pytest.mark.parametrize("zero", [True, False])
 def test_accumulation_of_unequal_micro_batches(scaling, zero):

@@ -1,5 +1,6 @@
 """What one step costs in calls of ours, and that none goes up."""
 
+import collections
 import os
 import sys
 
@@ -45,9 +46,9 @@ def task_by_task(balancer, losses):
 
 
 WAYS = {
-    "call": (120, lambda balancer, losses: balancer(losses).backward()),
-    "backward": (115, lambda balancer, losses: balancer.backward(losses)),
-    "task": (175, task_by_task),
+    "call": (172, lambda balancer, losses: balancer(losses).backward()),
+    "backward": (165, lambda balancer, losses: balancer.backward(losses)),
+    "task": (292, task_by_task),
 }
 
 
@@ -57,10 +58,10 @@ def test_a_step_of_three_tasks_and_four_parameters(way):
     trunk = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32))
     heads = nn.ModuleList(nn.Linear(32, 1) for _ in range(3))
     balancer = dbk.DBMTL(trunk.parameters(), num_tasks=3, backend="native")
-    for _ in range(3):  # the first fill what is remembered
+    for _ in range(7):  # the first fill what is remembered; every power of two the whole graph is looked at
         features = trunk(torch.randn(16, 8))
         losses = [head(features).square().mean() for head in heads]
         calls = calls_of(lambda: run(balancer, losses))  # noqa: B023 - called at once
-    assert len(calls) <= most
+    assert len(calls) <= most, collections.Counter(calls)
     upwards = [call for call in calls if call[0] is not None and ROOMS.index(call[1]) < ROOMS.index(call[0])]
     assert not upwards

@@ -170,8 +170,9 @@ def test_a_run_resumed_in_the_middle_of_a_step_goes_on_bit_for_bit():
     learnt = balancer.weighting.weights.clone()
     q = p.detach().clone().requires_grad_()
     other = make(q)
-    for each, x in ((balancer, p), (other, q)):
-        each.attach(torch.optim.SGD([x], lr=0.1))
+    optimizers = [torch.optim.SGD([x], lr=0.1) for x in (p, q)]
+    for each, optimizer in zip((balancer, other), optimizers, strict=True):
+        each.attach(optimizer)
     p.grad = None
     balancer.backward(losses_at(p, 5)[:2], tasks=[0, 1])
     q.grad = p.grad.clone()

@@ -7,7 +7,18 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from problems import EPS, assert_same_state, close, flat_gradients, leaf, make, quadratics, rows_of, state_of
+from problems import (
+    EPS,
+    assert_same_state,
+    close,
+    flat_gradients,
+    leaf,
+    make,
+    overflowing,
+    quadratics,
+    rows_of,
+    state_of,
+)
 
 WAYS = ["None", "tasks=", "tasks= and None", "task()"]
 
@@ -218,15 +229,15 @@ def test_without_a_task_training_goes_on_as_if_it_had_never_been(index):
     assert_same_state(balancer.state_dict()["buffer"], twin.state_dict()["buffer"])
 
 
-@pytest.mark.parametrize("poison", [1.0, float("inf")])
+@pytest.mark.parametrize("overflow", [False, True])
 @pytest.mark.parametrize("zero", [True, False])
-def test_a_step_thrown_away_does_not_stand_in_the_way_of_a_new_task(zero, poison):
+def test_a_step_thrown_away_does_not_stand_in_the_way_of_a_new_task(zero, overflow):
     """A GradScaler skipped optimizer.step() at the end of an epoch, and the next epoch has a task more."""
     p = leaf(6)
     balancer = make(p)
     optimizer = torch.optim.SGD([p], lr=0.1)
     balancer.attach(optimizer)
-    (balancer([x * poison for x in quadratics(p)]) * 2.0).backward()
+    (balancer([overflowing(x) if overflow else x for x in quadratics(p)]) * 2.0).backward()
     with pytest.raises(RuntimeError, match="within a step"):
         balancer.add_task()
     optimizer.zero_grad(set_to_none=zero)

@@ -188,7 +188,7 @@ def test_parameters_changed_since(change, message):
     balancer = dbk.DBMTL(conv.parameters(), 1)
     conv.to(**change)
     x = torch.randn(1, 3, 5, 5, dtype=conv.weight.dtype)
-    with pytest.raises(RuntimeError, match=f"shared parameter 0 was .*{message}.*model.to"):
+    with pytest.raises(RuntimeError, match=f"shared parameter 0 of shape .* was .*{message}.*model.to"):
         balancer([conv(x).square().mean()]).backward()
     assert (state_of(balancer).rows == 0).all()
     assert balancer.step == 0
@@ -206,12 +206,13 @@ def test_attach(model):
     trunk, heads, balancer = model
     with pytest.raises(ValueError, match="SGD holds none of the shared parameters"):
         balancer.attach(torch.optim.SGD(heads.parameters(), lr=0.1))
-    handle = balancer.attach(torch.optim.SGD(trunk.parameters(), lr=0.1))
+    first, second = (torch.optim.SGD(trunk.parameters(), lr=0.1) for _ in range(2))
+    handle = balancer.attach(first)
     with pytest.raises(RuntimeError, match="already attached"):
-        balancer.attach(torch.optim.SGD(trunk.parameters(), lr=0.1))
+        balancer.attach(second)
     handle.remove()
     handle.remove()
-    balancer.attach(torch.optim.SGD(trunk.parameters(), lr=0.1)).remove()
+    balancer.attach(second).remove()
 
 
 def test_sparse_gradient():

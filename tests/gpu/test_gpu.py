@@ -156,7 +156,13 @@ def test_combine(gpu, dtype, state):
             assert (actual.double() - expected.double()).abs().max() <= scale * max(torch.finfo(dtype).eps, 1e-6)
 
 
-@pytest.mark.parametrize("variant", ["plain", "partial and nonfinite", "scaled and nonfinite", "later in a step"])
+VARIANTS = (
+    "plain", "partial and nonfinite", "scaled and nonfinite", "later in a step", "scaled, nonfinite and inactive",
+    "scaled, nonfinite and never passed on", "nonfinite and always passed on",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("state", STATES)
 def test_balance_rows(gpu, state, variant):
     num_tasks, size = 5, LARGE + 61  # a multiple of 8
@@ -165,7 +171,9 @@ def test_balance_rows(gpu, state, variant):
     later = variant == "later in a step"
     if "nonfinite" in variant:
         sumsq[1] = rows[1, 3] = torch.inf
-    active = torch.tensor([True, True, False, True, True]) if "partial" in variant else None
+    active = torch.arange(num_tasks) != (1 if "inactive" in variant else 2)
+    active = active if "partial" in variant or "inactive" in variant else None
+    above = torch.inf if "never" in variant else -1.0 if "always" in variant else 1.0
     loss_scale = torch.tensor(1024.0) if "scaled" in variant else None
     found = {}
     for backend in (gpu, "eager"):
@@ -174,9 +182,11 @@ def test_balance_rows(gpu, state, variant):
         known.nonfinite.copy_(torch.tensor([later, False, False, True, False]))
         known.nonfinite_steps.copy_(torch.arange(num_tasks))
         outs = [there(torch.ones(first, dtype=F32)), there(torch.ones(size - first, dtype=BF16))]
-        mine, ending = there(rows), (there(active), there(loss_scale), 1e-8, "max", 0.0, not later, later)
+        mine, ending = there(rows), (there(active), there(loss_scale), above, 1e-8, "max", 0.0, not later, later)
         ops.balance_rows_(ops.BalanceRows(mine, known, outs, [0, first], *ending), backend)
         found[backend] = {**known._asdict(), "rows": mine, "first": outs[0], "second": outs[1]}
+    passed_on = variant in ("scaled and nonfinite", "nonfinite and always passed on")
+    assert bool(found["eager"]["first"].isnan().all()) == passed_on
     for name, expected in found["eager"].items():
         rtol = {"first": 1e-5, "second": 2.0**-7}.get(name, 1e-12)
         atol = rtol * float(expected.nan_to_num(0).abs().max()) if name in ("first", "second") else 0.0

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from dbmtl_kernels.integrations.lightning import GradientBalancing
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from problems import overflowing
 from ranks import leave, told
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -54,7 +55,7 @@ class Module(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         losses = self.net(batch[0])
         if self.current_epoch * BATCHES + batch_idx in self.poison:
-            losses[1] = losses[1] * float("inf")
+            losses[1] = overflowing(losses[1])
         self.seen.append(float(losses[0].detach()))
         return self.balancer(losses)
 

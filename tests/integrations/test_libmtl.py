@@ -188,6 +188,7 @@ def test_the_models_state_dict_is_as_without_us_and_the_engines_resumes():
         getattr(other, name).load_state_dict(copy.deepcopy(getattr(ours, name).state_dict()))
     other.model.balancer.load_state_dict(copy.deepcopy(ours.model.balancer.state_dict()))
     copied, before = copy.deepcopy(ours), copy.deepcopy(ours.model.state_dict())
+    copied.model.balancer.load_state_dict(ours.model.balancer.state_dict())
     for trainer in (copied, other):
         for step in range(3, 6):
             trainer.step(step)

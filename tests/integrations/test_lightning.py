@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from lightning_job import BATCHES, Module, checkpointing, first_net, fit, loader, parameters, trainer_of
-from problems import assert_same_state, state_of
+from problems import assert_same_state, overflowing, state_of
 from ranks import environment
 from torch import nn
 
@@ -54,7 +54,7 @@ def plain_loop(precision, accumulate=1, clip=None, algorithm="norm", poison=(), 
             with torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False):
                 losses = net(x.to(dtype))
                 if epoch * BATCHES + index in poison:
-                    losses[1] = losses[1] * float("inf")
+                    losses[1] = overflowing(losses[1])
                 loss = balancer(losses) / accumulate
             if index % accumulate == 0:
                 optimizer.zero_grad()

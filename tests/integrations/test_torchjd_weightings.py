@@ -76,7 +76,7 @@ def ours(method, matrices, log):
     dtype = matrices[0].dtype
     p, q = torch.zeros(3, 5, dtype=dtype, requires_grad=True), torch.zeros(7, dtype=dtype, requires_grad=True)
     balancer = dbk.GradientBalancer(
-        [p, q], K, weighting=METHODS[method][1](), log_transform=log, eps=EPS, state_dtype=dtype
+        [p, q], K, weighting=METHODS[method][1](), log_transform=log, eps=EPS, state_dtype=dtype, zero_gradients="count"
     )
     out = []
     for matrix in matrices:

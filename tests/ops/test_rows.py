@@ -103,7 +103,11 @@ def test_accumulate_without_decay_reads_nothing_of_the_row(backend, coefficients
     assert sumsq.isfinite()
 
 
-PLAIN = {"num_tasks": 3, "state": F32, "outs": ((0, 1003, F32),), "bad": (), "before": (), "active": None, "scale": 1.0}
+PLAIN = {
+    "num_tasks": 3, "state": F32, "outs": ((0, 1003, F32),), "bad": (), "before": (), "active": None, "scale": 1.0,
+    "above": 1.0,
+}  # fmt: skip
+WITHOUT_1 = {"num_tasks": 4, "active": (True, False, True, True)}
 STEPS = {
     "plain": {},
     "one task": {"num_tasks": 1},
@@ -117,16 +121,34 @@ STEPS = {
     "all not finite": {"bad": (0, 1, 2)},
     "not finite under a loss scale": {"bad": (1,), "scale": 1024.0},
     "not finite under a small loss scale": {"bad": (1,), "scale": 0.5},
-    "some active": {"num_tasks": 4, "active": (True, False, True, True), "bad": (3,)},
+    "not finite and never passed on": {"bad": (1,), "scale": 1024.0, "above": math.inf},
+    "not finite and always passed on": {"bad": (1,), "above": -1.0},
+    "not finite and always passed on, scaled": {"bad": (1,), "scale": 0.5, "above": -1.0},
+    "finite where it would be passed on": {"above": -1.0},
+    "some active": {**WITHOUT_1, "bad": (3,)},
+    "not active and not finite": {**WITHOUT_1, "bad": (1,), "scale": 1024.0, "options": {"scale": "mean"}},
+    "not active, not finite earlier": {
+        **WITHOUT_1,
+        "bad": (1,),
+        "before": (1,),
+        "scale": 2.0,
+        "options": {"scale": "median", "fresh": False},
+    },
+    "not active, not finite and not passed on": {**WITHOUT_1, "bad": (1,), "above": -1.0, "options": {"scale": "min"}},
+    "one of each, passed on": {**WITHOUT_1, "bad": (1, 3), "above": -1.0},
     "added to what is there": {"options": {"accumulate": True}, "scale": 64.0},
     **{f"scale {scale}": {"options": {"scale": scale}} for scale in ("mean", "min")},
     "scale constant": {"options": {"scale": "constant", "constant": 0.7}},
     "one task, constant": {"num_tasks": 1, "options": {"scale": "constant", "constant": 0.7}},
 }
-SIMULATED_STEPS = ("outs of several dtypes", "a bfloat16 state", "some active", "not finite under a loss scale")
+SIMULATED_STEPS = (
+    "outs of several dtypes", "a bfloat16 state", "some active", "not finite under a loss scale",
+    "not active and not finite", "not active, not finite and not passed on", "not finite and never passed on",
+    "not finite and always passed on", "not finite and always passed on, scaled",
+)  # fmt: skip
 
 
-def expect_step(rows, before, norms, active, factor, options):
+def expect_step(rows, before, norms, active, factor, above, options):
     """In NumPy: (rows, weights, nonfinite, what is added to each column)."""
     bad = ~np.isfinite(norms) | (np.zeros_like(before) if options.get("fresh", True) else before)
     used = active & ~bad
@@ -138,7 +160,7 @@ def expect_step(rows, before, norms, active, factor, options):
         if len(rows) == 1 and isinstance(scale, str):
             weights[used] = 1.0
     rows = np.where(bad[:, None], 0.0, rows)
-    added = np.full(rows.shape[1], np.nan) if bad.any() and factor > 1.0 else factor * (weights @ rows)
+    added = np.full(rows.shape[1], np.nan) if (bad & active).any() and factor > above else factor * (weights @ rows)
     return rows, weights, bad, added
 
 
@@ -160,15 +182,15 @@ def test_balance_rows(name, backend):
     active = None if case["active"] is None else torch.tensor(case["active"])
     everyone = np.ones(num_tasks, dtype=bool) if active is None else active.numpy()
     expected, weights, bad, added = expect_step(
-        numpy(rows), stats.nonfinite.numpy(), sumsq.sqrt().numpy(), everyone, case["scale"], options
+        numpy(rows), stats.nonfinite.numpy(), sumsq.sqrt().numpy(), everyone, case["scale"], case["above"], options
     )
-    counted = np.isnan(sumsq.numpy()).astype(int) + np.eye(num_tasks, dtype=int)[0] * 3
+    known = stats.nonfinite.numpy() & (not options.get("fresh", True))
+    counted = (np.isnan(sumsq.numpy()) & ~known).astype(int) + np.eye(num_tasks, dtype=int)[0] * 3
     outs = [torch.full((numel,), 2.0, dtype=dtype) for _, numel, dtype in case["outs"]]
     loss_scale = None if case["scale"] == 1.0 else torch.tensor(case["scale"])
     starts = [start for start, *_ in case["outs"]]
-    ops.balance_rows_(
-        cases.step_of(rows, stats, outs, starts, active=active, loss_scale=loss_scale, **options), backend
-    )
+    options = {"active": active, "loss_scale": loss_scale, "propagate_above": case["above"], **options}
+    ops.balance_rows_(cases.step_of(rows, stats, outs, starts, **options), backend)
 
     covered = np.concatenate([np.arange(start, start + numel) for start, numel, _ in case["outs"]])
     assert np.array_equal(numpy(rows)[:, covered], expected[:, covered])

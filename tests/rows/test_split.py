@@ -34,6 +34,13 @@ def run(params, steps=4, num_tasks=3, **options):
     return balancer
 
 
+def tensors(state, at=""):
+    """The tensors of a state by name."""
+    if not isinstance(state, dict):
+        return {at: state} if isinstance(state, torch.Tensor) else {}
+    return {name: x for key, value in state.items() for name, x in tensors(value, f"{at}.{key}").items()}
+
+
 def leaves():
     torch.manual_seed(3)
     return [leaf(*shape) for shape in SHAPES]
@@ -79,6 +86,29 @@ def test_checkpoint_change_of_tasks_and_a_failure(two_devices):
     assert all(torch.equal(p.grad, grad) for p, grad in zip(params, before, strict=True))
     second(quadratics(*params, num_tasks=3)).backward()
     assert not any(torch.equal(p.grad, grad) for p, grad in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_who_has_a_say_comes_from_the_host_or_the_device(split, request):
+    if split:
+        request.getfixturevalue("two_devices")
+    rows, found = state_of(run(leaves())), []
+    before = {name: x.clone() for name, x in tensors(rows.state()).items()}
+    for active in ([True, False, True], torch.tensor([True, False, True])):
+        for name, x in tensors(rows.state()).items():
+            x.copy_(before[name])
+        for part in getattr(rows, "parts", [rows]):
+            part.stats.sumsq[1] = torch.nan
+        flats = rows.new_flats()
+        rows.balance(flats, 1e-8, "mean", active=active, loss_scale=torch.tensor(8.0))
+        assert rows.stats.nonfinite.tolist() == [False, True, False]
+        assert rows.stats.weights.ne(0).tolist() == [True, False, True]
+        found.append([view.clone() for view in rows.views(flats)])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)  # and no NaN
+    rows.stats.nonfinite[1] = True  # found earlier in the step
+    rows.balance(flats, 1e-8, "mean", active=torch.ones(3, dtype=torch.bool), propagate_above=-1.0, fresh=False)
+    assert all(view.isnan().all() for view in rows.views(flats))
 
 
 @pytest.mark.gpu

@@ -89,7 +89,7 @@ def new_stats(num_tasks, sumsq=None):
 def step_of(rows, stats, outs, starts=(0,), **changes):
     """The arguments of `ops.balance_rows_`, plain ones but for ``changes``."""
     options = {
-        "active": None, "loss_scale": None, "eps": 1e-8, "scale": "max", "constant": 0.0, "fresh": True,
-        "accumulate": False,
+        "active": None, "loss_scale": None, "propagate_above": 1.0, "eps": 1e-8, "scale": "max", "constant": 0.0,
+        "fresh": True, "accumulate": False,
     }  # fmt: skip
     return BalanceRows(rows, stats, list(outs), list(starts), **(options | changes))

@@ -66,13 +66,12 @@ def combine(num_tasks, size, dtype):
     launches.combine_out(rows, torch.ones(num_tasks), torch.zeros(size, dtype=dtype), False)
 
 
-def balance_rows(num_tasks, outs, state=F32, active=None, loss_scale=None):
+def balance_rows(num_tasks, outs, state=F32, active=None, loss_scale=None, above=1.0):
     stats = Stats(*(torch.zeros(num_tasks, dtype=dtype) for dtype in (F64, F64, F64, torch.bool, torch.int64)))
     rows = torch.zeros(num_tasks, 4096 * len(outs), dtype=state)
     outs, starts = [torch.zeros(4096, dtype=d) for d in outs], [4096 * i for i in range(len(outs))]
-    launches.balance_rows_(
-        BalanceRows(rows, stats, outs, starts, active, loss_scale, 1e-8, "max", 0.0, fresh=True, accumulate=False)
-    )
+    ending = (active, loss_scale, above, 1e-8, "max", 0.0)
+    launches.balance_rows_(BalanceRows(rows, stats, outs, starts, *ending, fresh=True, accumulate=False))
 
 
 CASES = {
@@ -161,7 +160,7 @@ def specialisations():
             for size in (1000, 1008, 16, 1, 4096):  # of one parameter
                 for coefficients in ((0.9 / (step + 1), 0.1), store[step : step + 2]):
                     accumulate(dtypes, BF16, (size, 512), scale, task=step % 4, coefficients=coefficients)
-        balance_rows(3, [F32], BF16, loss_scale=scale)
+        balance_rows(3, [F32], BF16, loss_scale=scale, above=(1.0, float("inf"), -1.0, 0.0)[step % 4])
         balance(3, 4096 + 16 * step, F32, F32)
     return {name: len(found) for name, found in made.items()}
 

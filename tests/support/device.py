@@ -118,7 +118,7 @@ class EngineStep:
         for task, grads in enumerate(self.grads):
             sumsq = self.stats.sumsq[task : task + 1]
             ops.accumulate_(self.rows[task], sumsq, grads, self.segments, self.coefficients, backend=self.backend)
-        end = ops.BalanceRows(self.rows, self.stats, [self.out], [0], None, None, 1e-8, "max", 0.0, True, False)
+        end = ops.BalanceRows(self.rows, self.stats, [self.out], [0], None, None, 1.0, 1e-8, "max", 0.0, True, False)
         ops.balance_rows_(end, self.backend)
 
     def results(self):

@@ -43,11 +43,12 @@ class Training:
 
     def __init__(
         self, num_tasks: int, size: int, beta: float = 0.9, sigma: float = 0.5, eps: float = 1e-8,
-        scale: str | float = "max",
+        scale: str | float = "max", propagate_above: float = 1.0,
     ) -> None:  # fmt: skip
         self.rows = np.zeros((num_tasks, size))
         self.balanced = np.zeros(size)
         self.beta, self.sigma, self.eps, self.scale = beta, sigma, eps, scale
+        self.propagate_above = propagate_above
         self.step = 0
         self.open = False
         self.unit = 1.0
@@ -75,11 +76,11 @@ class Training:
         """The balanced gradient of what was fed in this step.
 
         A task that was not finite is left out of the whole step and starts again from zero. If the gradients carry a
-        loss scale, the result is NaN then, so that a GradScaler skips the step.
+        factor above ``propagate_above`` (a loss scale), the result is NaN then, so that a GradScaler skips the step.
         """
         self.rows[list(self.nonfinite)] = 0.0
         used = sorted(self.seen - self.nonfinite)
-        if self.nonfinite and self.unit > 1.0:
+        if self.nonfinite & self.seen and self.unit > self.propagate_above:
             self.balanced = np.full(self.rows.shape[1], np.nan)
         elif not used:
             self.balanced = np.zeros(self.rows.shape[1])

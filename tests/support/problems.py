@@ -31,6 +31,13 @@ def quadratics(*params, num_tasks=2):
     return [sum(((p - t) * (1 + 3 * t)).square().sum() for p in params) + 0.5 for t in range(num_tasks)]
 
 
+def overflowing(loss, *_):
+    """The same loss, finite, whose gradient is not."""
+    loss = loss.clone()
+    loss.register_hook(lambda grad: grad * torch.inf)
+    return loss
+
+
 def flat_gradients(losses, params, log=True):
     rows = []
     for loss in losses:

@@ -33,6 +33,7 @@ class BalanceRows(NamedTuple):
     starts: list[int]
     active: Tensor | None
     loss_scale: Tensor | None
+    propagate_above: float
     eps: float
     scale: str
     constant: float

@@ -14,7 +14,7 @@ from torch import Tensor
 from .arguments import BalanceRows, Coefficients
 from .memory import upload
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 MAX_OUTS = 4
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SCALES = {"max": 0, "mean": 1, "median": 2, "min": 3, "constant": 4}
@@ -41,8 +41,8 @@ AccumulateArgs = _struct(
 CombineArgs = _struct("CombineArgs", rows=Rows, weights=Array, out=Array, accumulate=c_int64, where=Where)
 BalanceRowsArgs = _struct(
     "BalanceRowsArgs", rows=Rows, sumsq=c_void_p, norms=c_void_p, weights=c_void_p, nonfinite=c_void_p,
-    nonfinite_steps=c_void_p, active=c_void_p, loss_scale=Array, outs=Out * MAX_OUTS, num_outs=c_int64,
-    fresh=c_int64, accumulate=c_int64, weighting=Weighting, where=Where,
+    nonfinite_steps=c_void_p, active=c_void_p, loss_scale=Array, propagate_above=c_double, outs=Out * MAX_OUTS,
+    num_outs=c_int64, fresh=c_int64, accumulate=c_int64, weighting=Weighting, where=Where,
 )  # fmt: skip
 GramianArgs = _struct("GramianArgs", rows=Rows, gramian=Array, where=Where)
 
@@ -282,7 +282,7 @@ class CLibrary:
             outs[i] = Out(out.data_ptr(), DTYPES[out.dtype], start, out.numel())
         args = BalanceRowsArgs(
             _rows(rows), *map(Tensor.data_ptr, step.stats), None if step.active is None else step.active.data_ptr(),
-            factor, outs, len(step.outs), step.fresh, step.accumulate,
+            factor, step.propagate_above, outs, len(step.outs), step.fresh, step.accumulate,
             Weighting(step.eps, step.constant, SCALES[step.scale]),
         )  # fmt: skip
         self._call("dbmtl_balance_rows", rows.device, rows.shape[0], args)

@@ -110,9 +110,11 @@ def balance_rows_(step: BalanceRows) -> None:
     stats.nonfinite.copy_(bad)
     stats.sumsq.masked_fill_(bad, 0.0)
     weights = stats.weights
-    if step.loss_scale is not None:
-        factor = step.loss_scale.reshape(()).to(weights.device, weights.dtype)
-        weights = torch.where(bad & (factor > 1), torch.nan, weights * factor)
+    if step.loss_scale is not None or step.propagate_above < 1:
+        scale = weights.new_ones(()) if step.loss_scale is None else step.loss_scale.reshape(())
+        factor = scale.to(weights.device, weights.dtype)
+        active_bad = bad if step.active is None else bad & step.active
+        weights = torch.where(active_bad & (factor > step.propagate_above), torch.nan, weights * factor)
     for out, start in zip(step.outs, step.starts, strict=True):
         part = rows[:, start : start + out.numel()]
         if rows.device.type != "cpu":

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import ops, reference
 from ..rows.placement import Buffer
 from ..rows.ranks import Ranks
 from ..rows.rows import Flats
@@ -24,21 +24,37 @@ class BalancedGradient:
         weighting: `MaxNorm` is computed by the kernels, without a Gramian and without a sync; any other is called with
             the Gramian of the tasks that have a finite gradient, which takes a sync to know.
         ranks: those whose weights must agree.
+        propagate_above: the factor above which a nonfinite task makes the balanced gradient NaN.
+        skip_zeros: a task whose gradient is zero everywhere has no say; `TaskGradientBuffer.fed` tells where the host
+            does not know.
     """
 
-    def __init__(self, rows: Buffer, steps: Steps, weighting: Weighting, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        rows: Buffer,
+        steps: Steps,
+        weighting: Weighting,
+        ranks: Ranks,
+        propagate_above: float = 1.0,
+        skip_zeros: bool = False,
+    ) -> None:
         self._rows, self._steps, self._weighting, self._ranks = rows, steps, weighting, ranks
+        self.propagate_above = propagate_above
+        self._asks_rows = skip_zeros and rows.deferred
 
-    def compute(self, flats: Flats, accumulate: bool) -> None:
-        """Norms, weights, stats, and the balanced gradient into ``flats``, added to what is there if ``accumulate``."""
+    def compute(self, flats: Flats, accumulate: bool, sums: Tensor | None = None) -> None:
+        """Norms, weights, stats, and the balanced gradient into ``flats``, added to what is there if ``accumulate``.
+
+        ``sums``: (K,) what `TaskGradientBuffer.sums` gives, where it is known.
+        """
         steps, weighting = self._steps, self._weighting
         if type(weighting) is MaxNorm:  # exactly: a subclass may weigh otherwise
             self._rows.balance(
-                flats, weighting.eps, weighting.scale, active=steps.seen, loss_scale=steps.loss_scale,
-                fresh=steps.fresh, accumulate=accumulate,
+                flats, weighting.eps, weighting.scale, active=self._active(), loss_scale=steps.loss_scale,
+                propagate_above=self.propagate_above, fresh=steps.fresh, accumulate=accumulate, sums=sums,
             )  # fmt: skip
         else:
-            self._weigh()
+            self._weigh(sums)
             self._rows.combine(self._scaled_weights(), flats, accumulate)
         steps.fresh = False
 
@@ -49,30 +65,46 @@ class BalancedGradient:
         return self._rows.views(flats)
 
     def overflow(self) -> Tensor:
-        """(K,) bool: the tasks whose overflow a GradScaler must see, as NaN in the balanced gradient.
+        """(K,) bool: the tasks whose overflow must be seen, as NaN in the balanced gradient.
 
-        Factors up to 1 are those of accumulation, where nobody looks for it.
+        Those with a gradient in this step, where the factor is above `propagate_above`. By default that is for a
+        GradScaler: factors up to 1 are those of accumulation, where nobody looks for it.
         """
-        nonfinite, scale = self._rows.stats.nonfinite, self._steps.loss_scale
-        return torch.zeros_like(nonfinite) if scale is None else nonfinite & (scale.to(nonfinite.device) > 1)
+        bad, active = self._rows.stats.nonfinite, self._active()
+        if not isinstance(active, Tensor):
+            active = ops.upload(active, torch.bool, bad.device)
+        return bad & active & (self._factor() > self.propagate_above)
+
+    def _active(self) -> list[bool] | Tensor:
+        """Which tasks have a say; on the device where only it knows."""
+        active, finite = self._steps.active(), self._steps.finite
+        if finite is None and not self._asks_rows:
+            return active
+        flags = ops.upload(active, torch.bool, self._rows.device)
+        flags = flags if finite is None else flags & finite.to(flags.device)
+        return flags & self._rows.fed if self._asks_rows else flags
+
+    def _factor(self) -> Tensor:
+        """The loss scale, 1 where there is none."""
+        weights, scale = self._rows.stats.weights, self._steps.loss_scale
+        return weights.new_ones(()) if scale is None else scale.to(weights.device, weights.dtype)
 
     def _scaled_weights(self) -> Tensor:
-        """(K,) weights times the loss scale."""
-        weights, scale = self._rows.stats.weights, self._steps.loss_scale
-        if scale is None:
-            return weights
-        return torch.where(self.overflow(), torch.nan, weights * scale.to(weights.device, weights.dtype))
+        """(K,) weights times the factor."""
+        return torch.where(self.overflow(), torch.nan, self._rows.stats.weights * self._factor())
 
     @torch.no_grad()
-    def _weigh(self) -> None:
+    def _weigh(self, sums: Tensor | None) -> None:
         """Weights by the Gramian, and the stats, as the kernels do for `MaxNorm`."""
         rows, steps = self._rows, self._steps
-        sums = rows.sums()
+        sums = rows.sums() if sums is None else sums
         # The Gramian may be narrower than the sums; what does not fit is not given to a solver.
         largest = 0.999 * torch.finfo(rows.narrow).max
         nonfinite, now = reference.nonfinite(sums, rows.stats.nonfinite, steps.fresh, largest)
         bad = [task for task, is_bad in enumerate(nonfinite.tolist()) if is_bad]
-        used = [task for task, is_seen in enumerate(steps.seen) if is_seen and task not in bad]
+        active = self._active()
+        active = active.tolist() if isinstance(active, Tensor) else active
+        used = [task for task, is_active in enumerate(active) if is_active and task not in bad]
         weights = torch.zeros_like(rows.stats.weights)
         try:
             if used:

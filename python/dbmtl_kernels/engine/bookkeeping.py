@@ -11,12 +11,57 @@ from torch import Tensor
 from ..ops import Coefficients
 
 
-class Before(NamedTuple):
-    """What `Steps.begin` found: whether there was no step open, and what a step begun anew overwrites."""
+class Turn(NamedTuple):
+    """Who is within a step: a thread, and the task whose context is open, if it is one."""
 
-    began: bool
+    thread: int
+    task: int | None
+
+
+class Turns:
+    """Lets in one thread at a time, and none from within itself."""
+
+    def __init__(self) -> None:
+        self._turn: dict[None, Turn] = {}  # setdefault is atomic
+
+    def take(self, mine: Turn, what: str) -> None:
+        """Take the turn, until `give_back`.
+
+        Raises:
+            RuntimeError: it is somebody else's.
+        """
+        holder = self._turn.setdefault(None, mine)
+        if holder is not mine:
+            if holder.thread != mine.thread:
+                raise RuntimeError(f"{what} while another thread is within a step of this balancer: one at a time")
+            self.refuse_inside(what)
+            raise RuntimeError(f"{what} within a backward of the same balancer (in a hook?)")
+
+    def give_back(self, mine: Turn) -> None:
+        """The turn is over. More than once does no harm: what an interrupt cut off is done again."""
+        if self._turn.get(None) is mine:
+            self._turn.pop(None, None)
+
+    def refuse_inside(self, what: str) -> None:
+        """Raise RuntimeError if the context of a task is open."""
+        turn = self._turn.get(None)
+        if turn is not None and turn.task is not None:
+            raise RuntimeError(f"{what} inside the context of task({turn.task}); leave it first")
+
+
+class Before(NamedTuple):
+    """The bookkeeping before an attempt to feed gradients, for `Steps.undo`."""
+
+    begun: int
+    coefficients: Coefficients
+    open: bool
     fresh: bool
     seen: list[bool]
+    pending: set[int]
+    complete: bool
+    sitting_out: set[int]
+    finite: Tensor | None
+    lengths: dict[int, Tensor]
     losses: dict[int, Tensor]
     loss_scale: Tensor | None
 
@@ -36,7 +81,10 @@ class Steps:
         fresh: nothing was balanced yet in this step.
         seen: for each task, whether it has a gradient in this step.
         pending: the tasks entered with `GradientBalancer.task` since the last balance.
-        inside: the task whose context is open.
+        complete: the last task entered completed them all, so that they were balanced at once.
+        sitting_out: tasks whose loss was not finite in this step, as far as the host knows.
+        lengths: of each task, the norm of its first gradient since the last step that is not to update.
+        finite: (K,) bool on a device, the tasks whose loss was finite; None where the host knows.
         loss_scale: the factor that this step's gradients carry.
         losses: the last loss of each task in this step, where it is known.
         changes: how often any row was changed, as far as this host knows: a replayed CUDA graph does not count.
@@ -47,15 +95,19 @@ class Steps:
         self._beta, self._sigma = beta, beta_sigma
         self.capturable = device is not None
         self._count: int | Tensor = 0 if device is None else torch.zeros((), dtype=torch.int64, device=device)
-        self._beta_k: float | Tensor = beta  # of the step now open
+        self._coefficients: Coefficients = beta, 1.0 - beta  # of a first gradient in the step now open
         self.open = False
         self.fresh = True
         self.seen = [False] * num_tasks
         self.pending: set[int] = set()
-        self.inside: int | None = None
+        self.complete = False
+        self.sitting_out: set[int] = set()
+        self.finite: Tensor | None = None
+        self.lengths: dict[int, Tensor] = {}
         self.loss_scale: Tensor | None = None
         self.losses: dict[int, Tensor] = {}
         self.changes = 0
+        self._begun = 0  # steps, since this was made
 
     @property
     def num_tasks(self) -> int:
@@ -67,52 +119,73 @@ class Steps:
         """Number of steps begun; a sync if it is kept on a device."""
         return int(self._count)
 
+    @property
+    def started(self) -> int:
+        """Number of steps begun, as far as the host knows: a replayed CUDA graph does not count."""
+        return self._begun if isinstance(self._count, Tensor) else self._count
+
     def count_on(self, device: torch.device) -> Tensor:
         """`count` as one number on the device, without a sync."""
         return self._count if isinstance(self._count, Tensor) else torch.full((), self._count, device=device)
 
-    def begin(self, loss_scale: Tensor | None) -> Before:
-        """Gradients that carry ``loss_scale`` are about to come: begin a step, unless one is open.
+    def snapshot(self) -> Before:
+        """What `undo` needs."""
+        return Before(
+            self._begun, self._coefficients, self.open, self.fresh, list(self.seen), set(self.pending), self.complete,
+            set(self.sitting_out), self.finite, dict(self.lengths), dict(self.losses), self.loss_scale,
+        )  # fmt: skip
 
-        Returns:
-            what `undo_begin` needs.
-        """
-        before = Before(not self.open, self.fresh, self.seen, self.losses, self.loss_scale)
+    def begin(self, loss_scale: Tensor | None) -> None:
+        """Gradients that carry ``loss_scale`` are about to come: begin a step, unless one is open."""
+        self.complete = False
+        self.lengths = {}
         if self.open:
             if self.loss_scale is not None and is_zero(self.loss_scale):
                 self.loss_scale = loss_scale  # nothing counted so far
-            return before
-        self._set_beta_k(self._count + 1 if isinstance(self._count, int) else self._count.add_(1))
-        self.open = self.fresh = True
-        self.seen = [False] * len(self.seen)
-        self.losses = {}
+            return
+        self._advance(1)
+        self._coefficients = self._coefficients_of(self._count)
+        self.seen, self.losses, self.sitting_out, self.finite = [False] * len(self.seen), {}, set(), None
         self.loss_scale = loss_scale
-        return before
+        self.open = self.fresh = True
 
-    def undo_begin(self, before: Before) -> None:
-        """No gradient came: a step that was begun does not count."""
-        if before.began:
-            self._count -= 1
-            self.end()
-        _, self.fresh, self.seen, self.losses, self.loss_scale = before
+    def undo(self, before: Before) -> None:
+        """Nothing came of the attempt since `snapshot`: a step that was begun does not count."""
+        if self._begun != before.begun:
+            self._advance(-1)
+        (
+            self._begun, self._coefficients, self.open, self.fresh, self.seen, self.pending, self.complete,
+            self.sitting_out, self.finite, self.lengths, self.losses, self.loss_scale,
+        ) = before  # fmt: skip
 
-    def coefficients(self, task: int) -> Coefficients:
-        """How a gradient of ``task`` counts in the open step: decay and gain. Its row is about to change."""
+    def coefficients(self) -> Coefficients:
+        """How the first gradient that a task has in the open step counts: decay and gain. A row is about to change."""
         self.changes += 1
-        beta = self._beta_k
-        if isinstance(beta, Tensor):
-            return torch.stack([torch.ones_like(beta) if self.seen[task] else beta, 1.0 - beta])
-        return 1.0 if self.seen[task] else beta, 1.0 - beta
+        return self._coefficients
 
-    def balanced(self) -> None:
-        """The balanced gradient has been written."""
+    def note_finite(self, tasks: Sequence[int], values: Sequence[Tensor]) -> None:
+        """Losses whose values only a device knows: a task whose loss is not finite sits out."""
+        losses = [torch.ones_like(values[0])] * len(self.seen)
+        for task, value in zip(tasks, values, strict=True):
+            losses[task] = value.to(values[0].device)
+        finite = torch.stack(losses).isfinite()
+        self.finite = finite if self.finite is None else self.finite & finite
+
+    def active(self) -> list[bool]:
+        """For each task, whether it has a say in this step."""
+        if not self.sitting_out:
+            return self.seen
+        return [seen and task not in self.sitting_out for task, seen in enumerate(self.seen)]
+
+    def balanced(self, at_once: bool) -> None:
+        """The balanced gradient has been written, ``at_once`` by the last task."""
         self.changes += 1
-        self.pending.clear()
+        self.pending, self.complete = set(), at_once
 
     def end(self) -> None:
         """The step is over, whether anything came of it or not."""
         self.open = False
-        self.pending.clear()
+        self.pending = set()
 
     def set_beta(self, beta: float, beta_sigma: float) -> None:
         """Change them from the next step on."""
@@ -121,34 +194,35 @@ class Steps:
     def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
         """Let the tasks be these, None being a new one."""
         self.changes += 1
+        self.lengths = {}
         self.seen = [task is not None and self.seen[task] for task in tasks]
 
-    def _set_beta_k(self, count: int | Tensor) -> None:
-        k = count.to(torch.float64) if isinstance(count, Tensor) else count
-        self._beta_k = self._beta / k**self._sigma
-        self._count = count
+    def _advance(self, by: int) -> None:
+        """Count; in place on a device, so that a captured step counts on."""
+        count = self._count
+        self._begun, self._count = self._begun + by, count.add_(by) if isinstance(count, Tensor) else count + by
 
-    def refuse_inside(self, what: str) -> None:
-        """Raise RuntimeError if the context of a task is open."""
-        if self.inside is not None:
-            raise RuntimeError(f"{what} inside the context of task({self.inside}); leave it first")
+    def _coefficients_of(self, count: int | Tensor) -> Coefficients:
+        beta = self._beta / (count.to(torch.float64) if isinstance(count, Tensor) else count) ** self._sigma
+        return torch.stack([beta, 1.0 - beta]) if isinstance(beta, Tensor) else (beta, 1.0 - beta)
 
     def refuse_entered(self, task: int) -> None:
         """Raise RuntimeError if the task waits for a balance already."""
         if task in self.pending:
-            raise RuntimeError(f"task {task} was entered already in this step; call balance() (or optimizer.step())")
+            raise RuntimeError(f"task {task} was entered already in this step; call balance() first")
 
     def refuse_pending(self) -> None:
         """Raise RuntimeError if any task waits for a balance."""
         if self.pending:
             raise RuntimeError(f"backward() while task(s) {sorted(self.pending)} wait for balance(); call it first")
 
-    def refuse_scaled(self) -> None:
-        """Raise RuntimeError if the optimizer would see the loss scale."""
-        if self.loss_scale is not None:
+    def refuse_unbalanced(self, who: str) -> None:
+        """Raise RuntimeError if tasks wait for a balance: ``who`` would not see their gradient."""
+        if self.pending:
             raise RuntimeError(
-                "optimizer.step() would see gradients that carry the loss scale: with a GradScaler, call "
-                "balancer.balance() before scaler.unscale_() and scaler.step()"
+                f"{who} while task(s) {sorted(self.pending)} of {self.num_tasks} wait: their gradient is not in .grad "
+                "yet. Call balancer.balance() after the last task() of a step (before clipping or unscaling); it is "
+                "done by itself only when every task was entered"
             )
 
     def state(self) -> dict[str, Any]:
@@ -163,6 +237,7 @@ class Steps:
             "fresh": self.fresh,
             "seen": [int(x) for x in self.seen],
             "pending": sorted(self.pending),
+            "sitting_out": sorted(self.sitting_out) if self.open else [],
             "known": sorted(known),
             "losses": losses,
             "loss_scale": None if self.loss_scale is None else float(self.loss_scale),
@@ -175,13 +250,15 @@ class Steps:
         self._count = self._count.fill_(count) if isinstance(self._count, Tensor) else count
         self.open, self.fresh = bool(state["open"]), bool(state["fresh"])
         if self.open:
-            self._set_beta_k(self._count)
+            self._coefficients = self._coefficients_of(self._count)
         self.seen = [bool(x) for x in state["seen"]]
         self.pending = {int(x) for x in state["pending"]}
         scale = state["loss_scale"]
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.losses = {int(t): state["losses"][int(t)].to(device, wide) for t in state["known"]}
         self.loss_scale = None if scale is None else torch.full((), float(scale), dtype=wide, device=device)
+        self.sitting_out = {int(x) for x in state.get("sitting_out", ())}
+        self.lengths, self.complete = {}, False
 
 
 def is_zero(scale: Tensor) -> bool:

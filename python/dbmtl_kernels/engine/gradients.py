@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from ..rows.ranks import Ranks
 from ..rows.rows import Flats
 from ..rows.split import SplitCollector
 from .balance import BalancedGradient
+from .notices import Notices
 
 
 class Stash(NamedTuple):
@@ -36,95 +36,141 @@ class Stash(NamedTuple):
     dropped: bool
 
 
+class Due(NamedTuple):
+    """What `SharedGradients.put_grads` is to leave in ``.grad``: each of ``grads`` plus its part of ``views``.
+
+    Attributes:
+        wanted: where; elsewhere ``grads`` as it is.
+        added: where it was added in place already.
+        ours: it is the balanced gradient of the open step, to be recorded.
+    """
+
+    grads: list[Tensor | None]
+    views: list[Tensor]
+    wanted: list[bool]
+    added: dict[int, Tensor]
+    ours: bool
+
+
 class SharedGradients:
     """The ``.grad`` of the shared parameters before, during and after the backward passes of a step.
 
     Whose a ``.grad`` is, is known from where it is stored and who wrote it in this step:
 
     - during the passes `stash_grads` has set it aside, so that all it holds is one task's gradient;
-    - `write_grads` puts the balanced gradient there. It lives in one flat tensor that is reused from step to step, each
+    - `put_grads` puts the balanced gradient there. It lives in one flat tensor that is reused from step to step, each
       ``.grad`` being a view of it. What others had put there is added to, in place, as autograd would;
-    - what `write_grads` left in each is recorded until the step ends. The next balanced gradient of the step takes its
+    - what `put_grads` left in each is recorded until the step ends. The next balanced gradient of the step takes its
       place; whatever else is there (a regulariser's gradient, say) stays, whether it came before or in between.
+
+    An interrupt at any line leaves ``.grad`` as it was, or with the whole of what was to be written.
 
     Args:
         rows: knows the parameters and their layout.
         balanced: what is written.
         ranks: those that must come to the same conclusions about ``.grad``.
+        notices: what is said once.
 
     Attributes:
+        aside: what was taken away and not yet given back; None outside of a step.
+        due: what is to be left in ``.grad`` and is not yet.
         touched: whether any task ever had a gradient of the parameter.
+        collected: whether one had, since `stash_grads`.
         written: whether ``.grad`` holds a balanced gradient of the open step.
     """
 
-    def __init__(self, rows: Buffer, balanced: BalancedGradient, ranks: Ranks) -> None:
-        self._rows, self._balanced, self._ranks = rows, balanced, ranks
-        self._parameters = rows.parameters
-        self.touched = [False] * len(self._parameters)
+    def __init__(self, rows: Buffer, balanced: BalancedGradient, ranks: Ranks, notices: Notices) -> None:
+        self._rows, self._balanced, self._ranks, self._notices = rows, balanced, ranks, notices
+        self._parameters, self._early = rows.parameters, rows.early
+        self.aside: Stash | None = None
+        self.touched, self.collected = ([False] * len(self._parameters) for _ in range(2))
         self.written = False
-        self._collected_any = False  # since `stash_grads`
         self._distributed = any(dtensors.is_dtensor(p) for p in self._parameters)
         self._collector: RowCollector | SplitCollector | None = None  # of the pass that runs
         self._handles: list[RemovableHandle | None] = []  # of the hooks, made when first needed
         self._arrived: list[int] = []  # parameters whose gradient the pass has made and the collector has not got yet
         self._bytes = 0  # of those
         self._sizes = [p.nbytes for p in self._parameters]
-        self._flats: Flats = {}
-        self._views: list[Tensor] = []
+        self._flats, self._views = dict[Any, Tensor](), list[Tensor]()
+        self.due: Due | None = None
+        self._undefined: list[int] = []  # where an interrupt now would leave in .grad nobody knows what
         # What was written in this step: the tensor left in .grad (None where nothing of ours is), its version then, and
         # whether it held nothing else.
         self._left: list[Tensor | None] = [None] * len(self._parameters)
-        self._versions = [-1] * len(self._parameters)
-        self._only_ours = [False] * len(self._parameters)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Of a copy: its parameters are others, and have no hooks yet."""
-        return {**self.__dict__, "_handles": [], "_collector": None}
+        self._versions, self._only_ours = ([0] * len(self._parameters) for _ in range(2))
 
     # --- before the passes ------------------------------------------------------------------------------------
 
-    def stash_grads(self) -> Stash:
-        """Take every ``.grad`` away."""
-        grads = [p.grad for p in self._parameters]
-        balanced, dropped = self.written, False
-        if balanced:
-            dropped = self._was_dropped(grads)
-            if not dropped:
-                grads = self._without_balanced(grads)
-            self.forget()
-        self._collected_any = False
-        for p in self._parameters:
-            if p.grad is not None:
-                p.grad = None
-        return Stash(grads, balanced and not dropped, dropped)
+    def stash_grads(self, keep: bool = False) -> Stash:
+        """Take every ``.grad`` away, to `aside`.
 
-    def restore_grads(self, grads: list[Tensor | None]) -> None:
+        Args:
+            keep: a balanced gradient that is there stays in what was taken away, and on record.
+
+        Raises:
+            RuntimeError: a balanced gradient of the open step was replaced by another tensor.
+        """
+        grads = [p.grad for p in self._parameters]
+        record = self.written, self._left
+        subtracted: dict[int, Tensor] = {}
+        try:
+            rest, balanced, dropped = grads, self.written and not keep, False
+            if balanced:
+                dropped = self._was_dropped(grads)
+                if not dropped:
+                    rest = self._without_balanced(grads, subtracted)
+                elif any(None not in both and both[0] is not both[1] for both in zip(grads, self._left, strict=True)):
+                    self._notices.replaced()
+                self.forget()
+            self.collected = [False] * len(grads)
+            for p in self._parameters:
+                if p.grad is not None:
+                    p.grad = None
+            self.aside = stash = Stash(rest, balanced and not dropped, dropped)
+        except BaseException:
+            self.aside, (self.written, self._left) = None, record
+            for index, (p, grad) in enumerate(zip(self._parameters, grads, strict=True)):
+                p.grad = grad.add_(subtracted[index]) if grad is not None and index in subtracted else grad
+            raise
+        return stash
+
+    def restore_grads(self) -> None:
         """Put back what `stash_grads` took away."""
-        for p, grad in zip(self._parameters, grads, strict=True):
+        if self.aside is None:
+            return
+        self.drop_undefined()
+        for p, grad in zip(self._parameters, self.aside.grads, strict=True):
             p.grad = grad
+        self.aside = self.due = None
+
+    def drop_undefined(self) -> None:
+        """Of what was set aside, forget what an interrupted `compute_grads` left half added to, and say so."""
+        assert self.aside is not None
+        for index in self._undefined:
+            self.aside.grads[index] = None
+        self._notices.lost_grads(self._undefined)
+        self._undefined = []
 
     def forget(self) -> None:
         """What is in ``.grad`` is the caller's from now on; nothing of it is kept alive here."""
         if self.written:
-            self.written = False
-            self._left = [None] * len(self._parameters)
+            self.written, self._left = False, [None] * len(self._parameters)
 
     # --- during a pass ----------------------------------------------------------------------------------------
 
     def hook(self) -> None:
-        """Let gradients be collected while a pass makes them, where rows want that.
+        """Watch what becomes of ``.grad`` in the passes, and collect while they run, where rows want that.
 
-        Hooks stay, and are idle between passes. Each is the last of its parameter, so that a user's see the gradient.
+        Hooks stay, and are idle between passes. Each is the last of its parameter, so that a user's see the gradient,
+        and one that takes it away is found. Where nothing is collected early, only parameters with other hooks get one.
         """
-        if not self._rows.early:
-            return
-        mine, handles = weakref.ref(self), self._handles
+        early, mine, handles = self._early, weakref.ref(self), self._handles
         if not handles:
             handles += [None] * len(self._parameters)
             weakref.finalize(self, _remove, handles)
         for index, p in enumerate(self._parameters):
             handle, hooks = handles[index], p._post_accumulate_grad_hooks
-            if handle is not None and hooks and next(reversed(hooks)) == handle.id:
+            if not (hooks or early) or (handle is not None and hooks and next(reversed(hooks)) == handle.id):
                 continue
             if handle is not None:
                 handle.remove()
@@ -141,100 +187,119 @@ class SharedGradients:
     def finish_collecting(self) -> None:
         """The pass is over: what is left in ``.grad`` goes to its row too."""
         collector, self._collector = self._collector, None
-        assert collector is not None
-        collector.finish(*self._take(range(len(self._parameters))))
+        if collector is not None:
+            collector.finish(*self._take(range(len(self._parameters))))
 
     def stop_collecting(self) -> None:
         """No pass runs, whatever became of it: hooks are idle."""
         self._collector = None
 
-    def _flush(self) -> None:
-        """What has come so far goes to the row, while it is in cache."""
-        assert self._collector is not None
-        self._collector.add(*self._take())
-
     def _take(self, rest: Iterable[int] = ()) -> tuple[list[int], list[Tensor | None]]:
         """The gradients that have arrived, and those of ``rest`` that are there; no longer in ``.grad``, each once."""
-        found: list[int] = []
-        grads: list[Tensor | None] = []
+        found, grads = list[int](), list[Tensor | None]()
         arrived, self._arrived, self._bytes = self._arrived, [], 0
         for number, index in enumerate(chain(arrived, rest)):
             p = self._parameters[index]
             grad = p.grad
             if grad is None:
                 if number < len(arrived) and index not in found:
-                    raise RuntimeError(
-                        f"the gradient of shared parameter {index} of shape {tuple(p.shape)} was taken out of .grad "
-                        "during the backward pass, by a hook (an optimizer that steps in backward?): it cannot be "
-                        "balanced"
-                    )
+                    self._refuse_taken(index)
                 continue
             if grad.layout is not torch.strided:
                 raise TypeError(
-                    f"shared parameter {index} of shape {tuple(p.shape)} has a gradient of layout {grad.layout}; "
-                    "only dense ones can be balanced (sparse=False)"
+                    f"{self._rows.describe(index)} has a gradient of layout {grad.layout}; only dense ones can be "
+                    "balanced (sparse=False)"
                 )
             p.grad = None
-            self.touched[index] = self._collected_any = True
-            if grad.requires_grad:
-                grad = grad.detach()
-            found.append(index)
+            self.touched[index] = self.collected[index] = True
+            grad = grad.detach() if grad.requires_grad else grad
             grads.append(dtensors.local_gradient(p, grad) if self._distributed else grad)
+            found.append(index)
         return found, grads
 
-    def check_collected(self, all_tasks: bool) -> None:
-        """Raise RuntimeError if no shared parameter had a gradient in the passes of a step.
-
-        Plain parameters that had one before may go without, and where not ``all_tasks`` were there. In a process of
-        its own it is only a warning.
-        """
-        if self._collected_any or not (self._distributed or (all_tasks and not any(self.touched))):
-            return
-        complaint = "no shared parameter got a gradient in this step: are they those of the model that gave the losses?"
-        if self._distributed or self._ranks.size > 1:
-            raise RuntimeError(
-                f"{complaint} fully_shard puts others in their place (make the balancer after it), and with "
-                "set_requires_gradient_sync(False) keeps the gradients of all tasks in one sum (leave it True)"
-            )
-        warnings.warn(complaint, RuntimeWarning, stacklevel=2)
+    def _refuse_taken(self, index: int) -> None:
+        raise RuntimeError(
+            f"the gradient of {self._rows.describe(index)} was taken out of .grad during the backward pass, by a hook "
+            "(an optimizer that steps in backward?): it cannot be balanced. Remove the hook, step after the backward"
+        )
 
     # --- after the passes -------------------------------------------------------------------------------------
 
-    def write_grads(self, grads: list[Tensor | None]) -> None:
-        """Leave ``grads`` plus the balanced gradient in every ``.grad``.
+    @torch.no_grad()
+    def compute_grads(self, sums: Tensor | None, named: Collection[int] | None) -> None:
+        """Compute the balanced gradient, for `put_grads` to add to what was set aside.
 
-        Parameters that no task ever touched, or that were frozen since, get ``grads`` back as it was.
+        Parameters that no task ever touched, or that were frozen since, will get what was set aside as it was.
+
+        Args:
+            sums: (K,) sums of squares of the rows, if they are known.
+            named: ids of the parameters to write to; None for all.
         """
-        if not self._flats:
+        assert self.aside is not None
+        grads = self.aside.grads
+        if not self._views:
             self._flats = self._rows.new_flats()
             self._views = self._rows.views(self._flats)
-        views, touched = self._views, self.touched
+        views = self._views
+        wanted = [
+            seen and p.requires_grad and (named is None or id(p) in named)
+            for p, seen in zip(self._parameters, self.touched, strict=True)
+        ]
         # Nobody set these to None: what others put there lies in our flat tensor.
         ours = [index for index, grad in enumerate(grads) if grad is not None and grad is views[index]]
-        if ours:
-            for index in ours:
-                if not (touched[index] and self._parameters[index].requires_grad):
-                    grads[index] = views[index].clone()
-            for index, view in enumerate(views):
-                if grads[index] is not view:
-                    view.zero_()
-        self._balanced.compute(self._flats, bool(ours))
+        for index in [index for index in ours if not wanted[index]]:
+            grads[index] = views[index].clone()
+            ours.remove(index)
+        for index, view in enumerate(views if ours else ()):
+            if index not in ours:
+                view.zero_()
+        try:
+            self._undefined = ours
+            self._balanced.compute(self._flats, bool(ours), sums)
+        except Exception:
+            self._undefined = []  # a weighting raises before anything is added
+            raise
+        self.due, self._undefined = Due(grads, views, wanted, {}, True), []
+
+    def take_grads(self, flats: Flats) -> None:
+        """Let `put_grads` add ``flats``, which are then the caller's."""
+        assert self.aside is not None
+        views = self._rows.views(flats)
+        wanted = [seen and p.requires_grad for p, seen in zip(self._parameters, self.touched, strict=True)]
+        self.due = Due(self.aside.grads, views, wanted, {}, False)
+
+    @torch.no_grad()
+    def put_grads(self) -> None:
+        """Leave in every ``.grad`` what is due. Called again after an interrupt it adds nothing twice."""
+        if (due := self.due) is None:
+            return
         left, versions, only_ours = self._left, self._versions, self._only_ours
-        for index, (p, grad, view) in enumerate(zip(self._parameters, grads, views, strict=True)):
-            if not (touched[index] and p.requires_grad):
-                p.grad, left[index] = grad, None
+        for index, (p, grad, view) in enumerate(zip(self._parameters, due.grads, due.views, strict=True)):
+            if not due.wanted[index]:
+                p.grad = grad
+                left[index] = None if due.ours else left[index]
                 continue
-            new = view if grad is None or grad is view else grad.add_(view)
-            p.grad = left[index] = new
-            versions[index] = new._version
-            only_ours[index] = grad is None
-        self.written = True
+            if grad is None or grad is view:
+                new = view
+            elif index in due.added:
+                new = grad
+            else:
+                new = due.added[index] = grad.add_(view)
+            p.grad = new
+            if due.ours:
+                left[index], versions[index], only_ours[index] = new, new._version, int(grad is None)
+        self.written, self.aside, self.due = self.written or due.ours, None, None
 
     def was_dropped(self) -> bool:
         """Whether the balanced gradient last written was thrown away by the caller; see `Stash`."""
         return self.written and self._was_dropped([p.grad for p in self._parameters])
 
-    def resume(self, touched: list[bool], written: bool) -> bool:
+    @property
+    def left(self) -> list[int]:
+        """For each parameter, 1 if a balanced gradient of the open step was left in its ``.grad``."""
+        return [int(self.written and left is not None) for left in self._left]
+
+    def resume(self, touched: list[bool], left: list[bool] | None) -> bool:
         """Take over what a checkpoint tells; what is in ``.grad`` now is what was left there, if anything was.
 
         Returns:
@@ -242,13 +307,14 @@ class SharedGradients:
         """
         self.forget()
         self.touched[:] = touched
-        grads = [p.grad if seen else None for p, seen in zip(self._parameters, touched, strict=True)]
-        self.written = written and any(grad is not None for grad in grads)
+        if left is None:
+            return False
+        grads = [p.grad if ours else None for p, ours in zip(self._parameters, left, strict=True)]
+        self.written = any(grad is not None for grad in grads)
         if self.written:
-            self._left = grads
+            self._left, self._only_ours = grads, [0] * len(grads)
             self._versions = [-1 if grad is None else grad._version for grad in grads]
-            self._only_ours = [False] * len(grads)
-        return written and not self.written
+        return any(left) and not self.written
 
     def _was_dropped(self, grads: list[Tensor | None]) -> bool:
         """Whether nothing is left of what was written; values are looked at only where they changed."""
@@ -272,13 +338,18 @@ class SharedGradients:
         overflowed = bool(self._balanced.overflow().any())
         return not bool((some & (bad if overflowed else torch.ones_like(bad))).any())
 
-    def _without_balanced(self, grads: list[Tensor | None]) -> list[Tensor | None]:
-        """What is in ``.grad`` besides the balanced gradient last written."""
+    def _without_balanced(self, grads: list[Tensor | None], subtracted: dict[int, Tensor]) -> list[Tensor | None]:
+        """What is in ``.grad`` besides the balanced gradient last written; what is subtracted in place is told."""
         rest = list(grads)
         mixed = []
         for index, (grad, left) in enumerate(zip(grads, self._left, strict=True)):
-            if left is None or grad is not left:
+            if left is None or grad is None or not self._parameters[index].requires_grad:  # frozen: it is the caller's
                 continue
+            if grad is not left:
+                raise RuntimeError(
+                    f"the .grad of {self._rows.describe(index)} was replaced within a step, and may hold the balanced "
+                    "gradient or not: change it in place, or set all to None (zero_grad) to begin the step anew"
+                )
             rest[index] = None
             if not (self._only_ours[index] and left._version == self._versions[index]):
                 mixed.append(index)
@@ -287,21 +358,25 @@ class SharedGradients:
             for index in mixed:
                 grad = grads[index]
                 assert grad is not None
-                rest[index] = grad.sub_(before[index])
+                rest[index], subtracted[index] = grad.sub_(before[index]), before[index]
         return rest
 
 
-def _on_grad(owner: weakref.ref[SharedGradients], index: int, _: Tensor) -> None:
+def _on_grad(owner: weakref.ref[SharedGradients], index: int, p: Tensor) -> None:
     """The hook of parameter ``index``: does nothing while no pass of its owner runs."""
     grads = owner()
-    if grads is not None and grads._collector is not None:
+    if grads is None or grads.aside is None:
+        return
+    if grads._collector is None or not grads._early:
+        if p.grad is None:
+            grads._refuse_taken(index)
+    else:
         grads._arrived.append(index)
         grads._bytes += grads._sizes[index]
-        if grads._bytes >= FLUSH_BYTES:
-            grads._flush()
+        if grads._bytes >= FLUSH_BYTES:  # what has come so far goes to the row, while it is in cache
+            grads._collector.add(*grads._take())
 
 
 def _remove(handles: list[RemovableHandle | None]) -> None:
-    for handle in handles:
-        if handle is not None:
-            handle.remove()
+    for handle in filter(None, handles):
+        handle.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -47,6 +48,79 @@ def walk(losses: Sequence[Tensor]) -> Reached:
             compiled.add(node)
         pending.extend(previous for previous, _ in reversed(node.next_functions))
     return Reached(list(found.values()), hidden, compiled)
+
+
+class Meeting(NamedTuple):
+    """What `meet` came by.
+
+    Attributes:
+        leaves: leaf tensors that are not shared parameters, each once.
+        common: those of them that two losses or more reach.
+        below: those of ``common`` that are reached through nodes which shared parameters go into: parts of the trunk.
+    """
+
+    leaves: list[Tensor]
+    common: list[Tensor]
+    below: list[Tensor]
+
+
+def meet(losses: Sequence[Tensor], shared: set[int], whole: bool) -> Meeting:
+    """From the losses down to where their graphs meet: that far a node is reached from one loss alone.
+
+    Nodes are visited in the order of their sequence numbers, the latest first, so that a node's users come before it
+    and the walk can stop once only common nodes are left. That takes a few dozen nodes, whatever the trunk's depth.
+
+    Args:
+        losses: scalars with a graph.
+        shared: ids of the shared parameters.
+        whole: go on to the end; otherwise `Meeting.common` and ``below`` are not complete.
+    """
+    below = 1 << len(losses)  # the bit of what lies below a node that a shared parameter goes into
+    tasks, alone = below - 1, {1 << index for index in range(len(losses))}
+    masks: dict[Any, int] = {}  # by node: which losses reach it
+    leaves: dict[int, tuple[Tensor, int]] = {}
+    heap: list[tuple[int, int, Any]] = []
+    private = 0  # nodes in the heap that one loss alone reaches
+    fresh: list[tuple[Any, int]] = []
+    for index, loss in enumerate(losses):
+        if loss.grad_fn is not None:
+            fresh.append((loss.grad_fn, 1 << index))
+        elif loss.requires_grad:
+            leaves[id(loss)] = loss, 1 << index
+    while fresh or (heap and (whole or private)):
+        if fresh:
+            following, mask = fresh.pop()
+            before = masks.get(following, 0)
+            masks[following] = after = before | mask
+            if before == 0:
+                heappush(heap, (-following._sequence_nr(), len(masks), following))
+            else:
+                private -= (before & tasks) in alone
+            private += (after & tasks) in alone
+            continue
+        node = heappop(heap)[2]
+        mask = masks[node]
+        private -= (mask & tasks) in alone
+        inner, uses = [], 0
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            if type(following).__name__ != "AccumulateGrad":
+                inner.append(following)
+            elif id(p := following.variable) in shared:
+                uses = below
+            else:
+                leaves[id(p)] = p, mask | leaves.get(id(p), (p, 0))[1]
+        for following in inner:
+            fresh.append((following, mask | uses))
+    found = Meeting([], [], [])
+    for p, mask in leaves.values():
+        found.leaves.append(p)
+        if mask & tasks not in alone:
+            found.common.append(p)
+            if mask & below:
+                found.below.append(p)
+    return found
 
 
 def find_shared_parameters(losses: Sequence[Tensor], *, stacklevel: int = 2) -> list[Tensor]:

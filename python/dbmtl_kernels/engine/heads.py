@@ -1,10 +1,10 @@
-"""HeadGradients: the gradients of parameters that are not shared, averaged over the ranks."""
+"""HeadGradients: the ``.grad`` of parameters that are not shared, task by task, averaged over the ranks."""
 
 from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,22 +15,28 @@ from torch.nn.parallel import DistributedDataParallel
 from ..rows import dtensors
 from ..rows.ranks import Ranks
 from . import losses as loss_values
-from .graphs import walk
+from .graphs import Meeting, meet, walk
+
+# The same bits as whole numbers: times 0 they are 0, where NaN times 0 is NaN.
+WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Head(NamedTuple):
-    """A parameter that may get a gradient, what was in its ``.grad``, and how it was found."""
+    """A parameter that may get a gradient, what was in its ``.grad``, how it was found, and its new gradients."""
 
     parameter: Tensor
     before: Tensor | None
-    found: str
+    found: tuple[str, int]
+    parts: list[tuple[int, Tensor]]  # task and gradient, in the order of the passes
 
 
 class HeadGradients:
-    """Which parameters besides the shared ones got gradients in a backward pass, and their mean over the ranks.
+    """What the backward pass of each task adds to parameters besides the shared ones.
 
-    Looked for in DistributedDataParallel's wrapper, in the attached optimizer, else in the graphs of the losses. What
-    was in a ``.grad`` before is added to, not averaged again. DTensors are left to those who made them.
+    Every head is set aside before the passes, so that what a task added is known by itself: a task that sits out
+    leaves nothing, and a step that fails leaves ``.grad`` as it was. Heads are looked for in the graphs of the losses,
+    in attached optimizers, and in DistributedDataParallel's wrapper. Of several ranks the new gradients are averaged;
+    what was in a ``.grad`` before is added to, not averaged again. DTensors are averaged by those who made them.
 
     Args:
         shared: the shared parameters.
@@ -43,8 +49,11 @@ class HeadGradients:
         self._ranks = ranks
         self._device = device
         self._wrappers: list[weakref.ref[DistributedDataParallel]] | None = None
+        self._common: list[weakref.ref[Tensor]] = []  # not shared, but reached by several tasks, when last looked for
         self._heads: dict[int, Head] = {}  # by id
         self._known = False  # some of them from a wrapper or an optimizer
+
+    # --- finding them -----------------------------------------------------------------------------------------
 
     def refuse_synchronising_wrapper(self) -> None:
         """Raise RuntimeError if the forward pass of a DistributedDataParallel is or was not inside its ``no_sync()``.
@@ -61,68 +70,99 @@ class HeadGradients:
                     "(dbmtl_kernels.integrations does so for Lightning, Accelerate and the Hugging Face Trainer)"
                 )
 
-    @contextmanager
-    def averaging(
-        self, touched: list[bool], candidates: Iterable[Tensor] = (), losses: Sequence[Tensor] = ()
-    ) -> Iterator[None]:
-        """Whatever gradients heads get inside are averaged over the ranks at the end, then added to what was there.
+    def begin(self, stepped: Sequence[Tensor], losses: Sequence[Tensor], whole: bool) -> Meeting | None:
+        """Set the ``.grad`` of all heads aside.
 
         Args:
-            touched: for each shared parameter, whether it ever had a gradient; at the end, whether on any rank.
-            candidates: parameters that may get gradients, besides those found.
+            stepped: parameters that attached optimizers hold.
             losses: whose graphs to search.
+            whole: search the graphs to their ends.
+
+        Returns:
+            what the search found, if it went to the ends.
 
         Raises:
-            RuntimeError: the ranks' heads differ; a head is hidden in a re-entrant checkpoint.
+            RuntimeError: with several ranks, a head is hidden in a re-entrant checkpoint.
         """
-        if self._ranks.size == 1:
-            yield
-            return
         self._heads = {}
-        wrapped = [p for wrapper in self._live_wrappers() for p in wrapper.parameters()]
-        others = list(candidates)
-        self._known = bool(wrapped or others)
-        self._watch(wrapped, "wrapper")
-        self._watch(others, "optimizer")
-        if not wrapped:
-            self.search(losses)
-        try:
-            yield
-            self._average(touched)
-        except BaseException:
-            for head in self._heads.values():
-                head.parameter.grad = head.before
-            raise
-        finally:
-            self._heads = {}
+        wrapped = []
+        if self._ranks.size > 1:
+            wrapped = [p for wrapper in self._live_wrappers() for p in wrapper.parameters()]
+            self._watch(wrapped, "wrapper")
+        if stepped:
+            self._watch(stepped, "optimizer")
+        self._known = bool(wrapped or stepped)
+        found = self.search(losses, whole) if losses and not wrapped else None
+        if self._common:
+            self._watch([p for ref in self._common if (p := ref()) is not None], "graph")
+        return found
+
+    def search(self, losses: Sequence[Tensor], whole: bool = True) -> Meeting | None:
+        """Watch the leaves in the graph of each loss, as far as the losses do not share it, or to the end."""
+        if self._ranks.size > 1:  # in an order that is the same on each of them
+            for index, loss in enumerate(losses):
+                reached = walk([loss])
+                if reached.hidden and not self._known:
+                    raise RuntimeError(
+                        "a re-entrant checkpoint hides which parameters its part of the graph has, and their gradients "
+                        "could not be averaged: use checkpoint(..., use_reentrant=False), or attach the balancer to "
+                        "the optimizer"
+                    )
+                leaves = [] if reached.hidden else reached.leaves
+                self._watch([p for p in leaves if isinstance(p, nn.Parameter)], f"loss {index}")
+            return None
+        found = meet(losses, self._shared, whole)
+        if not (whole or found.leaves):  # they meet at once, as those in one tensor do
+            found = meet(losses, self._shared, whole=True)
+        self._watch(found.leaves, "graph")
+        if not whole:
+            return None
+        self._common = [weakref.ref(p) for p in found.common]
+        return found
 
     @contextmanager
-    def sharing_logs(self, task: int, expected: bool) -> Iterator[None]:
-        """Inside, `functional.log_transform` is the log of the mean loss, and finds the heads in the loss's graph.
+    def sharing_logs(self, task: int, expected: bool) -> Iterator[list[int]]:
+        """Inside, `functional.log_transform` finds the heads in the loss's graph, and is the log of the mean loss.
+
+        A loss on a CPU that is not finite is cut off from its graph.
+
+        Yields:
+            a list, to which the task is added then.
 
         Raises:
-            RuntimeError: at the end, if one was ``expected`` and none was taken, or nothing told what the heads are;
-                a DistributedDataParallel outside its ``no_sync()``.
+            RuntimeError: of several ranks, at the end: if one was ``expected`` and none was taken, or nothing told what
+                the heads are; a DistributedDataParallel outside its ``no_sync()``.
         """
-        if self._ranks.size == 1:
-            yield
-            return
-        taken = False
+        several, taken = self._ranks.size > 1, False
+        spoilt: list[int] = []
 
-        def log_of_mean(loss: Tensor, eps: float) -> Tensor:
+        def log_of(loss: Tensor, eps: float) -> Tensor:
             nonlocal taken
             taken = True
-            self.refuse_synchronising_wrapper()
-            self.search([loss])
-            mean = self._ranks.sum(loss.detach(), f"the loss of task {task}") / self._ranks.size
+            mean = loss
+            if several:
+                self.refuse_synchronising_wrapper()
+                mean = self._ranks.sum(loss.detach(), f"the loss of task {task}") / self._ranks.size
+            if mean.device.type == "cpu" and loss.requires_grad and not bool(mean.isfinite().all()):
+                spoilt.append(task)
+                return torch.log(mean.detach() + eps).requires_grad_()
+            if loss.requires_grad:
+                self.search([loss])
+            if not several:
+                return torch.log(loss + eps)
             out: Tensor = loss_values.LogOfMean.apply(loss, mean, eps)  # type: ignore[no-untyped-call]
             return out
 
-        loss_values.shared_log = log_of_mean
         try:
-            yield
-        finally:
+            try:
+                loss_values.shared_log = loss_values.SharedLog(log_of, several)
+                yield spoilt
+            finally:
+                loss_values.shared_log = None
+        finally:  # once more, should an interrupt have come just there
             loss_values.shared_log = None
+        if not several:
+            return
         self.refuse_synchronising_wrapper()
         if expected and not taken:
             raise RuntimeError(
@@ -135,29 +175,68 @@ class HeadGradients:
                 "balancer to the optimizer, use DistributedDataParallel, or use balancer(losses)"
             )
 
-    def search(self, losses: Sequence[Tensor]) -> None:
-        """Watch the parameters in the graph of each loss."""
-        for index, loss in enumerate(losses):
-            found = walk([loss])
-            if found.hidden and not self._known:
-                raise RuntimeError(
-                    "a re-entrant checkpoint hides which parameters its part of the graph has, and their gradients "
-                    "could not be averaged: use checkpoint(..., use_reentrant=False), or attach the balancer to the "
-                    "optimizer"
-                )
-            self._watch([p for p in found.leaves if not found.hidden and isinstance(p, nn.Parameter)], f"loss {index}")
-
     def _watch(self, parameters: Iterable[Tensor], where: str) -> None:
-        """Set the ``.grad`` of these aside until the end of `averaging`."""
-        heads = [p for p in parameters if id(p) not in self._shared and not dtensors.is_dtensor(p)]
-        for index, p in enumerate(heads):
-            if id(p) not in self._heads:
-                self._heads[id(p)] = Head(p, p.grad, f"{where}, {index}")
+        shared, heads, index = self._shared, self._heads, 0
+        for p in parameters:
+            if id(p) in shared:
+                continue
+            if id(p) not in heads:
+                heads[id(p)] = Head(p, p.grad, (where, index), [])
                 p.grad = None
+            index += 1
+
+    @property
+    def found(self) -> bool:
+        """Whether any head is known."""
+        return bool(self._heads)
+
+    # --- their gradients --------------------------------------------------------------------------------------
+
+    def collect(self, task: int) -> None:
+        """A pass is over: what is in the heads' ``.grad`` is of this task."""
+        for head in self._heads.values():
+            grad = head.parameter.grad
+            if grad is not None:
+                head.parts.append((task, grad))
+                head.parameter.grad = None
 
     @torch.no_grad()
-    def _average(self, touched: list[bool]) -> None:
-        heads = [(head, head.parameter.grad) for head in self._heads.values() if head.parameter.grad is not None]
+    def clear(self, keep: dict[int, Tensor]) -> None:
+        """Set new gradients to zero where a task sits out, as only the device knows: bools, by task."""
+        for task, flag in keep.items():
+            grads: dict[torch.dtype, list[Tensor]] = {}
+            for head in self._heads.values():
+                for grad in (grad for of, grad in head.parts if of == task):
+                    values = dtensors.local(grad)
+                    values = values._values() if values.layout != torch.strided else values
+                    values = torch.view_as_real(values) if values.is_complex() else values
+                    whole = WHOLE[values.element_size()]
+                    grads.setdefault(whole, []).append(values.view(whole))
+            for dtype, some in grads.items():
+                torch._foreach_mul_(some, flag.to(some[0].device, dtype))
+
+    @torch.no_grad()
+    def average(self, touched: list[bool], out: Collection[int]) -> None:
+        """Of several ranks, the mean of the new gradients, without those of the tasks ``out``.
+
+        Args:
+            touched: for each shared parameter, whether it ever had a gradient; afterwards, whether on any rank.
+            out: tasks that sit out.
+
+        Raises:
+            RuntimeError: the ranks' heads differ.
+        """
+        if self._ranks.size == 1:
+            return
+        heads: list[tuple[Head, Tensor]] = []
+        for head in self._heads.values():
+            parts = [grad for task, grad in head.parts if task not in out]
+            if parts and not dtensors.is_dtensor(head.parameter):
+                total = parts[0]
+                for grad in parts[1:]:
+                    total.add_(grad)
+                head.parts[:] = [(-1, total)]
+                heads.append((head, total))
         mine = repr([(head.found, str(grad.dtype), tuple(grad.shape)) for head, grad in heads])
         complaint = f"the ranks have gradients of different heads (this one of {[tuple(g.shape) for _, g in heads]})"
         touched[:] = self._ranks.any_rank(mine, touched, self._device, complaint)
@@ -175,9 +254,33 @@ class HeadGradients:
             total = self._ranks.sum(flat, "the gradients of the heads")
             for grad, part in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(part.view_as(grad))
-        for p, before, _ in self._heads.values():
-            if before is not None:
-                p.grad = before if p.grad is None else before.add_(p.grad)
+
+    @torch.no_grad()
+    def put(self, out: Collection[int]) -> None:
+        """Add the new gradients to what was in ``.grad``, without those of the tasks ``out``.
+
+        In the order of the passes, in place, as autograd would. May be called again where it was interrupted.
+        """
+        for head in self._heads.values():
+            p, parts = head.parameter, head.parts
+            if p.grad is None and head.before is not None:
+                p.grad = head.before
+            while parts:
+                if parts[0][0] in out:
+                    parts.pop(0)
+                elif p.grad is None:
+                    p.grad = parts.pop(0)[1]
+                elif p.grad.layout == torch.strided or parts[0][1].layout != torch.strided:
+                    p.grad.add_(parts.pop(0)[1])
+                else:
+                    p.grad = parts.pop(0)[1] + p.grad
+        self._heads = {}
+
+    def restore(self) -> None:
+        """Put back what was in ``.grad``, without the new gradients."""
+        for head in self._heads.values():
+            head.parameter.grad = head.before
+        self._heads = {}
 
     def _live_wrappers(self) -> list[DistributedDataParallel]:
         """The DistributedDataParallel modules that hold shared parameters. Looked for once, it takes 0.1 s."""

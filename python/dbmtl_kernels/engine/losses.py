@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,8 +103,16 @@ class TaskLosses:
             terms.append(term.to(device))
         return torch.stack(terms).sum()
 
-    def backward(self, index: int, loss_scale: Tensor | None, retain_graph: bool) -> None:
+    def finite(self) -> list[bool | None]:
+        """Whether each loss is finite; None off a CPU, where it would take a sync to know."""
+        return [math.isfinite(float(x)) if x.device.type == "cpu" else None for x in self.values]
+
+    def backward(
+        self, index: int, loss_scale: Tensor | None, retain_graph: bool, inputs: Sequence[Tensor] | None = None
+    ) -> None:
         """Backpropagate ``loss * slope``, with slope = loss_scale / (loss + eps), or loss_scale without the log.
+
+        Into all leaves, or into ``inputs`` alone.
 
         ``backward(gradient=slope)`` would make torch import sympy: 40 MB and 0.4 s. What PyTorch says of a compiled
         graph that was run through once already is explained.
@@ -120,7 +129,7 @@ class TaskLosses:
         with torch.enable_grad():
             root = (loss * slope).reshape(())
         try:
-            root.backward(retain_graph=retain_graph)
+            root.backward(retain_graph=retain_graph, inputs=inputs)
         except RuntimeError as error:
             advice = next((advice for words, advice in ADVICE.items() if words in str(error)), None)
             if advice is None or "DBMTL" in str(error):  # collecting early, one of our own collectives may have failed
@@ -138,9 +147,15 @@ def loss_scale_on(device: torch.device, scale: float | Tensor) -> Tensor:
     return scale.to(device) if isinstance(scale, Tensor) else torch.full((), float(scale), device=device)
 
 
-# Inside the context of a `task` of several ranks: what `functional.log_transform` does with a widened loss and eps.
-# A plain variable, as torch.compile cannot read a ContextVar.
-shared_log: Callable[[Tensor, float], Tensor] | None = None
+class SharedLog(NamedTuple):
+    """What `functional.log_transform` does with a widened loss and eps; ``several``: the ranks must all do it."""
+
+    call: Callable[[Tensor, float], Tensor]
+    several: bool
+
+
+# Inside the context of a `task`. A plain variable, as torch.compile cannot read a ContextVar.
+shared_log: SharedLog | None = None
 
 
 class LogOfMean(torch.autograd.Function):

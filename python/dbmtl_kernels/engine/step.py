@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,11 +20,15 @@ from ..rows import placement
 from ..rows.placement import Buffer
 from ..rows.ranks import Ranks
 from ..weightings import Weighting
+from .attempt import Attempt, Parts
 from .balance import BalancedGradient
-from .bookkeeping import Before, Steps
-from .gradients import SharedGradients, Stash
+from .bookkeeping import Steps, Turn, Turns
+from .gradients import SharedGradients
 from .heads import HeadGradients
 from .losses import TaskLosses, loss_scale_on, loss_scale_or_none
+from .notices import Notices
+
+Leaves = Sequence[Tensor]
 
 
 class Engine:
@@ -34,14 +40,47 @@ class Engine:
         steps: the bookkeeping.
         weighting: K weights from the rows.
         group_unnamed: the user said nothing of other ranks: there must be none.
+        skip_zeros: a gradient that is zero everywhere counts as absent.
+        propagate_above: a gradient that is not finite is passed on under factors above this.
+
+    Attributes:
+        module: the one whose parameters are shared, where it is known.
+        optimizers: those attached.
+        frozen: a backward is no update: gradients get the weights of the last balance, and rows stay.
+        repeating: one whose balanced gradient was thrown away is such a backward.
+        copied: this is a deep copy of one that has trained, and has not its averages.
     """
 
-    def __init__(self, rows: Buffer, ranks: Ranks, steps: Steps, weighting: Weighting, group_unnamed: bool) -> None:
-        self.rows, self.ranks, self.steps, self.weighting = rows, ranks, steps, weighting
-        self.grads = SharedGradients(rows, BalancedGradient(rows, steps, weighting, ranks), ranks)
-        self.heads = HeadGradients(rows.parameters, ranks, rows.device)
-        self.attached: torch.optim.Optimizer | None = None
-        self._group_unnamed = group_unnamed
+    def __init__(
+        self,
+        rows: Buffer,
+        ranks: Ranks,
+        steps: Steps,
+        weighting: Weighting,
+        *,
+        group_unnamed: bool,
+        skip_zeros: bool,
+        propagate_above: float,
+    ) -> None:
+        self.ranks, self.steps, self.weighting = ranks, steps, weighting
+        self.module: weakref.ref[torch.nn.Module] | None = None
+        self.optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
+        self.frozen = self.repeating = self.copied = False
+        self._group_unnamed, self._skip_zeros, self._propagate_above = group_unnamed, skip_zeros, propagate_above
+        self.turns = Turns()
+        self.use(rows)
+
+    def use(self, rows: Buffer) -> None:
+        """Work on these rows from now on."""
+        several = self.ranks.size > 1 or placement.is_distributed(rows.parameters)
+        notices = Notices(rows, several)
+        balanced = BalancedGradient(
+            rows, self.steps, self.weighting, self.ranks, self._propagate_above, self._skip_zeros
+        )
+        grads = SharedGradients(rows, balanced, self.ranks, notices)
+        heads = HeadGradients(rows.parameters, self.ranks, rows.device)
+        self.parts = Parts(rows, self.steps, balanced, grads, heads, notices)
+        self.rows, self.grads, self.heads = rows, grads, heads
 
     # --- one backward over all tasks --------------------------------------------------------------------------
 
@@ -55,163 +94,250 @@ class Engine:
             losses.share(self.ranks, self.rows.device)
         losses.check_logarithms()
 
-    def balanced_loss(self, losses: TaskLosses, retain_graph: bool) -> Tensor:
-        """A scalar whose backward is `run`; the gradient that arrives at it is the loss scale."""
-        value = losses.total()
-        # Autograd calls backward only if an input requires grad, and the losses are deliberately none.
-        anchor = torch.zeros((), dtype=value.dtype, device=value.device, requires_grad=True)
-        out: Tensor = _BalancedLoss.apply(anchor, value, self, losses, retain_graph)  # type: ignore[no-untyped-call]
-        return out
-
-    def run(self, losses: TaskLosses, loss_scale: Tensor | None, retain_graph: bool) -> None:
+    def run(
+        self, losses: TaskLosses, loss_scale: Tensor | None, retain_graph: bool, inputs: Leaves | None = None
+    ) -> None:
         """A backward pass for each task, collected into its row before the next, then the balanced gradient.
 
-        If a pass fails, rows that were written before it stay as they are. `_recover` says what becomes of ``.grad``.
-        Heads keep what the passes that ran have added; with several ranks they are restored.
+        What is left if a pass fails: see `Attempt.recover`.
+
+        Args:
+            losses: those of the tasks present.
+            loss_scale: the factor that gradients carry.
+            retain_graph: keep the graphs of the losses.
+            inputs: the only leaves whose ``.grad`` may change; None for all.
         """
-        steps, grads, rows = self.steps, self.grads, self.rows
-        steps.refuse_inside("backward()")
-        steps.refuse_pending()
-        stash = self._stash()
-        before: Before | None = None
-        collectors: list[Any] = []
-        last = len(losses.tasks) - 1
+        self._alone("backward()", partial(self._run, losses, loss_scale, retain_graph, inputs))
+
+    def _run(self, losses: TaskLosses, loss_scale: Tensor | None, retain_graph: bool, inputs: Leaves | None) -> None:
+        self.steps.refuse_pending()
+        attempt = self._attempt()
         try:
-            before = steps.begin(loss_scale)
-            grads.hook()
-            with self.heads.averaging(grads.touched, self._stepped_parameters(), losses.losses):
-                for index, task in enumerate(losses.tasks):
-                    collectors.append(rows.collector(task, steps.coefficients(task), steps.loss_scale))
-                    grads.collect_into(collectors[-1])
-                    losses.backward(index, loss_scale, retain_graph or index < last)
-                    grads.finish_collecting()
-                    steps.seen[task] = True
-                    steps.losses[task] = losses.values[index]
-                grads.check_collected(len(losses.tasks) == len(steps.seen))
+            self._stash(attempt)
+            if not attempt.frozen:
+                if self.copied:
+                    self._tell_copied()
+                self.steps.begin(loss_scale)
+            self._passes(attempt, losses, loss_scale, retain_graph, inputs)
+            attempt.write(losses.tasks, None if inputs is None else {id(p) for p in inputs})
         except BaseException:
-            self._recover(stash, collectors, before)
+            attempt.recover()
             raise
+
+    def _passes(
+        self,
+        attempt: Attempt,
+        losses: TaskLosses,
+        loss_scale: Tensor | None,
+        retain_graph: bool,
+        inputs: Leaves | None,
+    ) -> None:
+        """A pass for each loss but those that are not finite: such a task sits out."""
+        steps, grads = self.steps, self.grads
+        leaves = None if inputs is None else list({id(p): p for p in (*self.rows.parameters, *inputs)}.values())
+        grads.hook()
+        self._find_heads(losses, look_around=not attempt.frozen)
+        finite = losses.finite()
+        last = len(finite) - 1
+        while last >= 0 and finite[last] is False:
+            last -= 1
+        for index, task in enumerate(losses.tasks):
+            if not attempt.frozen:
+                steps.losses[task] = losses.values[index]
+            if finite[index] is False:
+                attempt.spoil(task)
+                continue
+            attempt.collect(task, loss_scale, self._skip_zeros)
+            losses.backward(index, loss_scale, retain_graph or index < last, leaves)
+            attempt.collected(task, loss_scale)
+        if not attempt.frozen:
+            if None in finite:
+                steps.note_finite(losses.tasks, losses.values)
+            everyone = len(losses.tasks) == steps.num_tasks and False not in finite
+            self.parts.notices.no_gradient(everyone, attempt.touched, grads.collected)
+
+    def _find_heads(self, losses: TaskLosses, look_around: bool) -> None:
+        """In the first step, and ever more rarely, look for parameters that should be shared as well."""
+        count = self.steps.started
+        whole = look_around and count & (count - 1) == 0
+        found = self.heads.begin(self.stepped, losses.losses, whole)
+        if whole:
+            self.parts.notices.undeclared(found, None if self.module is None else self.module())
+
+    def gradients(
+        self, losses: TaskLosses, loss_scale: Tensor | None, retain_graph: bool, inputs: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """What `run` would add to the ``.grad`` of ``inputs``, as tensors; every ``.grad`` stays as it is. A step.
+
+        Raises:
+            RuntimeError: a step is open.
+        """
+        self.end_if_dropped()
+        if self.steps.open:
+            raise RuntimeError(
+                "autograd.grad of a balanced loss in the middle of a step: it would add to the gradients so far. Call "
+                "optimizer.step() first, or zero_grad()"
+            )
+        before = [p.grad for p in inputs]
+        try:
+            for p in inputs:
+                p.grad = None
+            self.run(losses, loss_scale, retain_graph, inputs)
+            return [None if p.grad is None else p.grad.clone() for p in inputs]
         finally:
-            grads.stop_collecting()
-        self._write(stash)
+            for p, grad in zip(inputs, before, strict=True):
+                p.grad = grad
+            self.end_step()
 
     # --- task by task -----------------------------------------------------------------------------------------
 
     @contextmanager
     def task(self, index: int, loss_scale: float | Tensor | None, log_transform: bool) -> Iterator[None]:
         """Whatever is backpropagated inside goes to the row of task ``index``."""
-        steps, grads, rows = self.steps, self.grads, self.rows
-        index = check_task(index, steps.num_tasks)
-        steps.refuse_inside("task()")
-        steps.refuse_entered(index)
-        if self._group_unnamed:
-            placement.refuse_unnamed_group()
-        self.ranks.check_same(f"task {index}", rows.device, f"the ranks are not all in task({index})")
-        scale = None if loss_scale is None else loss_scale_or_none(loss_scale_on(rows.device, loss_scale))
-        stash = self._stash()
-        steps.inside = index
-        before, collectors = None, []
+        index = check_task(index, self.steps.num_tasks)
+        turn = Turn(threading.get_ident(), index)
         try:
-            with self.heads.averaging(grads.touched, self._stepped_parameters()):
-                with self.heads.sharing_logs(index, log_transform):
+            yield from self._task(turn, index, loss_scale, log_transform)
+        finally:  # once more, should an interrupt have come just where it was done
+            self.turns.give_back(turn)
+        if len(self.steps.pending) == self.steps.num_tasks:
+            self._alone("balance()", partial(self._balance, at_once=True))
+
+    def _task(self, turn: Turn, index: int, loss_scale: float | Tensor | None, log_transform: bool) -> Iterator[None]:
+        try:
+            self.turns.take(turn, f"task({index})")
+            self.steps.refuse_entered(index)
+            if self._group_unnamed:
+                placement.refuse_unnamed_group()
+            device = self.rows.device
+            self.ranks.check_same(f"task {index}", device, f"the ranks are not all in task({index})")
+            scale = None if loss_scale is None else loss_scale_or_none(loss_scale_on(device, loss_scale))
+            attempt = self._attempt()
+            try:
+                self._stash(attempt)
+                self.grads.hook()
+                self.heads.begin(self.stepped, (), whole=False)
+                with self.heads.sharing_logs(index, log_transform) as spoilt:
                     yield
-                before = steps.begin(scale)
-                collectors.append(rows.collector(index, steps.coefficients(index), steps.loss_scale))
-                grads.collect_into(collectors[0])
-                grads.finish_collecting()
-                steps.seen[index] = True
-                steps.losses.pop(index, None)  # that of an earlier backward is not of this gradient
-            steps.pending.add(index)
-        except BaseException:
-            self._recover(stash, collectors, before)
-            raise
-        else:
-            grads.restore_grads(stash.grads)
+                self._end_task(attempt, index, scale, bool(spoilt))
+            except BaseException:
+                attempt.recover()
+                raise
         finally:
-            grads.stop_collecting()
-            steps.inside = None
+            self.turns.give_back(turn)
+
+    @torch.no_grad()
+    def _end_task(self, attempt: Attempt, index: int, scale: Tensor | None, spoilt: bool) -> None:
+        if not attempt.frozen:
+            if self.copied:
+                self._tell_copied()
+            self.steps.begin(scale)
+            self.steps.losses.pop(index, None)  # that of an earlier backward is not of this gradient
+        if spoilt:
+            attempt.spoil(index)
+        attempt.collect(index, scale, self._skip_zeros)
+        attempt.collected(index, scale)
+        if not spoilt:
+            self.parts.notices.no_gradient_of(index, self.grads.collected)
+        attempt.write_task(index)
 
     def balance(self) -> None:
         """Write the balanced gradient of the tasks entered with `task`."""
-        self.steps.refuse_inside("balance()")
-        if not self.steps.pending:
-            raise RuntimeError("balance() has nothing to balance: no task() was entered since the last step")
-        self._write(self._stash())
+        steps = self.steps
+        self.turns.refuse_inside("balance()")
+        if not steps.pending:
+            if not steps.complete and not self.frozen:
+                raise RuntimeError("balance() has nothing to balance: no task() was entered since the last step")
+            steps.complete = False
+            return
+        self._alone("balance()", partial(self._balance, at_once=False))
+
+    def _balance(self, at_once: bool) -> None:
+        attempt = self._attempt()
+        try:
+            self._stash(attempt)
+            attempt.balance(at_once)
+        except BaseException:
+            attempt.recover()
+            raise
 
     # --- what both are made of --------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _stash(self) -> Stash:
-        """Set every shared ``.grad`` aside; a step whose gradients were thrown away ends here."""
-        self.rows.check_unchanged()
-        stash = self.grads.stash_grads()
-        if stash.dropped:
-            self.end_step()
-        return stash
-
-    @torch.no_grad()
-    def _write(self, stash: Stash) -> None:
-        """Norms, weights, the balanced gradient, ``.grad``; ends the step unless an optimizer will.
-
-        Should the weighting raise, ``.grad`` is what others put there and the step ends, as its rows are fed and would
-        count again.
-        """
+    def _alone(self, what: str, call: Callable[[], None]) -> None:
+        """One at a time. Two functions, as an interrupt may come at any line of one, that of a `finally` too."""
+        turn = Turn(threading.get_ident(), None)
         try:
-            self.grads.write_grads(stash.grads)
-        except BaseException:
-            self.grads.restore_grads(stash.grads)
-            self.end_step()
-            raise
-        self.steps.balanced()
-        if self.attached is None:
-            self.end_step()
+            self._in_turn(turn, what, call)
+        finally:
+            self.turns.give_back(turn)
+
+    def _in_turn(self, turn: Turn, what: str, call: Callable[[], None]) -> None:
+        try:
+            self.turns.take(turn, what)
+            call()
+        finally:
+            self.turns.give_back(turn)
+
+    def _attempt(self) -> Attempt:
+        self.rows.check_unchanged()
+        if self.repeating and self.grads.was_dropped():
+            self.frozen = True  # until the closure returns
+        if self.frozen and not self.steps.started:
+            raise RuntimeError("a backward that is no update needs the weights of a step before it: there was none yet")
+        return Attempt(self.parts, self.frozen, ends=not self.attached)
+
+    def _tell_copied(self) -> None:
+        """A copy without the averages of the original begins to train."""
+        self.copied = False
+        self.parts.notices.copied()
 
     @torch.no_grad()
-    def _recover(self, stash: Stash, collectors: list[Any], before: Before | None) -> None:
-        """Clean up after an exception.
-
-        - A step that got no gradient does not count; ``.grad`` is what it was.
-        - If ``.grad`` held a balanced gradient of the open step, it is computed again from the rows (in one process).
-        - If tasks wait for `balance`, the step stays open (in one process).
-        - Otherwise the step ends, so that no row counts twice; ``.grad`` has what others put there.
-
-        Several ranks take the last way: the others may not have failed, and would not answer.
-        """
-        if collectors:
-            collectors[-1].abandon()
-        undone = before is not None and not any(collector.fed for collector in collectors)
-        if before is not None and undone:
-            self.steps.undo_begin(before)
-        if stash.balanced and self.rows.local:
-            self._write(stash)
-            return
-        self.grads.restore_grads(stash.grads)
-        if not (self.steps.pending and self.rows.local) and not (undone and before is not None and before.began):
+    def _stash(self, attempt: Attempt) -> None:
+        """Set every shared ``.grad`` aside; a step whose gradients were thrown away ends here."""
+        if self.grads.stash_grads(keep=attempt.frozen).dropped:
             self.end_step()
-
-    def _stepped_parameters(self) -> Iterable[Tensor]:
-        """Parameters that an attached optimizer would step."""
-        if self.attached is None:
-            return []
-        return [p for group in self.attached.param_groups for p in group["params"]]
 
     # --- between steps ----------------------------------------------------------------------------------------
+
+    @property
+    def attached(self) -> list[torch.optim.Optimizer]:
+        """The optimizers whose step ends a step here."""
+        return [optimizer for ref in self.optimizers if (optimizer := ref()) is not None] if self.optimizers else []
+
+    @property
+    def stepped(self) -> list[Tensor]:
+        """The parameters that attached optimizers hold."""
+        attached = self.attached
+        return [p for optimizer in attached for group in optimizer.param_groups for p in group["params"]]
+
+    @property
+    def busy(self) -> bool:
+        """Whether shared gradients are set aside, as within a pass."""
+        return self.grads.aside is not None
 
     def end_step(self) -> None:
         """The step is over; ``.grad`` is the caller's."""
         self.steps.end()
         self.grads.forget()
 
+    def discard_waiting(self) -> None:
+        """No balance will follow: a row that is not finite must not stay."""
+        for task in [t for t in self.steps.pending if not bool(self.rows.stats.sumsq[t].isfinite())]:
+            self.rows.drop(task)
+        self.steps.pending = set()
+
     def end_if_dropped(self) -> None:
         """End a step whose gradients the caller has thrown away."""
         if self.steps.open and self.grads.was_dropped():
             self.end_step()
 
-    def before_optimizer(self) -> None:
-        """An attached optimizer is about to step."""
-        if self.steps.pending:
-            self.steps.refuse_scaled()
-            self.balance()
+    def refuse_within(self, what: str) -> None:
+        """Raise RuntimeError within a step."""
+        self.turns.refuse_inside(what)
+        self.end_if_dropped()
+        if self.steps.open:
+            end = "balance()" if self.steps.pending else "optimizer.step(), or detach()"
+            raise RuntimeError(f"{what} within a step; end it first: {end}")
 
     def reindex_tasks(self, tasks: list[int | None]) -> None:
         """Let the tasks be these of the former ones, None being a new one.
@@ -219,37 +345,8 @@ class Engine:
         Raises:
             RuntimeError: within a step.
         """
-        self.steps.refuse_inside("a change of tasks")
-        self.end_if_dropped()
-        if self.steps.open:
-            raise RuntimeError("a change of tasks within a step; end it first (balance(), or optimizer.step())")
+        self.refuse_within("a change of tasks")
         self.rows.reindex_tasks(tasks)
         self.steps.reindex_tasks(tasks)
         if hasattr(self.weighting, "reindex_tasks"):
             self.weighting.reindex_tasks(tasks)
-
-
-class _BalancedLoss(torch.autograd.Function):
-    """Hands the gradient that arrives to `Engine.run`; the losses' graphs are not part of the outer graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, value: Tensor, engine: Engine, losses: TaskLosses, retain_graph: bool
-    ) -> Tensor:
-        """The value, cut off from the losses."""
-        ctx.work = engine, losses, retain_graph
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        """Run the backward passes once (more often with retain_graph)."""
-        if ctx.work is None:
-            raise RuntimeError(
-                "backward() through this balanced loss a second time (the first may have failed): its graphs are "
-                "freed; compute the losses again, or pass retain_graph=True to balancer(losses)"
-            )
-        engine, losses, retain_graph = ctx.work
-        if not retain_graph:
-            ctx.work = None
-        engine.run(losses, loss_scale_or_none(grads[0]), retain_graph)
-        return None, None, None, None, None

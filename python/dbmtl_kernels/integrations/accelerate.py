@@ -9,8 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..balancer import DBMTL, GradientBalancer
+from ..balancer import GradientBalancer
 from ..checkpoint import gathered
+from ..dbmtl import DBMTL
 from .wrappers import Shared, balancing, make_balancer
 
 __all__ = ["SavedBalancer", "balancing", "prepare_balancer"]

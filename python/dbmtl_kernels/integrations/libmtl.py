@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..balancer import DBMTL
+from ..dbmtl import DBMTL
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -87,7 +87,8 @@ def _engine(shared: list[Tensor], num_tasks: int) -> DBMTL:
     try:
         for p in frozen:  # they may be thawed later: the engine must know them
             p.requires_grad_(True)
-        return DBMTL(parameters, num_tasks, state_dtype=torch.float64 if wide else torch.float32)
+        state_dtype = torch.float64 if wide else torch.float32
+        return DBMTL(parameters, num_tasks, state_dtype=state_dtype, zero_gradients="count")  # as LibMTL does
     finally:
         for p in frozen:
             p.requires_grad_(False)

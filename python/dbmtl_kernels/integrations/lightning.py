@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from ..balancer import DBMTL, GradientBalancer
+from ..balancer import GradientBalancer
 from ..checkpoint import gathered
+from ..dbmtl import DBMTL
 from .wrappers import Shared, balancing, make_balancer
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class GradientBalancing(Callback):
         self.balancer = balancer = make_balancer(pl_module, wrapped, *self._given)
         held = {id(p) for p in balancer.shared_parameters}
         optimizers = [o for o in trainer.optimizers if any(id(p) in held for g in o.param_groups for p in g["params"])]
-        self._handle = balancer.attach((optimizers or trainer.optimizers)[0])
+        balancer.attach(*(optimizers or trainer.optimizers[:1]))
         self._fitting, self._resumed, self._saves, self._logged = True, False, trainer.is_global_zero, 0
         if self._waiting is not None:
             self.load_state_dict({"balancer": self._waiting})
@@ -186,8 +187,11 @@ class GradientBalancing(Callback):
         self._frozen = []
         self._waiting = None
         self._fitting = False
-        if self.balancer is not None and getattr(pl_module, "balancer", None) is self.balancer:
-            self._handle.remove()
-            del pl_module.balancer
-            if self._had:
-                pl_module.balancer = None  # type: ignore[assignment]
+        balancer = self.balancer
+        on_module = getattr(pl_module, "balancer", None) is balancer
+        if balancer is None or not on_module:
+            return
+        balancer.detach(discard=True)
+        del pl_module.balancer
+        if self._had:
+            pl_module.balancer = None  # type: ignore[assignment]

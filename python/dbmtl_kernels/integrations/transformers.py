@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from ..balancer import DBMTL, Attachment, GradientBalancer
+from ..balancer import GradientBalancer
 from ..checkpoint import gathered
+from ..dbmtl import DBMTL
 from ..functional import sum_of_losses
 from .wrappers import Shared, balancing, make_balancer
 
@@ -77,7 +78,6 @@ class BalancedTrainerMixin(Base):
         if not self.label_names:  # else the Trainer would take the losses for predictions
             self.can_return_loss = True
         self.balancer: GradientBalancer | None = None
-        self._attachment: Attachment | None = None
         self._balancing = (shared, num_tasks, method, dict(balancer_options or {}))
         self._task_names, self._log_gramian = task_names, log_gramian
         self._resumed_from: str | None = None
@@ -141,7 +141,7 @@ class BalancedTrainerMixin(Base):
         assert self.model is not None
         assert self.optimizer is not None
         balancer = make_balancer(self.model, self.model_wrapped, *self._balancing)
-        self._attachment = balancer.attach(self.optimizer)
+        balancer.attach(self.optimizer)
         if self._resumed_from is not None:
             file = Path(self._resumed_from, FILE)
             if file.exists():
@@ -153,9 +153,8 @@ class BalancedTrainerMixin(Base):
 
     def end_balancing(self) -> None:
         """Detach the balancer from the optimizer, which may live longer. Called when training ends."""
-        if self._attachment is not None:
-            self._attachment.remove()
-            self._attachment = None
+        if self.balancer is not None:
+            self.balancer.detach(discard=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

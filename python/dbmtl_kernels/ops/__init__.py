@@ -128,8 +128,10 @@ def balance_rows_(step: BalanceRows, backend: str = "auto") -> None:
             - outs: 1 to 4 flat tensors of any float dtypes; overwritten, or added to.
             - starts: the first column of each.
             - active: (K,) bool, the tasks that have a say; None for all.
-            - loss_scale: one number that ``outs`` shall carry. If it is above 1, ``outs`` is NaN where a task is
-              nonfinite, for a GradScaler to see.
+            - loss_scale: one number that ``outs`` shall carry; None is 1.
+            - propagate_above: ``outs`` is NaN where an active task is nonfinite and the loss scale is above this
+              number: with 1.0 for a GradScaler to see, with inf never, with -1.0 always. A nonfinite task that is not
+              active is never passed on.
             - eps, scale, constant: see `reference.weights`; scale "constant" takes alpha from ``constant``.
             - fresh: the first call of a step: what is in ``nonfinite`` is of an earlier one.
             - accumulate: add to ``outs``.

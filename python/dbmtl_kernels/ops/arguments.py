@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import SupportsIndex
 
 import torch
@@ -39,6 +39,13 @@ def check_eps(eps: float) -> float:
     if not 0.0 < eps < math.inf:
         raise ValueError(f"eps must be positive and finite, got {eps}")
     return eps
+
+
+def check_choice(name: str, value: str | None, among: Iterable[str | None]) -> str | None:
+    """Raise ValueError unless ``value`` is one of these."""
+    if value not in among:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, among))}, got {value!r}")
+    return value
 
 
 def check_scale(scale: str | float) -> str | float:
@@ -228,6 +235,11 @@ def check_balance_rows(step: BalanceRows) -> None:
             check_device(name, tensor, "rows", rows)
     if step.loss_scale is not None:
         _check_loss_scale(step.loss_scale)
+    above = step.propagate_above
+    if isinstance(above, bool) or not isinstance(above, (int, float)):
+        raise TypeError(f"propagate_above must be a number, got {above!r}")
+    if math.isnan(above):
+        raise ValueError(f"propagate_above must not be NaN, got {above}")
     check_eps(step.eps)
     _check_named_scale(step.scale)
     if len(step.outs) != len(step.starts) or not 1 <= len(step.outs) <= len(GRAD_DTYPES):

@@ -27,8 +27,17 @@ class Group(NamedTuple):
     unit: int
 
 
-def check_parameters(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The parameters as a list; raises as `ParameterLayout` does, but for their devices."""
+def describe(index: int, parameter: Tensor, name: str | None) -> str:
+    """What a message calls a parameter."""
+    named = "" if name is None else f" ({name!r})"
+    return f"shared parameter {index}{named} of shape {tuple(parameter.shape)}"
+
+
+def check_parameters(parameters: Iterable[Tensor], frozen_ok: bool = False) -> list[Tensor]:
+    """The parameters as a list; raises as `ParameterLayout` does, but for their devices.
+
+    If ``frozen_ok``, those that do not require grad pass.
+    """
     parameters = list(parameters)
     if not parameters:
         raise ValueError("shared_parameters is empty (a generator that was already used up?)")
@@ -45,7 +54,7 @@ def check_parameters(parameters: Iterable[Tensor]) -> list[Tensor]:
             raise ValueError(
                 f"shared_parameters[{index}] of shape {tuple(p.shape)} is not a leaf: gradients do not collect in it"
             )
-        if not p.requires_grad:
+        if not (p.requires_grad or frozen_ok):
             raise ValueError(
                 f"shared_parameters[{index}] of shape {tuple(p.shape)} does not require grad; pass "
                 "[p for p in ... if p.requires_grad]"
@@ -64,26 +73,36 @@ class ParameterLayout:
     Of a DTensor only the local shard is laid out.
 
     Args:
-        parameters: leaf tensors on one device, each once, floating point, requiring grad.
+        parameters: leaf tensors on one device, each once, floating point. (Whether they require grad is not checked.)
         state_dtype: dtype of the rows.
         shards: into how many equal parts every group of columns can be cut, at multiples of 128 bytes.
+        names: of each parameter, for messages; None where it has none.
 
     Attributes:
         parameters: the tensors, as given.
+        names: of each, or None.
         segments: (n, 2) int64 on the CPU: offset and numel of each parameter, in the order given.
         groups: one `Group` per parameter dtype.
         row_numel: elements of a row, padding included.
         numel: elements of all parameters.
+        wide: float64 if the state or a parameter is, else float32.
         permuted: whether any lies in another memory order than the logical one.
         distributed: whether any is a DTensor.
 
     Raises:
-        ValueError: empty, repeated, not a leaf, not requiring grad, several devices.
+        ValueError: empty, repeated, not a leaf, several devices.
         TypeError: not a tensor, not floating point, or a state dtype other than float32, bfloat16, float64.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], state_dtype: torch.dtype = torch.float32, shards: int = 1) -> None:
-        self.parameters = check_parameters(parameters)
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        state_dtype: torch.dtype = torch.float32,
+        shards: int = 1,
+        names: Sequence[str | None] | None = None,
+    ) -> None:
+        self.parameters = check_parameters(parameters, frozen_ok=True)
+        self.names = [None] * len(self.parameters) if names is None else list(names)
         for index, p in enumerate(self.parameters):
             if p.device != self.parameters[0].device:
                 raise ValueError(
@@ -98,7 +117,7 @@ class ParameterLayout:
         self.numel = sum(p.numel() for p in local)
         self.permuted = any(not p.is_contiguous() for p in local)
         self.distributed = any(dtensors.is_dtensor(p) for p in self.parameters)
-        self._known = [(p.numel(), p.stride(), p.dtype) for p in local]
+        self._known = [(p.shape, p.stride(), p.dtype) for p in local]
         self.dense = [p.is_contiguous() or _is_permuted(p) for p in local]
 
         by_dtype: dict[torch.dtype, list[int]] = {}
@@ -117,6 +136,7 @@ class ParameterLayout:
             end = start + _round_up(columns, pad * shards)
             self.groups.append(Group(dtype, start, end, columns, pad))
         self.row_numel = end
+        self.wide = torch.float64 if torch.float64 in (state_dtype, *by_dtype) else torch.float32
         self.segments = torch.tensor([[o, p.numel()] for o, p in zip(offsets, local, strict=True)], dtype=torch.int64)
         self._subsets: dict[tuple[int, ...], Tensor] = {tuple(range(len(self.parameters))): self.segments}
 
@@ -130,17 +150,22 @@ class ParameterLayout:
             found = self._subsets[key] = self.segments[list(indices)]
         return found
 
-    def check_unchanged(self) -> None:
-        """Raise RuntimeError if a parameter has another dtype, device, size or strides than when this was made."""
+    def check_unchanged(self, indices: Sequence[int] | None = None) -> None:
+        """Raise RuntimeError if a parameter has another dtype, device, shape or strides than when this was made.
+
+        Args:
+            indices: what the message calls the parameters; by default their places here.
+        """
         device = self.device
-        for index, (p, (numel, strides, dtype)) in enumerate(zip(self.parameters, self._known, strict=True)):
+        for index, (p, (shape, strides, dtype)) in enumerate(zip(self.parameters, self._known, strict=True)):
             if self.distributed:
                 p = dtensors.local(p)
-            if p.stride() != strides or p.dtype is not dtype or p.device != device or p.numel() != numel:
+            if p.shape != shape or p.stride() != strides or p.dtype is not dtype or p.device != device:
+                what = describe(index if indices is None else indices[index], self.parameters[index], self.names[index])
                 raise RuntimeError(
-                    f"shared parameter {index} was {dtype} of {numel} elements with strides {strides} on {device} when "
-                    f"the balancer was made, and is {p.dtype} of {p.numel()} with strides {p.stride()} on {p.device}; "
-                    "make the balancer after model.to(...)"
+                    f"{what} was {dtype} of shape {tuple(shape)} with strides {strides} on {device} when the balancer "
+                    f"was made, and is {p.dtype} of shape {tuple(p.shape)} with strides {p.stride()} on {p.device}; "
+                    "make the balancer after model.to(...), or call balancer.rebind(parameters)"
                 )
 
     def signature(self) -> list[list[Any]]:
@@ -158,6 +183,23 @@ class ParameterLayout:
         if grad.stride() != p.stride():
             grad = torch.empty_strided(p.shape, p.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
         return grad.as_strided((grad.numel(),), (1,))
+
+    def parts(self, row: Tensor) -> list[Tensor]:
+        """Each parameter's part of a whole row, in the (local) shape that it had when this was made."""
+        return [
+            part.as_strided(shape, strides) if dense else part.view(shape)
+            for (shape, strides, _), dense, part in zip(
+                self._known, self.dense, (row[o : o + n] for o, n in self.segments.tolist()), strict=True
+            )
+        ]
+
+    def fill(self, row: Tensor, numbers: Sequence[Tensor | None]) -> None:
+        """Set what `parts` gives; None, or what is of another shape, counts as zeros."""
+        for part, new in zip(self.parts(row), numbers, strict=True):
+            if new is None or new.shape != part.shape:
+                part.zero_()
+            else:
+                part.copy_(new)
 
     def views(self, flats: dict[torch.dtype, Tensor]) -> list[Tensor]:
         """Each parameter's part of the flat tensors (one per group), in the parameter's shape and strides."""

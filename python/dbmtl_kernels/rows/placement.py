@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,18 +45,30 @@ def place(
     state_dtype: torch.dtype,
     backend: str,
     process_group: ProcessGroup | bool | None,
+    names: Sequence[str | None] | None = None,
+    frozen_ok: bool = False,
 ) -> tuple[Buffer, Ranks]:
     """The buffer for these parameters, and the ranks whose losses and gradients are averaged.
 
     Plain parameters of several ranks are replicas: their rows are sharded. DTensors keep the rows of their local
     shards. Parameters that differ in device or mesh get a part each.
 
+    Args:
+        parameters: leaf tensors, floating point.
+        num_tasks: K.
+        state_dtype: dtype of the rows.
+        backend: "auto" or a backend by name.
+        process_group: the ranks that hold replicas; False for none, None if nobody said.
+        names: of each parameter, for messages; None where it has none.
+        frozen_ok: parameters need not require grad.
+
     Raises:
         ValueError, TypeError: parameters that cannot be balanced (see `ParameterLayout`).
         TypeError: ``process_group`` is neither a group of this rank nor None nor False; parameters of FSDP1.
         RuntimeError: there are several ranks, plain parameters, and no word about them; the ranks do not have the same.
     """
-    given = check_parameters(parameters)
+    given = check_parameters(parameters, frozen_ok)
+    named = [None] * len(given) if names is None else list(names)
     if any(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False) for p in given):
         raise TypeError(
             "shared_parameters are of FullyShardedDataParallel (FSDP1), which flattens them: use FSDP2's fully_shard"
@@ -68,7 +80,10 @@ def place(
     members: dict[Any, list[int]] = {}
     for index, p in enumerate(given):
         members.setdefault(dtensors.placement_key(p), []).append(index)
-    parts = [_part([given[i] for i in indices], num_tasks, state_dtype, backend, ranks) for indices in members.values()]
+    parts = [
+        _part([given[i] for i in indices], [named[i] for i in indices], num_tasks, state_dtype, backend, ranks)
+        for indices in members.values()
+    ]
     if len(parts) == 1:
         return parts[0], ranks
     members_of = {i: (n, own) for n, indices in enumerate(members.values()) for own, i in enumerate(indices)}
@@ -98,17 +113,22 @@ def _ranks(parameters: list[Tensor], process_group: ProcessGroup | bool | None) 
 
 
 def _part(
-    parameters: list[Tensor], num_tasks: int, state_dtype: torch.dtype, backend: str, ranks: Ranks
+    parameters: list[Tensor],
+    names: list[str | None],
+    num_tasks: int,
+    state_dtype: torch.dtype,
+    backend: str,
+    ranks: Ranks,
 ) -> TaskGradientBuffer:
     if dtensors.is_dtensor(parameters[0]) or ranks.size == 1:
         spread = Ranks(dtensors.sharded_groups(parameters[0]))
-        return TaskGradientBuffer(ParameterLayout(parameters, state_dtype), num_tasks, backend, spread)
+        return TaskGradientBuffer(ParameterLayout(parameters, state_dtype, names=names), num_tasks, backend, spread)
     if len(ranks.groups) > 1:
         raise ValueError(
             f"shared_parameters has {len(parameters)} plain tensors among DTensors of a mesh of several dimensions; "
             "give them to fully_shard too, or name the group of their replicas with process_group"
         )
-    layout = ParameterLayout(parameters, state_dtype, shards=ranks.size)
+    layout = ParameterLayout(parameters, state_dtype, ranks.size, names)
     mine = f"{num_tasks} tasks, a state of {state_dtype}, parameters {layout.signature()}"
     ranks.check_same(mine, layout.device, f"the ranks make different balancers (this one: {mine})")
     return ShardedTaskGradientBuffer(layout, num_tasks, backend, ranks.groups[0])

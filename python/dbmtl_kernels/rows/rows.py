@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from .. import ops
 from ..ops import Coefficients, Stats
 from . import dtensors
 from .collect import RowCollector
-from .layout import ParameterLayout
+from .layout import ParameterLayout, describe
 from .ranks import Ranks
+from .zeros import Zeros
 
 # Room for a balanced gradient: one flat tensor per parameter dtype.
 Flats = dict[Any, Tensor]
@@ -30,12 +32,17 @@ class TaskGradientBuffer:
             lays out (FSDP2); by default this process has all of them.
 
     Attributes:
-        rows: (K, row_numel) in ``layout.state_dtype``; padding is zero.
+        names: of the parameters, or None.
         stats: K numbers of each kind; ``sumsq`` of the rows held here, the rest of the last `balance`.
         narrow: the dtype of `gramian`, float64 of float64 rows, else float32.
         early: whether gradients are best collected while a backward pass runs (on a CPU), or at its end in one call.
         starts: of each parameter dtype, its first column in the rows held here.
         local: whether nothing that is done here needs another rank.
+        deferred: whether what gradients are must not be known on the host, as looking would take a sync; not ``early``.
+        fed: (K,) bool, where ``deferred``: whether the task was fed in this step, all its passes having
+            ``skip_zeros``.
+        empty_tasks: of replicas on a CPU, after `settle`: the tasks whose passes of this step, all with ``skip_zeros``,
+            were zeros alone. Elsewhere nobody is in it, as `RowCollector.empty` tells.
     """
 
     def __init__(
@@ -44,7 +51,7 @@ class TaskGradientBuffer:
         self.layout = layout
         self.backend = backend
         self.device = layout.device
-        self.parameters = layout.parameters
+        self.parameters, self.names = layout.parameters, layout.names
         self.narrow = torch.float64 if layout.state_dtype == torch.float64 else torch.float32
         self.spread = spread or Ranks()
         self._replicas = Ranks(dtensors.replicated_groups(layout.parameters[0]))
@@ -53,30 +60,142 @@ class TaskGradientBuffer:
         self._dtypes = [group.dtype for group in layout.groups]
         self.starts = [group.start for group in layout.groups]
         self.local = self.spread.size == 1 and self._replicas.size == 1
-        self._allocate(num_tasks)
+        self.deferred = self.device.type != "cpu"
+        self._reset(num_tasks)
 
-    def _allocate(self, num_tasks: int) -> None:
+    @cached_property
+    def rows(self) -> Tensor:
+        """(K, row_numel) in ``layout.state_dtype``, zeros at first; padding is zero. Allocated when first asked for.
+
+        Raises:
+            RuntimeError: that is while a CUDA graph is captured, each replay of which would set them to zero.
+        """
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("the task gradients have no memory yet: run a step before a CUDA graph is captured")
+        with torch.inference_mode(False):  # first asked for there, it could not be updated elsewhere
+            shape = len(self.stats.sumsq), self._row_numel()
+            return ops.allocate(*shape, dtype=self.layout.state_dtype, device=self.device, zero=True)
+
+    @property
+    def allocated(self) -> bool:
+        """Whether `rows` take memory yet."""
+        return "rows" in self.__dict__
+
+    def _reset(self, num_tasks: int) -> None:
         device = self.device
-        self.rows = ops.allocate(num_tasks, self._row_numel(), dtype=self.layout.state_dtype, device=device, zero=True)
+        self.__dict__.pop("rows", None)
         wide = torch.float32 if device.type == "mps" else torch.float64
         dtypes = Stats(wide, wide, wide, torch.bool, torch.int64)  # type: ignore[arg-type]
         self.stats = Stats(*(torch.zeros(num_tasks, dtype=dtype, device=device) for dtype in dtypes))  # type: ignore
+        self.fed = torch.zeros(num_tasks, dtype=torch.bool, device=device)
+        self.empty_tasks: set[int] = set()
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError if a parameter is not what it was; see `ParameterLayout.check_unchanged`."""
         self.layout.check_unchanged()
 
+    def describe(self, index: int) -> str:
+        """What a message calls a parameter."""
+        return describe(index, self.parameters[index], self.names[index])
+
     def signature(self) -> list[list[Any]]:
         """What must agree for a state to fit; see `ParameterLayout.signature`."""
         return self.layout.signature()
 
-    def collector(self, task: int, coefficients: Coefficients, loss_scale: Tensor | None = None) -> RowCollector:
-        """What takes the gradients of one backward pass into ``rows[task]``; see `ops.accumulate_`."""
+    def collector(
+        self,
+        task: int,
+        coefficients: Coefficients,
+        loss_scale: Tensor | None = None,
+        again: bool = False,
+        skip_zeros: bool | Zeros = False,
+    ) -> RowCollector:
+        """What takes the gradients of one backward pass into ``rows[task]``; see `ops.accumulate_`.
+
+        Args:
+            task: whose.
+            coefficients: decay and gain of the first gradient in a step; two numbers, or (2,) on the device.
+            loss_scale: one number that the gradients carry and the row must not.
+            again: whether the task had a pass in this step before: the row is not decayed again. On a CPU one
+                that counted; where that is not known on the host (see `RowCollector.empty`), any.
+            skip_zeros: a pass whose gradients are all exactly zero does not count: row and sum of squares stay
+                as they are. (A split buffer gives what its parts share.)
+        """
         sumsq = self.stats.sumsq[task : task + 1]
-        return RowCollector(self.layout, self.rows[task], sumsq, coefficients, loss_scale, self.backend, self.early)
+        zeros = (
+            Zeros([self.spread] if self.spread.size > 1 else [], self.device, self.deferred)
+            if skip_zeros is True
+            else skip_zeros or None
+        )
+        return RowCollector(
+            self.layout, self.rows[task], sumsq, coefficients, loss_scale, self.backend, self.early, again, zeros,
+            None if zeros is None else self.fed[task : task + 1],
+        )  # fmt: skip
+
+    def of_one_task(self) -> TaskGradientBuffer:
+        """Room for a gradient that goes into none of the rows: another buffer of one task, P and not K x P."""
+        return TaskGradientBuffer(self.layout, 1, self.backend, self.spread)
 
     def settle(self) -> None:
         """Finish updates that are still under way."""
+
+    def sit_out(self, task: int, count: int) -> None:
+        """A task whose loss is not finite, so that its pass was not run: its row begins anew. Twice is as once.
+
+        Args:
+            task: which.
+            count: what its ``nonfinite_steps`` are now.
+        """
+        self.drop(task)
+        self.stats.norms[task] = 0.0
+        self.stats.nonfinite[task] = True
+        self.stats.nonfinite_steps[task] = count
+
+    def drop(self, task: int) -> None:
+        """Set the row to zero. One that is on its way does not arrive; nobody waits for it."""
+        if self.allocated:
+            self.rows[task].zero_()
+        self.stats.sumsq[task] = 0.0
+
+    def copy_stats(self) -> list[Stats]:
+        """Of all parts, for `put_stats`."""
+        return [Stats(*map(torch.clone, self.stats))]
+
+    def put_stats(self, stats: Sequence[Stats]) -> None:
+        """Set the stats to what `copy_stats` gave."""
+        for numbers, before in zip(self.stats, stats[0], strict=True):
+            numbers.copy_(before)
+
+    def row_of(self, task: int) -> list[Tensor]:
+        """The numbers of one row for each parameter (its local shard), in its shape; a collective with replicas."""
+        self.settle()
+        return self.layout.parts(self.rows[task])
+
+    def set_row(self, task: int, numbers: Sequence[Tensor | None]) -> None:
+        """Set the row to what `row_of` gave; None, or what is of another shape, counts as zeros."""
+        self.layout.fill(self.rows[task], numbers)
+
+    def take_over(self, old: Any) -> None:
+        """Go on with the rows and stats of another buffer, whatever its kind, for other parameters.
+
+        A parameter that is in both, and of the same shape, keeps its part of every row; others begin with zeros. Sums
+        of squares are measured anew. A collective if any of the two is.
+
+        Args:
+            old: a buffer of the same number of tasks; left as it is, but for `settle`.
+        """
+        old.settle()
+        index = {id(p): i for i, p in enumerate(old.parameters)}
+        places = [index.get(id(p)) for p in self.parameters]
+        for name, numbers in old.stats._asdict().items():
+            getattr(self.stats, name).copy_(numbers)
+        self.fed.copy_(old.fed)
+        self.empty_tasks = set(old.empty_tasks)
+        if old.allocated:
+            for task in range(len(self.stats.sumsq)):
+                row = old.row_of(task)
+                self.set_row(task, [None if place is None else row[place] for place in places])
+            self._measure()
 
     def sums(self) -> Tensor:
         """(K,) sums of squares of the whole rows; the same bits in all replicas, whatever order they were added in."""
@@ -91,8 +210,9 @@ class TaskGradientBuffer:
         eps: float,
         scale: str | float,
         *,
-        active: Sequence[bool] | None = None,
+        active: Sequence[bool] | Tensor | None = None,
         loss_scale: Tensor | None = None,
+        propagate_above: float = 1.0,
         fresh: bool = True,
         accumulate: bool = False,
         sums: Tensor | None = None,
@@ -103,8 +223,9 @@ class TaskGradientBuffer:
             flats: see `new_flats`; overwritten, or added to if ``accumulate``.
             eps: added to the norms.
             scale: alpha: a name or a number.
-            active: which tasks have a say; None for all.
+            active: which tasks have a say, on the host or as (K,) bool on the device; None for all.
             loss_scale: one number that the balanced gradient shall carry.
+            propagate_above: the loss scale above which a nonfinite task makes the balanced gradient NaN.
             fresh: whether this is the first call of a step.
             accumulate: add to ``flats``.
             sums: (K,) what takes the place of `sums`, where rows go on in another buffer; overwritten.
@@ -114,7 +235,10 @@ class TaskGradientBuffer:
         total = self.sums() if sums is None else sums
         stats = self.stats if total is own else self.stats._replace(sumsq=total)
         outs, starts = self._outs(flats), self.starts
-        mask = None if active is None or all(active) else ops.upload(active, torch.bool, self.device)
+        if active is None or isinstance(active, Tensor):
+            mask = active
+        else:
+            mask = None if all(active) else ops.upload(active, torch.bool, self.device)
         step = ops.BalanceRows(
             self.rows,
             stats,
@@ -122,6 +246,7 @@ class TaskGradientBuffer:
             starts,
             mask,
             loss_scale,
+            propagate_above,
             eps,
             name,
             constant,
@@ -178,12 +303,15 @@ class TaskGradientBuffer:
 
     def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
         """Make the state anew and copy the rows that stay: of ``tasks``, None being a new one of zeros."""
-        before = {"rows": self.rows, **self.stats._asdict()}
-        self._allocate(len(tasks))
-        for name, new in {"rows": self.rows, **self.stats._asdict()}.items():
+        stats, rows = self.stats, self.rows if self.allocated else None
+        self._reset(len(tasks))
+        pairs = list(zip(self.stats, stats, strict=True))
+        if rows is not None:
+            pairs.append((self.rows, rows))
+        for new, old in pairs:
             for index, task in enumerate(tasks):
                 if task is not None:
-                    new[index].copy_(before[name][task])
+                    new[index].copy_(old[task])
 
     def state(self) -> dict[str, Any]:
         """The tensors of a checkpoint, sharing memory with this buffer where they are not scalars."""
@@ -214,6 +342,8 @@ class TaskGradientBuffer:
             mine[name].copy_(state[name])
         if not (self._whole() and state["whole"]):
             self._measure()
+        self.fed.fill_(True)  # asked only if the step is open and the task had a pass, which then counted
+        self.empty_tasks.clear()
 
     def _row_numel(self) -> int:
         return self.layout.row_numel

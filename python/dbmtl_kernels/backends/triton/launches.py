@@ -229,8 +229,9 @@ def balance_rows_(step: BalanceRows) -> None:
             stats.nonfinite.view(torch.uint8), stats.nonfinite_steps,
             None if active is None else active.view(torch.uint8), None if loss_scale is None else loss_scale.to(device),
             space.scratch("weights", grid * 2 * num_tasks), space.ticket, *groups, rows.stride(0) // vec,
-            _bits(step.eps), _bits(step.constant), int(step.fresh), int(step.accumulate), K=num_tasks,
-            K_PAD=_pad(num_tasks), VEC=vec, BLOCK=tuning.block, SCALE=step.scale, UNROLL=tuning.unroll, tuning=tuning,
+            _bits(step.propagate_above), _bits(step.eps), _bits(step.constant), int(step.fresh), int(step.accumulate),
+            K=num_tasks, K_PAD=_pad(num_tasks), VEC=vec, BLOCK=tuning.block, SCALE=step.scale, UNROLL=tuning.unroll,
+            tuning=tuning,
         )  # fmt: skip
 
 

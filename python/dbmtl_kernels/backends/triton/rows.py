@@ -120,7 +120,7 @@ def combine_group(
 @triton.jit(
     do_not_specialize=[
         "first0", "units0", "first1", "units1", "first2", "units2", "first3", "units3",
-        "stride_units", "eps_bits", "constant_bits", "fresh", "accumulate",
+        "stride_units", "above_bits", "eps_bits", "constant_bits", "fresh", "accumulate",
     ],
     do_not_specialize_on_alignment=[
         "sumsq", "norms", "weights", "nonfinite", "nonfinite_steps", "active", "loss_scale", "scratch", "ticket",
@@ -130,7 +130,8 @@ def balance_rows_kernel(
     rows, sumsq, norms, weights, nonfinite, nonfinite_steps, active, loss_scale, scratch, ticket,
     out0, first0: tl.int64, units0: tl.int64, out1, first1: tl.int64, units1: tl.int64,
     out2, first2: tl.int64, units2: tl.int64, out3, first3: tl.int64, units3: tl.int64,
-    stride_units: tl.int64, eps_bits: tl.int64, constant_bits: tl.int64, fresh: tl.int32, accumulate: tl.int32,
+    stride_units: tl.int64, above_bits: tl.int64, eps_bits: tl.int64, constant_bits: tl.int64, fresh: tl.int32,
+    accumulate: tl.int32,
     K: tl.constexpr, K_PAD: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -145,10 +146,10 @@ def balance_rows_kernel(
     now = task & not_finite(squares)
     bad = before | now
     found, w = weights_of(squares, use & (bad == 0), double(eps_bits), double(constant_bits), K, K_PAD, SCALE)
-    carried = w
+    factor = tl.full([K_PAD], 1.0, tl.float64)
     if loss_scale is not None:
-        factor = tl.load(loss_scale).to(tl.float64)
-        carried = tl.where(bad & (tl.zeros([K_PAD], tl.float64) + factor > 1), float("nan"), w * factor)
+        factor *= tl.load(loss_scale).to(tl.float64)
+    carried = tl.where(bad & use & (factor > double(above_bits)), float("nan"), w * factor)
     scratch += tl.program_id(0) * 2 * K
     tl.store(scratch + index, carried, mask=task)
     tl.store(scratch + K + index, bad.to(tl.float64), mask=task)

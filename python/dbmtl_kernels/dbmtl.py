@@ -1,0 +1,106 @@
+"""DBMTL: the method of the paper, as a balancer of the log-losses by their largest norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .balancer import GradientBalancer
+from .engine.graphs import check_shared_parameters, find_shared_parameters
+from .weightings import MaxNorm
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class DBMTL(GradientBalancer):
+    """Dual-balancing multi-task learning (DB-MTL) for any PyTorch training loop.
+
+    In step k, with theta the P shared parameters and K losses::
+
+        g_t  = grad_theta log(loss_t + eps)
+        m_t  = beta_k * m_t + (1 - beta_k) * g_t          beta_k = beta / k ** beta_sigma, m_t = 0 at the start
+        grad = alpha * sum_t m_t / (||m_t|| + eps)        alpha = max_t ||m_t||
+
+    It is the `GradientBalancer` of the log-losses whose weighting is `MaxNorm`; see there for what a step is, for
+    several ranks, and for what happens to ``.grad`` and to other parameters.
+
+    Args:
+        shared_parameters: as for `GradientBalancer`: leaf tensors, or a module; P elements in all.
+        num_tasks: K >= 1.
+        beta: forgetting rate in [0, 1).
+        beta_sigma: decay exponent >= 0; 0 keeps beta constant.
+        eps: > 0, in the logarithm and added to the norms.
+        scale: alpha: "max" (the method), "mean", "median", "min", or a number.
+        log_transform: balance the logs of the losses given; False takes the losses as they are.
+        state_dtype: dtype of the EMA: float32, bfloat16 or float64.
+        backend: "auto", or a backend by name.
+        process_group: the ranks that hold replicas of these parameters; None or False as for `GradientBalancer`.
+        capturable: keep the step count and the coefficients on the device, for a CUDA graph.
+        nonfinite, zero_gradients: as for `GradientBalancer`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `GradientBalancer`.
+
+    Source: arXiv 2308.12029, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        shared_parameters: Iterable[Tensor] | nn.Module,
+        num_tasks: int,
+        *,
+        beta: float = 0.9,
+        beta_sigma: float = 0.5,
+        eps: float = 1e-8,
+        scale: str | float = "max",
+        log_transform: bool = True,
+        state_dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+        process_group: ProcessGroup | bool | None = None,
+        capturable: bool = False,
+        nonfinite: str | None = None,
+        zero_gradients: str = "absent",
+    ) -> None:
+        super().__init__(
+            shared_parameters,
+            num_tasks,
+            weighting=MaxNorm(scale, eps),
+            beta=beta,
+            beta_sigma=beta_sigma,
+            eps=eps,
+            log_transform=log_transform,
+            state_dtype=state_dtype,
+            backend=backend,
+            process_group=process_group,
+            capturable=capturable,
+            nonfinite=nonfinite,
+            zero_gradients=zero_gradients,
+        )
+        self.scale = scale
+
+    @classmethod
+    def from_losses(
+        cls, losses: Sequence[Tensor], shared_parameters: Iterable[Tensor] | None = None, **options: Any
+    ) -> DBMTL:
+        """A balancer of what the losses of a first forward pass share; their graphs stay as they are.
+
+        Args:
+            losses: K scalars with a graph.
+            shared_parameters: by default those that `graphs.find_shared_parameters` finds; if given, the losses must
+                depend on each.
+            options: as for the class.
+
+        Raises:
+            ValueError: the losses share nothing, or do not depend on a parameter that was given.
+            ValueError, TypeError, RuntimeError: losses that `graphs.find_shared_parameters` refuses.
+
+        Warns:
+            UserWarning: a parameter that was given is reached from a single loss; see also there.
+        """
+        if shared_parameters is None:
+            return cls(find_shared_parameters(losses, stacklevel=3), len(losses), **options)
+        return cls(check_shared_parameters(losses, shared_parameters, stacklevel=3), len(losses), **options)

@@ -1,0 +1,164 @@
+"""The balanced loss: a scalar of which every way of asking for gradients runs `Engine.run`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .losses import TaskLosses, loss_scale_or_none
+from .step import Engine
+
+
+def balanced_loss(engine: Engine, losses: TaskLosses, retain_graph: bool) -> Tensor:
+    """A scalar whose backward is `Engine.run`; the gradient that arrives at it is the loss scale."""
+    value = losses.total()
+    # Autograd calls backward only if an input requires grad, and the losses are deliberately none.
+    anchor = torch.zeros((), dtype=value.dtype, device=value.device, requires_grad=True)
+    out: Tensor = _Balance.apply(anchor, value, engine, losses, retain_graph)  # type: ignore[no-untyped-call]
+    return out.as_subclass(BalancedLoss)
+
+
+class BalancedLoss(Tensor):
+    """A balanced loss, or what was made of one: a tensor like any other, but that gradients of parameters can be asked
+    for by name.
+
+    The parameters are not in its graph, so that ``backward(inputs=...)`` and ``torch.autograd.grad`` would find nothing
+    there. Both are served here; a plain ``backward()`` takes no notice of this class.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Any function, on plain tensors; the result is a balanced loss as long as it has a graph."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in (Tensor.backward, torch.autograd.backward):
+                return _backward(*args, **(kwargs or {}))
+            if func is torch.autograd.grad:
+                return _grad(*args, **(kwargs or {}))
+            out = func(*args, **(kwargs or {}))
+        return out.as_subclass(cls) if type(out) is Tensor and out.grad_fn is not None else out
+
+
+class _Balance(torch.autograd.Function):
+    """Hands the gradient that arrives to `Engine.run`; the losses' graphs are not part of the outer graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, value: Tensor, engine: Engine, losses: TaskLosses, retain_graph: bool
+    ) -> Tensor:
+        """The value, cut off from the losses."""
+        ctx.work = engine, losses, retain_graph
+        ctx.anchor = anchor
+        ctx.inputs = None  # the leaves asked for; None for all
+        ctx.gradients = None  # where to put the gradients of `inputs`; None for their .grad
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        """Run the backward passes once (more often with retain_graph)."""
+        if torch.is_grad_enabled():
+            _refuse_create_graph()
+        if ctx.work is None:
+            raise RuntimeError(
+                "backward() through this balanced loss a second time (the first may have failed): its graphs are "
+                "freed; compute the losses again, or pass retain_graph=True to balancer(losses)"
+            )
+        engine, losses, retain_graph = ctx.work
+        if not retain_graph:
+            ctx.work = None
+        scale = loss_scale_or_none(grads[0])
+        if ctx.gradients is None:
+            engine.run(losses, scale, retain_graph, ctx.inputs)
+        else:
+            ctx.gradients.append(engine.gradients(losses, scale, retain_graph, ctx.inputs))
+        return None, None, None, None, None
+
+
+def _refuse_create_graph() -> None:
+    raise RuntimeError(
+        "create_graph=True is not supported by a balanced loss: norms and weights are not part of any graph. For "
+        "second derivatives use the sum of the losses"
+    )
+
+
+def _nodes(outputs: Sequence[Any]) -> Iterator[Any]:
+    """The nodes of balanced losses in the graphs of ``outputs``."""
+    seen: set[Any] = set()
+    pending = [output.grad_fn if isinstance(output, Tensor) else output.node for output in outputs]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if isinstance(node, _Balance._backward_cls):
+                yield node
+            pending.extend(following for following, _ in node.next_functions)
+
+
+def _backward(
+    outputs: Any,
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+    **others: Any,
+) -> None:
+    """`torch.autograd.backward`; ``inputs`` may be leaves of the losses' graphs."""
+    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    grad_outputs = others.get("gradient", others.get("grad_tensors", grad_outputs))
+    if create_graph:
+        _refuse_create_graph()
+    nodes: list[Any] = []
+    if inputs is not None:
+        inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        nodes = list(_nodes(outputs))
+    try:
+        for node in nodes:
+            node.inputs = inputs
+        torch.autograd.backward(
+            outputs, grad_outputs, retain_graph, inputs=[*inputs, *(node.anchor for node in nodes)] if nodes else inputs
+        )
+    finally:
+        for node in nodes:
+            node.inputs = None
+
+
+def _grad(
+    outputs: Any,
+    inputs: Any,
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    only_inputs: bool = True,
+    allow_unused: bool | None = None,
+    is_grads_batched: bool = False,
+    materialize_grads: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad`, of leaves of the losses' graphs too."""
+    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    if create_graph:
+        _refuse_create_graph()
+    nodes = list(_nodes(outputs))
+    if is_grads_batched or not all(isinstance(x, Tensor) and x.is_leaf for x in inputs):
+        raise RuntimeError("autograd.grad of a balanced loss takes leaf tensors, and no is_grads_batched")
+    parts: list[list[Tensor | None]] = []
+    try:
+        for node in nodes:
+            node.inputs, node.gradients = inputs, parts
+        anchors = [node.anchor for node in nodes]
+        found = torch.autograd.grad(outputs, [*inputs, *anchors], grad_outputs, retain_graph, allow_unused=True)
+    finally:
+        for node in nodes:
+            node.inputs = node.gradients = None
+    result: list[Tensor | None] = []
+    for index, x in enumerate(inputs):
+        some = [grad for grad in (found[index], *(part[index] for part in parts)) if grad is not None]
+        result.append(sum(some[1:], some[0]) if some else torch.zeros_like(x) if materialize_grads else None)
+    if None in [None if grad is None else 0 for grad in result] and not allow_unused:
+        raise RuntimeError(
+            "One of the differentiated Tensors appears to not have been used in the graph. Set allow_unused=True if "
+            "this is the desired behavior."
+        )
+    return tuple(result)
