@@ -245,12 +245,11 @@ class Engine:
         """Write the balanced gradient of the tasks entered with `task`."""
         steps = self.steps
         self.turns.refuse_inside("balance()")
-        if not steps.pending:
-            if not steps.complete and not self.frozen:
-                raise RuntimeError("balance() has nothing to balance: no task() was entered since the last step")
-            steps.complete = False
-            return
-        self._alone("balance()", partial(self._balance, at_once=False))
+        if steps.pending:
+            self._alone("balance()", partial(self._balance, at_once=False))
+        elif not steps.complete and not self.frozen:
+            raise RuntimeError("balance() has nothing to balance: no task() was entered since the last step")
+        steps.complete = False
 
     def _balance(self, at_once: bool) -> None:
         attempt = self._attempt()
