@@ -74,6 +74,7 @@ class SharedGradients:
     Attributes:
         aside: what was taken away and not yet given back; None outside of a step.
         due: what is to be left in ``.grad`` and is not yet.
+        undefined: where an interrupt now would leave in ``.grad`` nobody knows what.
         touched: whether any task ever had a gradient of the parameter.
         collected: whether one had, since `stash_grads`.
         written: whether ``.grad`` holds a balanced gradient of the open step.
@@ -87,13 +88,13 @@ class SharedGradients:
         self.written = False
         self._distributed = any(dtensors.is_dtensor(p) for p in self._parameters)
         self._collector: RowCollector | SplitCollector | None = None  # of the pass that runs
-        self._handles: list[RemovableHandle | None] = []  # of the hooks, made when first needed
+        self._handles: list[RemovableHandle | None] = [None] * len(self._parameters)  # of the hooks
+        weakref.finalize(self, _remove, self._handles)
         self._arrived: list[int] = []  # parameters whose gradient the pass has made and the collector has not got yet
         self._bytes = 0  # of those
-        self._sizes = [p.nbytes for p in self._parameters]
         self._flats, self._views = dict[Any, Tensor](), list[Tensor]()
         self.due: Due | None = None
-        self._undefined: list[int] = []  # where an interrupt now would leave in .grad nobody knows what
+        self.undefined: list[int] = []
         # What was written in this step: the tensor left in .grad (None where nothing of ours is), its version then, and
         # whether it held nothing else.
         self._left: list[Tensor | None] = [None] * len(self._parameters)
@@ -146,10 +147,10 @@ class SharedGradients:
     def drop_undefined(self) -> None:
         """Of what was set aside, forget what an interrupted `compute_grads` left half added to, and say so."""
         assert self.aside is not None
-        for index in self._undefined:
+        for index in self.undefined:
             self.aside.grads[index] = None
-        self._notices.lost_grads(self._undefined)
-        self._undefined = []
+        self._notices.lost_grads(self.undefined)
+        self.undefined = []
 
     def forget(self) -> None:
         """What is in ``.grad`` is the caller's from now on; nothing of it is kept alive here."""
@@ -165,9 +166,6 @@ class SharedGradients:
         and one that takes it away is found. Where nothing is collected early, only parameters with other hooks get one.
         """
         early, mine, handles = self._early, weakref.ref(self), self._handles
-        if not handles:
-            handles += [None] * len(self._parameters)
-            weakref.finalize(self, _remove, handles)
         for index, p in enumerate(self._parameters):
             handle, hooks = handles[index], p._post_accumulate_grad_hooks
             if not (hooks or early) or (handle is not None and hooks and next(reversed(hooks)) == handle.id):
@@ -253,13 +251,9 @@ class SharedGradients:
         for index, view in enumerate(views if ours else ()):
             if index not in ours:
                 view.zero_()
-        try:
-            self._undefined = ours
-            self._balanced.compute(self._flats, bool(ours), sums)
-        except Exception:
-            self._undefined = []  # a weighting raises before anything is added
-            raise
-        self.due, self._undefined = Due(grads, views, wanted, {}, True), []
+        self.undefined = ours
+        self._balanced.compute(self._flats, bool(ours), sums)
+        self.due, self.undefined = Due(grads, views, wanted, {}, True), []
 
     def take_grads(self, flats: Flats) -> None:
         """Let `put_grads` add ``flats``, which are then the caller's."""
@@ -372,7 +366,7 @@ def _on_grad(owner: weakref.ref[SharedGradients], index: int, p: Tensor) -> None
             grads._refuse_taken(index)
     else:
         grads._arrived.append(index)
-        grads._bytes += grads._sizes[index]
+        grads._bytes += p.nbytes
         if grads._bytes >= FLUSH_BYTES:  # what has come so far goes to the row, while it is in cache
             grads._collector.add(*grads._take())
 

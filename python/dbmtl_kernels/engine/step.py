@@ -72,8 +72,7 @@ class Engine:
 
     def use(self, rows: Buffer) -> None:
         """Work on these rows from now on."""
-        several = self.ranks.size > 1 or placement.is_distributed(rows.parameters)
-        notices = Notices(rows, several)
+        notices = Notices(rows, self.ranks.size > 1 or placement.is_distributed(rows.parameters))
         balanced = BalancedGradient(
             rows, self.steps, self.weighting, self.ranks, self._propagate_above, self._skip_zeros
         )
