@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 import threading
 import warnings
 
@@ -13,34 +12,8 @@ import pytest
 import torch
 from dbmtl_kernels.engine import gradients, losses
 from dbmtl_kernels.rows import collect
+from lines import Interrupt
 from problems import close, flat_gradients, leaf, make, overflowing, quadratics, rows_of, state_of
-
-ROOT = os.path.dirname(dbk.__file__)
-
-
-class At:
-    """Counts the lines of this package that run, and raises KeyboardInterrupt at one of them."""
-
-    def __init__(self, line=None):
-        self.line, self.count = line, 0
-
-    def trace(self, frame, event, _):
-        if not frame.f_code.co_filename.startswith(ROOT):
-            return None
-        if event == "line":
-            self.count += 1
-            if self.count == self.line:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return self.trace
-
-    def __enter__(self):
-        self.before = sys.gettrace()
-        sys.settrace(self.trace)
-        return self
-
-    def __exit__(self, *_):
-        sys.settrace(self.before)
 
 
 class Job:
@@ -94,7 +67,7 @@ CASES += [("task", False, "nothing"), ("task", True, "micro-batch")]
 def test_an_interrupt_at_every_line_of_a_step(how, attached, before):
     """.grad is what it was, or the whole result; the step may be made again and then counts once."""
     job = Job(attached, before)
-    with At() as lines:
+    with Interrupt() as lines:
         job.step(how)
     assert lines.count > 300
     results = {}
@@ -103,7 +76,7 @@ def test_an_interrupt_at_every_line_of_a_step(how, attached, before):
         job, plain = Job(attached, before), Job(attached, before)
         was, count, rows = job.grads(), job.balancer.step, rows_of(job.balancer)
         plain.step(how)
-        interrupted = At(line)
+        interrupted = Interrupt(line)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             with pytest.raises(KeyboardInterrupt), interrupted:
@@ -142,7 +115,7 @@ def test_an_interrupt_at_every_line_of_a_step(how, attached, before):
 
 def test_hooks_of_an_interrupted_step_are_idle():
     job = Job(False, "nothing")
-    with pytest.raises(KeyboardInterrupt), At(200):
+    with pytest.raises(KeyboardInterrupt), Interrupt(200):
         job.step()
     for p in job.params:
         p.grad = None

@@ -2,20 +2,18 @@
 
 import copy
 import io
-import linecache
 import pickle
 import re
-import sys
-from pathlib import Path
+from contextlib import suppress
 
 import dbmtl_kernels as dbk
 import numpy as np
 import torch
+from lines import Interrupt
 from problems import leaf
 from stepping import FACTORS, KINDS, RAN, drawn, enter, refused, some_tasks, waiting
 
 LOST = "an interrupt came when the .grad of"
-PACKAGE = str(Path(dbk.__file__).parent)
 
 
 # --- failures -----------------------------------------------------------------------------------------------------
@@ -62,31 +60,10 @@ def failure_in_task(loop, dice):
 
 
 def interrupted(call, line):
-    """Whether KeyboardInterrupt was raised before the line of the package with this number, counted as they run."""
-    count, where = 0, None
-
-    def trace(frame, event, _):
-        nonlocal count, where
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        # Python asks for signals in calls and loops; tracing is asked as a `with` ends too, whose exit would not run.
-        leaving = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
-        if event == "line" and not leaving:
-            count += 1
-            if count == line:
-                where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
+    """Where KeyboardInterrupt was raised, before the line of the package with this number, counted as they run."""
+    with suppress(KeyboardInterrupt), Interrupt(line) as lines:
         call()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return where
+    return lines.where
 
 
 def interrupt(loop, dice):
