@@ -125,8 +125,8 @@ def _after_step(ref: weakref.ref[Engine], optimizer: Optimizer, *_: Any) -> None
 
 
 class _Closure:
-    """A closure, as called within one step of an optimizer. Once it has fed a step, a backward whose predecessor's
-    gradient was thrown away is an evaluation at another point, and not another update.
+    """A closure, as called within one step of an optimizer. After the call that fed the step, others are evaluations at
+    other points, and not further updates.
     """
 
     def __init__(self, engine: weakref.ref[Engine], closure: Callable[[], Any]) -> None:
@@ -140,12 +140,12 @@ class _Closure:
         before, count = engine.frozen, engine.steps.changes
         try:
             try:
-                engine.repeating = self._fed
+                engine.frozen = before or self._fed
                 return self._closure()
             finally:
-                engine.repeating, engine.frozen = False, before
+                engine.frozen = before
         finally:  # once more, should an interrupt have come just there
-            engine.repeating, engine.frozen = False, before
+            engine.frozen = before
             self._fed = self._fed or engine.steps.changes > count
 
 

@@ -184,6 +184,7 @@ class GradientBalancer:
         For a second gradient within a step, as SAM takes one. With w_t and m_t those of the last step::
 
             grad = sum_t w_t * ||m_t|| / ||g_t|| * g_t        g_t: of the new point; its norm that of the first such one
+            grad = sum_t w_t * g_t                            with beta = 0
 
         so that every task has the share that it had in the step. It is added to ``.grad``. Of a closure that an
         attached optimizer calls more than once in a step (LBFGS), all calls but the first are such by themselves.

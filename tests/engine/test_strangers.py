@@ -46,7 +46,7 @@ def thawed(net, balancer):
 
 def replaced_on_top(net, balancer):
     net.trunk[4] = nn.Linear(4, 4)
-    return r"shared parameter 4.*had a gradient in an earlier step and none.*rebind", 1
+    return r"shared parameter 4.*had a gradient in an earlier step, and none.*rebind", 1
 
 
 def all_replaced(net, balancer):

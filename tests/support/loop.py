@@ -125,10 +125,11 @@ class Simulation(oracle.Training):
             self.heads += one.heads * factor
             length = np.linalg.norm(one.row)
             if length > 0 and self.weights[one.task] != 0:
-                share = self.weights[one.task] * self.norms[one.task] / self.lengths.get(one.task, length)
+                first = self.lengths.get(one.task, length if self.beta else self.norms[one.task])
+                share = self.weights[one.task] * self.norms[one.task] / first
                 total += share * factor * one.row
             if length > 0:
-                self.lengths.setdefault(one.task, length)
+                self.lengths.setdefault(one.task, length if self.beta else self.norms[one.task])
         for index, part in enumerate(self.parts(total)):
             if self.touched[index] and not self.frozen[index]:
                 self.add(index, part)

@@ -87,13 +87,14 @@ class Attempt:
         """Add the gradient with the weight that the task had last, and the length of its average; not if not finite.
 
         The length is divided by that of the first such gradient in a step, so that the weights stay the same in it.
+        Without a moving average there is nothing to scale to: the weights are those of the step.
         """
         assert self._scratch is not None
         one, flats = self._scratch
         norm, stats, lengths = one.sums().sqrt(), self.rows.stats, self.steps.lengths
         finite, factor = norm.isfinite(), torch.ones_like(norm) if loss_scale is None else loss_scale.to(norm)
         passed_on = factor > self._balanced.propagate_above
-        first = lengths.get(task, norm)
+        first = lengths.get(task, norm if self.steps.averages else stats.norms[task])
         lengths[task] = first = torch.where(first.isfinite() & (first > 0), first, norm)
         weight = stats.weights[task : task + 1]
         share = torch.where((weight != 0) & (first > 0), weight * stats.norms[task : task + 1] / first, 0.0)
@@ -104,6 +105,11 @@ class Attempt:
             self.heads.clear({task: kept[0]})
         elif not bool(kept):
             self._out.add(task)
+
+    @property
+    def ran(self) -> list[int]:
+        """The tasks that had a pass."""
+        return list(self._collectors)
 
     def spoil(self, task: int) -> None:
         """The loss of a task is not finite: it sits out the step, and its row will begin anew."""

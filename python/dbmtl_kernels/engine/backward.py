@@ -38,6 +38,14 @@ class BalancedLoss(Tensor):
             if func is torch.autograd.grad:
                 return _grad(*args, **(kwargs or {}))
             out = func(*args, **(kwargs or {}))
+        if isinstance(out, tuple | list):  # named ones of torch too
+            return type(out)([cls._of(part) for part in out])
+        if type(out) is Tensor and args and out is args[0]:  # in place: the tensor itself is of this kind now
+            out.__class__ = cls
+        return cls._of(out)
+
+    @classmethod
+    def _of(cls, out: Any) -> Any:
         return out.as_subclass(cls) if type(out) is Tensor and out.grad_fn is not None else out
 
 
@@ -69,11 +77,58 @@ class _Balance(torch.autograd.Function):
         if not retain_graph:
             ctx.work = None
         scale = loss_scale_or_none(grads[0])
-        if ctx.gradients is None:
-            engine.run(losses, scale, retain_graph, ctx.inputs)
-        else:
-            ctx.gradients.append(engine.gradients(losses, scale, retain_graph, ctx.inputs))
+        if ctx.gradients is not None:
+            ctx.gradients.append(_gradients(engine, losses, scale, retain_graph, ctx.inputs))
+            return None, None, None, None, None
+        if ctx.inputs is not None and not engine.frozen:
+            _refuse_unnamed(engine, ctx.inputs)
+        engine.run(losses, scale, retain_graph, ctx.inputs)
         return None, None, None, None, None
+
+
+def _gradients(
+    engine: Engine, losses: TaskLosses, loss_scale: Tensor | None, retain_graph: bool, inputs: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """What `Engine.run` would add to the ``.grad`` of ``inputs``, as tensors; every ``.grad`` stays as it is. A step.
+
+    Raises:
+        RuntimeError: a step is open.
+    """
+    engine.end_if_dropped()
+    if engine.steps.open:
+        raise RuntimeError(
+            "autograd.grad of a balanced loss in the middle of a step: it would add to the gradients so far. Call "
+            "optimizer.step() first, or zero_grad()"
+        )
+    before = [engine.grads.flat.kept(p.grad) for p in inputs]
+    try:
+        try:
+            for p in inputs:
+                p.grad = None
+            engine.run(losses, loss_scale, retain_graph, inputs)
+            return [None if p.grad is None else p.grad.clone() for p in inputs]
+        finally:
+            _put_back(engine, inputs, before)
+    finally:  # once more, should an interrupt have come just there
+        _put_back(engine, inputs, before)
+
+
+def _put_back(engine: Engine, parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    for p, grad in zip(parameters, grads, strict=True):
+        p.grad = grad
+    engine.end_step()
+
+
+def _refuse_unnamed(engine: Engine, inputs: Sequence[Tensor]) -> None:
+    """Raise RuntimeError if the balanced gradient so far of a parameter that is not named would be lost."""
+    engine.end_if_dropped()
+    named = {id(p) for p in inputs}
+    for index, (p, left) in enumerate(zip(engine.rows.parameters, engine.grads.left, strict=True)):
+        if left and id(p) not in named:
+            raise RuntimeError(
+                f"backward(inputs=...) within a step, without {engine.rows.describe(index)}, whose .grad has the "
+                "balanced gradient so far: name all shared parameters, or call optimizer.step() first"
+            )
 
 
 def _refuse_create_graph() -> None:

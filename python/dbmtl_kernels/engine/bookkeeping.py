@@ -110,6 +110,11 @@ class Steps:
         self._begun = 0  # steps, since this was made
 
     @property
+    def averages(self) -> bool:
+        """Whether gradients of earlier steps have a say."""
+        return self._beta > 0.0
+
+    @property
     def num_tasks(self) -> int:
         """K."""
         return len(self.seen)

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Collection, Iterable
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..rows import dtensors
 from ..rows.collect import FLUSH_BYTES, RowCollector
+from ..rows.layout import FlatGradient
 from ..rows.placement import Buffer
 from ..rows.ranks import Ranks
 from ..rows.rows import Flats
@@ -92,7 +93,7 @@ class SharedGradients:
         weakref.finalize(self, _remove, self._handles)
         self._arrived: list[int] = []  # parameters whose gradient the pass has made and the collector has not got yet
         self._bytes = 0  # of those
-        self._flats, self._views = dict[Any, Tensor](), list[Tensor]()
+        self.flat = FlatGradient(rows)
         self.due: Due | None = None
         self.undefined: list[int] = []
         # What was written in this step: the tensor left in .grad (None where nothing of ours is), its version then, and
@@ -234,25 +235,21 @@ class SharedGradients:
             named: ids of the parameters to write to; None for all.
         """
         assert self.aside is not None
-        grads = self.aside.grads
-        if not self._views:
-            self._flats = self._rows.new_flats()
-            self._views = self._rows.views(self._flats)
-        views = self._views
+        grads, flat, views = self.aside.grads, self.flat, self.flat.views()
         wanted = [
             seen and p.requires_grad and (named is None or id(p) in named)
             for p, seen in zip(self._parameters, self.touched, strict=True)
         ]
         # Nobody set these to None: what others put there lies in our flat tensor.
-        ours = [index for index, grad in enumerate(grads) if grad is not None and grad is views[index]]
-        for index in [index for index in ours if not wanted[index]]:
-            grads[index] = views[index].clone()
-            ours.remove(index)
+        ours = [index for index, view in enumerate(views) if wanted[index] and grads[index] is view]
+        for index, grad in enumerate(grads):
+            if grad is not None and index not in ours:
+                grads[index] = flat.kept(grad)
         for index, view in enumerate(views if ours else ()):
             if index not in ours:
                 view.zero_()
         self.undefined = ours
-        self._balanced.compute(self._flats, bool(ours), sums)
+        self._balanced.compute(flat.flats, bool(ours), sums)
         self.due, self.undefined = Due(grads, views, wanted, {}, True), []
 
     def take_grads(self, flats: Flats) -> None:

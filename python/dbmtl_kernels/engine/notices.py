@@ -11,7 +11,7 @@ from ..rows.placement import Buffer
 from .graphs import Meeting
 
 NONE = (
-    "no shared parameter got a gradient {}: are they those of the model that gave the losses? "
+    "no shared parameter got a gradient from any task: are they those of the model that gave the losses? "
     "(balancer.rebind(parameters) goes on with others)"
 )
 REBIND = "balancer.rebind(parameters) goes on with others"
@@ -28,12 +28,21 @@ class Notices:
     def __init__(self, rows: Buffer, several: bool) -> None:
         self._rows, self._several = rows, several
         self._said: set[str] = set()
+        self._ran = self._idle = (
+            0  # bits of tasks: those that ever had a pass; those since any parameter had a gradient
+        )
+        self._missed: dict[int, int] = {}  # the same for each parameter, since it had one
+        self._lost: set[int] = set()  # parameters that were named
+        self._strangers: set[int] = set()  # ids of others that were
 
     def once(self, key: str, what: str) -> None:
         """Warn, unless this was said."""
         if key not in self._said:
             self._said.add(key)
-            warnings.warn(what, RuntimeWarning, stacklevel=2)
+            self._warn(what)
+
+    def _warn(self, what: str) -> None:
+        warnings.warn(what, RuntimeWarning, stacklevel=3)
 
     def zero_gradient(self, task: int) -> None:
         """A task's gradient was zero everywhere."""
@@ -44,47 +53,50 @@ class Notices:
             "algorithm, which takes its old direction at full length",
         )
 
-    def no_gradient(self, all_tasks: bool, before: Sequence[bool], now: Sequence[bool]) -> None:
-        """Complain of shared parameters that had no gradient in the passes of a step.
+    def no_gradient(self, ran: Sequence[int], before: Sequence[bool], now: Sequence[bool], whole: bool) -> None:
+        """Complain of shared parameters that had a gradient before, and none since from any task that ever had a pass.
 
         Args:
-            all_tasks: all tasks are in this step.
+            ran: the tasks that had a pass just now.
             before: for each parameter, whether it had a gradient before these passes.
             now: whether it has one in them.
+            whole: these are all passes of the step.
 
         Raises:
-            RuntimeError: with several ranks, none had one.
+            RuntimeError: with several ranks, none had one in a whole step.
         """
-        parameters = self._rows.parameters
-        if not any(now):
-            if (self._several or all_tasks) and any(p.requires_grad for p in parameters):
-                self._none()
-        elif all_tasks and not all(now):
-            lost = [
-                self._rows.describe(index)
-                for index, p in enumerate(parameters)
-                if before[index] and not now[index] and p.requires_grad
-            ]
-            if lost:
-                self.once(
-                    "lost",
-                    f"{', '.join(lost)} had a gradient in an earlier step and none from any task in this one. If "
-                    f"another took its place in the model, that one is not balanced: {REBIND}",
-                )
+        tasks = 0
+        for task in ran:
+            tasks |= 1 << task
+        self._ran |= tasks
+        if all(now):
+            self._idle, self._missed = 0, {}
+            return
+        trains = [p.requires_grad for p in self._rows.parameters]
+        self._idle = 0 if any(now) else self._idle | tasks
+        if not any(now) and any(trains) and ((self._several and whole) or self._idle == self._ran):
+            self._none(whole)
+            return
+        for index, has in enumerate(now):
+            if has or not (before[index] and trains[index]):
+                self._missed.pop(index, None)
+            else:
+                self._missed[index] = self._missed.get(index, 0) | tasks
+        lost = [index for index, missed in self._missed.items() if missed == self._ran and index not in self._lost]
+        self._lost.update(lost)
+        if lost:
+            self._warn(
+                f"{', '.join(map(self._rows.describe, lost))} had a gradient in an earlier step, and none from any "
+                f"task since. If another took its place in the model, that one is not balanced: {REBIND}"
+            )
 
-    def no_gradient_of(self, task: int, now: Sequence[bool]) -> None:
-        """No shared parameter had a gradient in the context of a task."""
-        if not any(now) and any(p.requires_grad for p in self._rows.parameters):
-            self.once("none", NONE.format(f"in task({task})"))
-
-    def _none(self) -> None:
-        complaint = NONE.format("in this step")
-        if self._several:
+    def _none(self, whole: bool) -> None:
+        if self._several and whole:
             raise RuntimeError(
-                f"{complaint} fully_shard puts others in their place (make the balancer after it), and with "
+                f"{NONE} fully_shard puts others in their place (make the balancer after it), and with "
                 "set_requires_gradient_sync(False) keeps the gradients of all tasks in one sum (leave it True)"
             )
-        self.once("none", complaint)
+        self.once("none", NONE)
 
     def undeclared(self, found: Meeting | None, module: nn.Module | None) -> None:
         """Parameters that the tasks share and that are not balanced: as far as a module or the graphs tell.
@@ -98,15 +110,16 @@ class Notices:
         names = {} if module is None else {id(p): name for name, p in module.named_parameters()}
         if module is not None:
             strangers |= {id(p): p for p in module.parameters() if p.requires_grad and id(p) not in shared}
+        strangers = {key: p for key, p in strangers.items() if key not in self._strangers}
         if strangers:
+            self._strangers |= strangers.keys()
             what = [
                 repr(names[key]) if key in names else f"one of shape {tuple(p.shape)}" for key, p in strangers.items()
             ]
-            self.once(
-                "undeclared",
+            self._warn(
                 f"{len(what)} parameter(s) of the part of the model that tasks share were not given to the balancer "
                 f"({', '.join(what[:5])}{', ...' if len(what) > 5 else ''}), and get the plain sum of the tasks' "
-                f"gradients: a layer replaced, added or thawed? {REBIND}",
+                f"gradients: a layer replaced, added or thawed? {REBIND}"
             )
 
     def copied(self) -> None:
@@ -120,11 +133,14 @@ class Notices:
     def lost_grads(self, indices: Sequence[int]) -> None:
         """An interrupt came while the balanced gradient was added to what was in ``.grad``."""
         for index in indices:
-            warnings.warn(
-                f"an interrupt came when the .grad of {self._rows.describe(index)} was written: it is lost",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            self._warn(f"an interrupt came when the .grad of {self._rows.describe(index)} was written: it is lost")
+
+    def optimizer_gone(self) -> None:
+        """The balancer was attached, and the optimizers do not exist any more."""
+        self._warn(
+            "the optimizer that this balancer was attached to is gone: each backward is a step of its own now. Attach "
+            "the one in its place: balancer.attach(optimizer)"
+        )
 
     def replaced(self) -> None:
         """Nothing of the balanced gradient is left, and other tensors are in its place."""

@@ -47,7 +47,6 @@ class Engine:
         module: the one whose parameters are shared, where it is known.
         optimizers: those attached.
         frozen: a backward is no update: gradients get the weights of the last balance, and rows stay.
-        repeating: one whose balanced gradient was thrown away is such a backward.
         copied: this is a deep copy of one that has trained, and has not its averages.
     """
 
@@ -65,7 +64,7 @@ class Engine:
         self.ranks, self.steps, self.weighting = ranks, steps, weighting
         self.module: weakref.ref[torch.nn.Module] | None = None
         self.optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
-        self.frozen = self.repeating = self.copied = False
+        self.frozen = self.copied = False
         self._group_unnamed, self._skip_zeros, self._propagate_above = group_unnamed, skip_zeros, propagate_above
         self.turns = Turns()
         self.use(rows)
@@ -152,8 +151,8 @@ class Engine:
         if not attempt.frozen:
             if None in finite:
                 steps.note_finite(losses.tasks, losses.values)
-            everyone = len(losses.tasks) == steps.num_tasks and False not in finite
-            self.parts.notices.no_gradient(everyone, attempt.touched, grads.collected)
+            ran = losses.tasks if False not in finite else attempt.ran
+            self.parts.notices.no_gradient(ran, attempt.touched, grads.collected, whole=True)
 
     def _find_heads(self, losses: TaskLosses, look_around: bool) -> None:
         """In the first step, and ever more rarely, look for parameters that should be shared as well."""
@@ -162,31 +161,6 @@ class Engine:
         found = self.heads.begin(self.stepped, losses.losses, whole)
         if whole:
             self.parts.notices.undeclared(found, None if self.module is None else self.module())
-
-    def gradients(
-        self, losses: TaskLosses, loss_scale: Tensor | None, retain_graph: bool, inputs: Sequence[Tensor]
-    ) -> list[Tensor | None]:
-        """What `run` would add to the ``.grad`` of ``inputs``, as tensors; every ``.grad`` stays as it is. A step.
-
-        Raises:
-            RuntimeError: a step is open.
-        """
-        self.end_if_dropped()
-        if self.steps.open:
-            raise RuntimeError(
-                "autograd.grad of a balanced loss in the middle of a step: it would add to the gradients so far. Call "
-                "optimizer.step() first, or zero_grad()"
-            )
-        before = [p.grad for p in inputs]
-        try:
-            for p in inputs:
-                p.grad = None
-            self.run(losses, loss_scale, retain_graph, inputs)
-            return [None if p.grad is None else p.grad.clone() for p in inputs]
-        finally:
-            for p, grad in zip(inputs, before, strict=True):
-                p.grad = grad
-            self.end_step()
 
     # --- task by task -----------------------------------------------------------------------------------------
 
@@ -237,7 +211,7 @@ class Engine:
         attempt.collect(index, scale, self._skip_zeros)
         attempt.collected(index, scale)
         if not spoilt:
-            self.parts.notices.no_gradient_of(index, self.grads.collected)
+            self.parts.notices.no_gradient([index], attempt.touched, self.grads.collected, whole=False)
         attempt.write_task(index)
 
     def balance(self) -> None:
@@ -278,8 +252,10 @@ class Engine:
 
     def _attempt(self) -> Attempt:
         self.rows.check_unchanged()
-        if self.repeating and self.grads.was_dropped():
-            self.frozen = True  # until the closure returns
+        if self.optimizers and not self.attached:
+            self.optimizers = []
+            self.end_step()
+            self.parts.notices.optimizer_gone()
         if self.frozen and not self.steps.started:
             raise RuntimeError("a backward that is no update needs the weights of a step before it: there was none yet")
         return Attempt(self.parts, self.frozen, ends=not self.attached)

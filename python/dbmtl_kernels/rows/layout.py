@@ -1,4 +1,4 @@
-"""ParameterLayout: a list of parameters laid out as segments of one padded flat row."""
+"""ParameterLayout: a list of parameters laid out as segments of one padded flat row, and what has that layout."""
 
 from __future__ import annotations
 
@@ -228,3 +228,46 @@ def _memory_order(p: Tensor) -> list[int]:
         return list(range(p.dim()))
     strides = p.stride()
     return sorted(range(p.dim()), key=lambda d: (-strides[d], -p.shape[d]))
+
+
+class FlatGradient:
+    """A flat tensor for each dtype and device, and views of it that become the ``.grad`` of the parameters.
+
+    A view is an object that anybody may give other memory (``.grad.data = ...``, ``model.half()``); it is not a view
+    then, and another takes its place.
+
+    Args:
+        rows: a buffer, which knows the layout.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+        self._views: list[Tensor] = []
+        self._locals: list[Tensor] = []  # of DTensors what is here
+        self._addresses: list[int] = []
+        self._storages: set[int] = set()
+        self.flats: dict[Any, Tensor] = {}
+
+    def views(self) -> list[Tensor]:
+        """Each parameter's part; allocated when first asked for."""
+        if not self._addresses:
+            self.flats = self._rows.new_flats()
+            self._storages = {flat.untyped_storage().data_ptr() for flat in self.flats.values()}
+            self._take(self._rows.views(self.flats))
+            self._addresses = list(map(Tensor.data_ptr, self._locals))
+        elif list(map(Tensor.data_ptr, self._locals)) != self._addresses:
+            here = zip(self._views, self._locals, self._addresses, self._rows.views(self.flats), strict=True)
+            self._take([view if own.data_ptr() == address else new for view, own, address, new in here])
+        return self._views
+
+    def _take(self, views: list[Tensor]) -> None:
+        self._views, self._locals = views, list(map(dtensors.local, views))
+
+    def holds(self, grad: Tensor) -> bool:
+        """Whether a tensor lies in this memory, as one of the views or as another object."""
+        grad = dtensors.local(grad)
+        return grad.layout is torch.strided and grad.untyped_storage().data_ptr() in self._storages
+
+    def kept(self, grad: Tensor | None) -> Tensor | None:
+        """The same numbers where the next balance does not overwrite them."""
+        return grad.clone() if grad is not None and self.holds(grad) else grad
