@@ -123,6 +123,13 @@ def meet(losses: Sequence[Tensor], shared: set[int], whole: bool) -> Meeting:
     return found
 
 
+def meet_at_once(losses: Sequence[Tensor]) -> bool:
+    """Whether the losses were taken out of one tensor, so that no node is reached from one of them alone."""
+    nodes = {loss.grad_fn for loss in losses}
+    above = {node.next_functions[0][0] for node in nodes if node is not None and node.next_functions}
+    return len(losses) > 1 and (len(nodes) == 1 or len(above) == 1)
+
+
 def find_shared_parameters(losses: Sequence[Tensor], *, stacklevel: int = 2) -> list[Tensor]:
     """The parameters that two losses or more depend on: what a balancer should be given.
 

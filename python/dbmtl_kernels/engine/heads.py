@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..rows import dtensors
 from ..rows.ranks import Ranks
 from . import losses as loss_values
-from .graphs import Meeting, meet, walk
+from .graphs import Meeting, meet, meet_at_once, walk
 
 # The same bits as whole numbers: times 0 they are 0, where NaN times 0 is NaN.
 WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -49,7 +49,8 @@ class HeadGradients:
         self._ranks = ranks
         self._device = device
         self._wrappers: list[weakref.ref[DistributedDataParallel]] | None = None
-        self._common: list[weakref.ref[Tensor]] = []  # not shared, but reached by several tasks, when last looked for
+        # Not shared, but reached by several tasks, when last looked for.
+        self._common: list[weakref.ref[Tensor]] | None = None
         self._heads: dict[int, Head] = {}  # by id
         self._known = False  # some of them from a wrapper or an optimizer
 
@@ -112,13 +113,13 @@ class HeadGradients:
                 self._watch([p for p in leaves if isinstance(p, nn.Parameter)], f"loss {index}")
             return None
         found = meet(losses, self._shared, whole)
-        if not (whole or found.leaves):  # they meet at once, as those in one tensor do
+        further = not (whole or found.leaves) and (self._common is None or meet_at_once(losses))
+        if further:
             found = meet(losses, self._shared, whole=True)
         self._watch(found.leaves, "graph")
-        if not whole:
-            return None
-        self._common = [weakref.ref(p) for p in found.common]
-        return found
+        if whole or further:
+            self._common = [weakref.ref(p) for p in found.common]
+        return found if whole else None
 
     @contextmanager
     def sharing_logs(self, task: int, expected: bool) -> Iterator[list[int]]:
