@@ -124,12 +124,12 @@ class Simulation(oracle.Training):
                 continue
             self.heads += one.heads * factor
             length = np.linalg.norm(one.row)
+            last = self.norms[one.task]
+            first = self.lengths.get(one.task, length if self.beta or not 0 < last < np.inf else last)
             if length > 0 and self.weights[one.task] != 0:
-                first = self.lengths.get(one.task, length if self.beta else self.norms[one.task])
-                share = self.weights[one.task] * self.norms[one.task] / first
-                total += share * factor * one.row
-            if length > 0:
-                self.lengths.setdefault(one.task, length if self.beta else self.norms[one.task])
+                total += self.weights[one.task] * last / first * factor * one.row
+            if first > 0:
+                self.lengths[one.task] = first
         for index, part in enumerate(self.parts(total)):
             if self.touched[index] and not self.frozen[index]:
                 self.add(index, part)
