@@ -201,7 +201,7 @@ class Attempt:
             self.grads.compute_grads(self._sums, named)
         except Exception:
             self.heads.restore()
-            self.grads.undefined = []  # a weighting raises before anything is added
+            self.grads.undefined = set()  # a weighting raises before anything is added
             self.grads.restore_grads()
             self._sit_out()
             self._end_step()

@@ -95,7 +95,7 @@ class SharedGradients:
         self._bytes = 0  # of those
         self.flat = FlatGradient(rows)
         self.due: Due | None = None
-        self.undefined: list[int] = []
+        self.undefined: set[int] = set()
         # What was written in this step: the tensor left in .grad (None where nothing of ours is), its version then, and
         # whether it held nothing else.
         self._left: list[Tensor | None] = [None] * len(self._parameters)
@@ -150,8 +150,8 @@ class SharedGradients:
         assert self.aside is not None
         for index in self.undefined:
             self.aside.grads[index] = None
-        self._notices.lost_grads(self.undefined)
-        self.undefined = []
+        self._notices.lost_grads(sorted(self.undefined))
+        self.undefined = set()
 
     def forget(self) -> None:
         """What is in ``.grad`` is the caller's from now on; nothing of it is kept alive here."""
@@ -241,7 +241,7 @@ class SharedGradients:
             for p, seen in zip(self._parameters, self.touched, strict=True)
         ]
         # Nobody set these to None: what others put there lies in our flat tensor.
-        ours = [index for index, view in enumerate(views) if wanted[index] and grads[index] is view]
+        ours = {index for index, view in enumerate(views) if wanted[index] and grads[index] is view}
         for index, grad in enumerate(grads):
             if grad is not None and index not in ours:
                 grads[index] = flat.kept(grad)
@@ -250,7 +250,7 @@ class SharedGradients:
                 view.zero_()
         self.undefined = ours
         self._balanced.compute(flat.flats, bool(ours), sums)
-        self.due, self.undefined = Due(grads, views, wanted, {}, True), []
+        self.due, self.undefined = Due(grads, views, wanted, {}, True), set()
 
     def take_grads(self, flats: Flats) -> None:
         """Let `put_grads` add ``flats``, which are then the caller's."""

@@ -102,7 +102,7 @@ def _any_nonzero(grads: Iterable[Tensor | None]) -> bool:
     """On the host; of most gradients a prefix tells."""
     for grad in grads:
         if grad is not None:
-            if grad.is_contiguous() and bool(grad.view(-1)[:PREFIX].any()):
+            if grad.numel() > PREFIX and grad.is_contiguous() and bool(grad.view(-1)[:PREFIX].any()):
                 return True
             if bool(grad.any()):
                 return True
