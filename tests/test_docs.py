@@ -8,7 +8,14 @@ import pytest
 from ranks import torchrun
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/guide.md", "docs/gradients.md", "docs/training.md", "docs/integrations.md"]
+PAGES = [
+    "README.md",
+    "docs/guide.md",
+    "docs/gradients.md",
+    "docs/onepass.md",
+    "docs/training.md",
+    "docs/integrations.md",
+]
 
 
 def snippets_of(page):

@@ -37,6 +37,33 @@ def node_names():
     assert type(compiled.grad_fn).__name__ == "CompiledFunctionBackward"
 
 
+def nodes_that_pass_on():
+    from torch.nn.parallel import distributed
+
+    p = torch.ones(2, requires_grad=True)
+    one, other = p.sum(), p.prod()
+    stack = torch.stack([one, other])
+    assert stack.grad_fn.name() == "StackBackward0"
+    assert stack.unbind()[1].grad_fn.name() == "UnbindBackward0"
+    assert stack[-1].grad_fn.name() == "SelectBackward0"
+    assert stack[0].grad_fn._saved_index == 0
+    assert stack[-1].grad_fn._saved_index in (1, -1, 2**64 - 1)
+    assert [node for node, _ in stack.grad_fn.next_functions] == [one.grad_fn, other.grad_fn]
+    assert issubclass(distributed._DDPSink, torch.autograd.Function)
+
+
+def graph_task():
+    ids = []
+    p = torch.ones(2, requires_grad=True)
+    for _ in range(2):
+        loss = p.sum()
+        loss.grad_fn.register_hook(lambda *_: ids.append(torch._C._current_graph_task_id()))
+        loss.backward()
+    assert torch._C._current_graph_task_id() == -1
+    assert -1 not in ids
+    assert ids[0] != ids[1]
+
+
 def node_sequence():
     x = torch.ones(2, requires_grad=True)
     first = x * 2
@@ -133,8 +160,8 @@ def torchjd():
 
 CASES = [
     assert_async, compiled_module, custom_backward, distributed_data_parallel, donated_buffer, dtensor_local,
-    fully_sharded_1, hooks_of_a_parameter, node_names, node_sequence, subclass_without_functions, tensor_version,
-    torchjd, trainer,
+    fully_sharded_1, graph_task, hooks_of_a_parameter, node_names, node_sequence, nodes_that_pass_on,
+    subclass_without_functions, tensor_version, torchjd, trainer,
 ]  # fmt: skip
 
 

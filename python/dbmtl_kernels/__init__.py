@@ -5,6 +5,7 @@ from .balancer import GradientBalancer
 from .dbmtl import DBMTL
 from .engine.graphs import find_shared_parameters
 from .functional import balance_, log_transform
+from .onepass.balancer import OnePassDBMTL
 from .weightings import EqualWeights, GradNorm, IMTLLoss, MaxNorm
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "GradientBalancer",
     "IMTLLoss",
     "MaxNorm",
+    "OnePassDBMTL",
     "balance_",
     "find_shared_parameters",
     "log_transform",

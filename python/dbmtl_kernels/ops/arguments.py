@@ -72,9 +72,14 @@ def check_finite(name: str, value: float) -> float:
 
 def check_num_tasks(num_tasks: SupportsIndex) -> int:
     """Raise TypeError or ValueError unless K is an integer (NumPy's too) >= 1."""
-    count = _int("num_tasks", num_tasks)
+    return check_count("num_tasks", num_tasks)
+
+
+def check_count(name: str, value: SupportsIndex) -> int:
+    """Raise TypeError or ValueError unless ``value`` is an integer >= 1."""
+    count = _int(name, value)
     if count < 1:
-        raise ValueError(f"num_tasks must be at least 1, got {count}")
+        raise ValueError(f"{name} must be at least 1, got {count}")
     return count
 
 

@@ -1,0 +1,162 @@
+"""Levels: how long each task's gradient was when it was last measured, when to measure next, how far off that was."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..ops.arguments import check_num_tasks
+
+DENSE_STEPS = 64  # up to here all tasks are measured at each power of two: norms move fast at first
+KEPT = 32  # errors kept of each task
+FAR_OFF = 1.0  # of the 90th percentile of |log(measured / assumed)|: weights off by a factor of e
+
+
+class Audit(NamedTuple):
+    """How far the weights of a `OnePassDBMTL` were off, whenever a task was measured.
+
+    Attributes:
+        median: (K,) of ``|log(measured norm / assumed norm)|`` over the last 32 measurements; NaN before the second.
+        p90: (K,) the 90th percentile of the same.
+        measured: backward passes made to measure, of all tasks.
+        saved: backward passes that `DBMTL` would have made besides.
+        cosine: of the trunk's gradient with the exact one, when all tasks were measured last with ``audit="full"``;
+            else NaN.
+    """
+
+    median: Tensor
+    p90: Tensor
+    measured: int
+    saved: int
+    cosine: float
+
+
+class Levels:
+    """Norms of task gradients, measured now and then.
+
+    Args:
+        num_tasks: K.
+        measure_every: in every how many steps one task is measured, in turn.
+        full_every: in every how many steps all are; 0 for never.
+        device: where the norms are kept, in float64 (float32 where there is none).
+
+    Attributes:
+        norms: (K,) as last measured, without the factor of the loss; NaN before.
+    """
+
+    def __init__(self, num_tasks: int, measure_every: int, full_every: int, device: torch.device) -> None:
+        self._every, self._full = measure_every, full_every
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        num_tasks = check_num_tasks(num_tasks)
+        self.norms = torch.full((num_tasks,), torch.nan, dtype=wide, device=device)
+        self._errors = torch.full((num_tasks, KEPT), torch.nan, dtype=wide, device=device)
+        self._known: set[int] = set()
+        self._turn, self._counts = num_tasks - 1, [0] * num_tasks
+        self.step = self.passes = self._possible = 0
+        self.cosine: Tensor | None = None
+        self._told = False
+
+    def begin(self, present: Sequence[int]) -> list[int]:
+        """A step begins, in which these tasks take part. Which of them to measure."""
+        self.step += 1
+        step, count = self.step, len(self._counts)
+        self._possible += len(present)
+        if _is_dense(step) or self.is_full():
+            return list(present)
+        due = {task for task in present if task not in self._known}
+        if step % self._every == 0:
+            turns = ((self._turn + n) % count for n in range(1, count + 1))
+            turn = next((task for task in turns if task in present), None)
+            if turn is not None:
+                self._turn = turn
+                due.add(turn)
+        return [task for task in present if task in due]
+
+    def measures_next(self) -> bool:
+        """Whether anything will be measured in the next step, but for tasks that were not seen so far."""
+        after = self.step + 1
+        return _is_dense(after) or after % self._every == 0 or (self._full > 0 and after % self._full == 0)
+
+    def is_full(self) -> bool:
+        """Whether this is a step in which all are measured, and compared with the exact gradient."""
+        return self._full > 0 and self.step % self._full == 0
+
+    def observe(self, norms: Mapping[int, Tensor]) -> None:
+        """What was measured. Norms of 0, or not finite, tell nothing: the old level stays."""
+        for task, norm in norms.items():
+            old = self.norms[task]
+            norm = norm.to(old)
+            usable = norm.isfinite() & (norm > 0)
+            error = torch.where(usable & old.isfinite(), (norm / old).log().abs(), torch.nan)
+            self._errors[task, self._counts[task] % KEPT] = error
+            self.norms[task] = torch.where(usable, norm, old)
+            self._counts[task] += 1
+            self.passes += 1
+            if norm.device.type != "cpu" or bool(usable):
+                self._known.add(task)
+        if norms and not self._told and min(self._counts) >= KEPT // 2 and self.step % 16 == 0:
+            self._warn()
+
+    def compare(self, gradients: Mapping[int, Tensor], assumed: Tensor, exact: Tensor) -> None:
+        """`cosine` of the sums of these gradients with two kinds of (K,) weights."""
+        first = next(iter(gradients.values()))
+        one, other = torch.zeros_like(first), torch.zeros_like(first)
+        for task, grad in gradients.items():
+            one.add_(grad * assumed[task].to(grad.dtype))
+            other.add_(grad * exact[task].to(grad.dtype))
+        self.cosine = torch.nn.functional.cosine_similarity(one, other, dim=0)
+
+    def weights(self, present: Sequence[int], scale: str | float, eps: float, finite: Tensor | None = None) -> Tensor:
+        """(K,) scale(n) / (n_t + eps); 1 where nothing is known yet, 0 of tasks that are absent."""
+        here = torch.zeros_like(self.norms, dtype=torch.bool)
+        here[list(present)] = True
+        here = here if finite is None else here & finite
+        known = self.norms.isfinite()
+        return torch.where(here & ~known, 1.0, reference.weights(self.norms, eps, scale, here & known))
+
+    def audit(self) -> Audit:
+        """See `Audit`; a sync."""
+        median, p90 = (self._errors.nanquantile(q, dim=1) for q in (0.5, 0.9))
+        cosine = float("nan") if self.cosine is None else float(self.cosine)
+        return Audit(median, p90, self.passes, self._possible - self.step - self.passes, cosine)
+
+    def _warn(self) -> None:
+        far = [task for task, error in enumerate(self.audit().p90.tolist()) if error > FAR_OFF]
+        if far:
+            self._told = True
+            warnings.warn(
+                f"the gradients of task(s) {far} changed in length by more than a factor of e between measurements: "
+                "weights are far off. Lower measure_every, or use DBMTL, which measures all in every step",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {
+            "step": self.step,
+            "turn": self._turn,
+            "counts": list(self._counts),
+            "known": sorted(self._known),
+            "passes": self.passes,
+            "possible": self._possible,
+            "norms": self.norms,
+            "errors": self._errors,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` gave; it was checked."""
+        self.step, self._turn, self.passes = int(state["step"]), int(state["turn"]), int(state["passes"])
+        self._possible, self._counts = int(state["possible"]), [int(x) for x in state["counts"]]
+        self._known = {int(x) for x in state["known"]}
+        self.norms.copy_(state["norms"])
+        self._errors.copy_(state["errors"])
+
+
+def _is_dense(step: int) -> bool:
+    return step <= DENSE_STEPS and step & (step - 1) == 0

@@ -1,0 +1,56 @@
+"""Ranks of one DistributedDataParallel model that OnePassDBMTL trains: its parameters, how ranks differ, refusals."""
+
+import json
+import sys
+from pathlib import Path
+
+import dbmtl_kernels as dbk
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from zoo import K, Model
+
+folder = Path(sys.argv[1])
+dist.init_process_group("gloo")
+rank, size = dist.get_rank(), dist.get_world_size()
+
+
+def mine(x):
+    return x.chunk(size)[rank]
+
+
+def trained(unused):
+    model = Model()
+    balancer = dbk.OnePassDBMTL(model.trunk, K, process_group=dist.group.WORLD, measure_every=3)
+    parameters = model.train_on(balancer, DistributedDataParallel(model, find_unused_parameters=unused), mine)
+    here = torch.cat([parameters, balancer.weights, balancer.norms])
+    others = [torch.empty_like(here) for _ in range(size)]
+    dist.all_gather(others, here)
+    return {"identical": all(torch.equal(here, other) for other in others), "parameters": parameters.tolist()}
+
+
+def refusal(call, some=None, group=dist.group.WORLD):
+    model = Model()
+    wrapped = call(model)
+    losses = wrapped(mine(torch.ones(8, 8, dtype=torch.float64)))
+    try:
+        balancer = dbk.OnePassDBMTL(model.trunk, K, process_group=group)
+        balancer(losses if some is None else some(losses))
+    except RuntimeError as error:
+        return str(error)
+    return "not refused"
+
+
+def absent(losses):
+    return [None, *losses[1:]] if rank == 0 else losses
+
+
+result = {
+    "trained": [trained(unused) for unused in (False, True)],
+    "unnamed group": refusal(DistributedDataParallel, group=None),
+    "no wrapper": refusal(lambda model: model),
+    "static graph": refusal(lambda model: DistributedDataParallel(model, static_graph=True)),
+    "absent on one rank": refusal(DistributedDataParallel, absent),
+}
+(folder / f"{rank}.json").write_text(json.dumps(result))
+dist.barrier()

@@ -1,0 +1,44 @@
+"""OnePassDBMTL under DistributedDataParallel does what one process does with the whole batch."""
+
+import json
+from pathlib import Path
+
+import dbmtl_kernels as dbk
+import pytest
+import torch
+from ranks import torchrun
+from zoo import K, Model
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("replicas")
+    torchrun(request.param, Path(__file__).parent / "replicas.py", folder)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
+
+
+def test_a_hundred_steps(ranks):
+    model = Model()
+    start = torch.cat([p.detach().reshape(-1) for p in Model().parameters()])
+    expected = model.train_on(dbk.OnePassDBMTL(model.trunk, K, measure_every=3), model, lambda x: x)
+    assert (expected - start).norm() > 0.01
+    for result in ranks:
+        for run in result["trained"]:
+            assert run["identical"]
+            assert (torch.tensor(run["parameters"], dtype=torch.float64) - expected).norm() <= 1e-8 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("unnamed group", "was given none"),
+        ("no wrapper", "no DistributedDataParallel holds the shared parameters"),
+        ("static graph", "static_graph=True"),
+        ("absent on one rank", "the ranks give different tasks"),
+    ],
+)
+def test_refusals_on_every_rank(ranks, case, words):
+    for result in ranks:
+        assert words in result[case]
