@@ -61,7 +61,7 @@ class HeadGradients:
 
         It would reduce the gradients of the first backward pass only, in the background.
         """
-        for wrapper in self._live_wrappers():
+        for wrapper in self.live_wrappers():
             # Within its forward pass (Lightning runs the training step there) what the last one said does not count.
             within = wrapper is DistributedDataParallel._get_active_ddp_module()
             if wrapper.require_backward_grad_sync if within else wrapper.require_forward_param_sync:
@@ -88,7 +88,7 @@ class HeadGradients:
         self._heads = {}
         wrapped = []
         if self._ranks.size > 1:
-            wrapped = [p for wrapper in self._live_wrappers() for p in wrapper.parameters()]
+            wrapped = [p for wrapper in self.live_wrappers() for p in wrapper.parameters()]
             self._watch(wrapped, "wrapper")
         if stepped:
             self._watch(stepped, "optimizer")
@@ -283,7 +283,7 @@ class HeadGradients:
             head.parameter.grad = head.before
         self._heads = {}
 
-    def _live_wrappers(self) -> list[DistributedDataParallel]:
+    def live_wrappers(self) -> list[DistributedDataParallel]:
         """The DistributedDataParallel modules that hold shared parameters. Looked for once, it takes 0.1 s."""
         if self._wrappers is None:
             modules = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]

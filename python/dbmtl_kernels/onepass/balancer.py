@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import gc
-import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from .. import checkpoint
+from ..attachment import Attachment
 from ..dbmtl import DBMTL
 from ..engine.losses import Given, TaskLosses
+from ..engine.notices import NONE
 from ..ops import arguments
 from ..recipe import NONFINITE, Shared
-from ..rows import placement
-from .frontier import Frontier, Weighing, find_frontier, root_of
+from ..rows import dtensors, placement
+from ..weightings import Weighting
+from .frontier import Frontier, find_frontier
 from .levels import Audit, Levels
 from .step import HIDDEN, Measurement, balanced_loss
+from .weighing import Weighing
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,10 +31,9 @@ if TYPE_CHECKING:
 AUDITS = (None, "full")
 FULL_EVERY = 100  # steps, of audit="full"
 VERSION = "one pass, 1"
-OWN = ("_shared", "_ranks", "_known", "_weighing", "_exact", "_weighed", "_handle", "_open")  # what a copy makes anew
 
 
-class OnePassDBMTL:
+class OnePassDBMTL(DBMTL):
     """DB-MTL at the price of the plain sum: one ordinary backward of ``sum_t log(loss_t + eps)``.
 
     With theta the P shared parameters, each task's gradient is weighted where it enters the part of the graph that
@@ -42,10 +44,12 @@ class OnePassDBMTL:
 
     This is Algorithm 1 with beta = 0, but that n_t is the norm of g_t when it was last measured: by a backward pass of
     its own, in steps 1, 2, 4, ..., 64 of all tasks, after that of one task every ``measure_every`` steps, in turn.
-    Heads get the plain gradient of the sum of the log-losses. K numbers of state, no K x P buffer.
+    Heads get the plain gradient of the sum of the log-losses. K numbers of state, no row.
 
-    It is the trainer's own backward: hooks, ``inputs=``, ``autograd.grad``, accumulation and plain
-    DistributedDataParallel (without ``no_sync()``) see one pass, as of any loss.
+    It is the trainer's own backward: hooks, ``inputs=``, ``autograd.grad``, accumulation, plain
+    DistributedDataParallel (without ``no_sync()``) and FSDP2 see one pass, as of any loss. Parameters of
+    ``fully_shard`` are measured by a step of the exact form, `DBMTL` with ``beta=0.0``, of all tasks in every
+    K * ``measure_every`` steps. The exact form also takes steps whose losses cannot be told apart in their graph.
 
     Args:
         shared_parameters: leaf tensors, or a module for all its parameters that require grad. Everything that two
@@ -61,8 +65,8 @@ class OnePassDBMTL:
             finite is passed on under. It is judged where it enters the shared part: what is left out are its entries
             there, while the head keeps what it got.
         audit: "full" measures all tasks every 100 steps, and compares the trunk's gradient with the exact one.
-        strict: raise where losses cannot be told apart in their graph. By default the exact form, `DBMTL` with
-            ``beta=0.0``, takes such steps, and a warning says why.
+        strict: raise where losses cannot be told apart in their graph. By default the exact form takes such steps, and
+            a warning says why.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `GradientBalancer`.
@@ -84,65 +88,79 @@ class OnePassDBMTL:
         audit: str | None = None,
         strict: bool = False,
     ) -> None:
-        self.num_tasks = arguments.check_num_tasks(num_tasks)
-        self.measure_every = arguments.check_count("measure_every", measure_every)
-        self.eps, self.scale = arguments.check_eps(eps), arguments.check_scale(scale)
-        self.log_transform, self.strict = log_transform, strict
-        self._above = NONFINITE[arguments.check_choice("nonfinite", nonfinite, NONFINITE)]
-        self._group = process_group
-        full = FULL_EVERY if arguments.check_choice("audit", audit, AUDITS) else 0
-        self._begin(Shared.of(shared_parameters))
-        self._levels = Levels(self.num_tasks, self.measure_every, full, self._device)
-        self._weights = torch.zeros_like(self._levels.norms)
-        self._nonfinite = torch.zeros(self.num_tasks, dtype=torch.int64, device=self._device)
+        self.measure_every, self.strict = arguments.check_count("measure_every", measure_every), strict
+        self._full = FULL_EVERY if arguments.check_choice("audit", audit, AUDITS) else 0
+        given = shared_parameters if isinstance(shared_parameters, nn.Module) else list(shared_parameters)
+        parameters = given.parameters() if isinstance(given, nn.Module) else given
+        wide = any(isinstance(p, Tensor) and p.dtype == torch.float64 for p in parameters)
+        super().__init__(
+            given, num_tasks, beta=0.0, beta_sigma=0.0, eps=eps, scale=scale, log_transform=log_transform,
+            state_dtype=torch.float64 if wide else torch.float32, process_group=process_group, nonfinite=nonfinite,
+        )  # fmt: skip
 
-    def _begin(self, shared: Shared) -> None:
-        """With these parameters; also of a copy."""
-        given, self._ranks = placement.check_replicas(shared.parameters, self._group)
-        self._shared, self._ids, self._device = shared, {id(p) for p in given}, given[0].device
+    def _begin(self, shared: Shared, num_tasks: int, weighting: Weighting, frozen_ok: bool = False) -> None:
+        super()._begin(shared, num_tasks, weighting, frozen_ok)
+        self._sharded = placement.is_distributed(self._engine.rows.parameters)
+        self._levels = Levels(num_tasks, self.measure_every, self._full, self._sharded, self._engine.rows.device)
+        self._others = torch.zeros((), dtype=torch.bool, device=self._engine.rows.device)
+        self._forget()
+
+    def _forget(self) -> None:
+        """What is known of the graphs, and of the weights set last."""
         self._known: set[Any] = set()  # structures of frontiers that were found in the whole graph
-        self._weighing: Weighing | None = None  # of the last step
-        self._weighed: list[int] = []  # whose weights these are
-        self._exact: DBMTL | None = None
-        self._handle: Any = None
-        self._open = False
+        self._ids: set[int] = set()  # of the shared parameters, as the graph has them
+        self._weighed: tuple[int, ...] | None = None  # whose weights these are
+        self._exact_from: int | None = None  # `Steps.changes` before a step of the exact form, until its norms are read
+        self._synchronised = False  # a backward of the open step was averaged over the ranks
 
     # --- a step -----------------------------------------------------------------------------------------------
 
-    def __call__(self, losses: Given, *, tasks: Sequence[int] | None = None) -> Tensor:
+    def __call__(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> Tensor:
         """A scalar to call ``backward()`` on; see `GradientBalancer.__call__` for value, arguments and errors.
+
+        Args:
+            losses: as there.
+            tasks: as there.
+            retain_graph: of steps that the exact form takes, keep the graphs; others ask ``backward(retain_graph=)``.
 
         Raises:
             ValueError: also with ``strict`` where losses cannot be told apart.
             RuntimeError: also with several ranks whose shared parameters no DistributedDataParallel averages, or one
-                with ``static_graph``. From ``backward()`` where norms are due to be measured and cannot be: a
-                re-entrant checkpoint hides parameters, or a CUDA graph is being captured.
+                with ``static_graph``; a re-entrant checkpoint, which hides parameters. From ``backward()`` where norms
+                are due to be measured while a CUDA graph is being captured; two balanced losses in one backward.
 
         Warns:
-            RuntimeWarning: once, where the exact form takes the step.
+            RuntimeWarning: once, where the exact form takes the step for want of another.
         """
-        present = TaskLosses(losses, tasks, self.num_tasks, self.eps if self.log_transform else None)
+        present = self._losses(losses, tasks)
         if not torch.is_grad_enabled():
             present.check_logarithms()
             return present.total()
         present.check_graphs()
-        if self._group is None:
+        engine = self._engine
+        if self._recipe.process_group is None and not self._sharded:
             placement.refuse_unnamed_group()
+        self._read_exact()
+        if engine.steps.open and all(p.grad is None for p in engine.rows.parameters):
+            engine.end_step()  # thrown away, as after a step that a GradScaler skipped
+        if self._sharded and not self._held and self._levels.due(present.tasks):
+            return self._exactly(losses, tasks, retain_graph)
         frontier = self._find(present)
         if frontier.strangers:
-            return self._exactly(present, frontier)
-        present.share(self._ranks, self._device)
+            self._refuse_or_tell(frontier)
+            return self._exactly(losses, tasks, retain_graph)
+        if engine.ranks.size > 1 and not self._sharded:
+            self._check_wrapper()
+        present.share(engine.ranks, engine.rows.device)
         present.check_logarithms()
-        self._nonfinite += self._seen()
-        self._weighing = Weighing(self._weights, self._above)
-        self._weighing.watch(frontier)
-        return balanced_loss(self, present, self._weighing, frontier.at_root)
+        weighing = Weighing(frontier, engine.rows.stats, NONFINITE[self._recipe.nonfinite], self._others)
+        return balanced_loss(self, present, weighing, frontier.at_root)
 
-    def backward(self, losses: Given, *, tasks: Sequence[int] | None = None) -> None:
+    def backward(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> None:
         """``balancer(losses).backward()``, named."""
-        self(losses, tasks=tasks).backward()
+        self(losses, tasks=tasks, retain_graph=retain_graph).backward(retain_graph=retain_graph)
 
-    def task(self, index: int, **_: Any) -> None:
+    def task(self, index: int, *, loss_scale: float | Tensor | None = None) -> AbstractContextManager[None]:
         """Not of this form: the weights of all tasks meet in one backward.
 
         Raises:
@@ -153,68 +171,136 @@ class OnePassDBMTL:
             "of a forward pass of its own), or use DBMTL"
         )
 
-    def set_weights(self, now: Measurement, finite: Tensor | None) -> None:
-        """A backward pass begins: measure what is due, and set the weights, unless they are held.
+    @property
+    def _held(self) -> bool:
+        """Whether weights stay as they are: within a step, and where a backward is no update."""
+        return self._engine.steps.open or self._engine.frozen
+
+    def begin_pass(
+        self, now: Measurement, weighing: Weighing, factor: Tensor, finite: Mapping[int, Tensor], dead: Collection[int]
+    ) -> None:
+        """A backward pass begins: measure what is due, set the weights, unless they are held, and apply them.
 
         Args:
             now: knows the tasks that take part, and measures.
-            finite: (K,) bool, whose loss is, where only the device knows.
+            weighing: applies them.
+            factor: of the balanced loss.
+            finite: whose loss is, of those that only the device knows.
+            dead: the tasks whose loss is known not to be.
         """
-        if self._open:
+        engine, levels = self._engine, self._levels
+        stats, steps = engine.rows.stats, engine.steps
+        mask: Tensor | None = None
+        if finite or dead:
+            mask = torch.ones_like(stats.nonfinite)
+            for task in dead:
+                mask[task] = False
+            for task, flag in finite.items():
+                mask[task] = flag.to(mask.device)
+        if engine.frozen:
+            if not steps.started:
+                raise RuntimeError("a backward that is no update needs the weights of a step before it: none yet")
+        else:
+            held = steps.open
+            due = levels.unknown(now.tasks) if held else levels.due(now.tasks)
+            self._refuse_capture(due)
+            if not held:
+                steps.begin(None)
+                stats.nonfinite.zero_()
+                levels.begin(now.tasks)
+            due = due if any(p.requires_grad for p in engine.rows.parameters) and not self._sharded else []
+            self._set_weights(now, due, mask, held)
+            if mask is not None:
+                bad = ~mask & ~stats.nonfinite
+                stats.nonfinite_steps.add_(bad)
+                stats.nonfinite.logical_or_(bad)
+            if not engine.attached:
+                engine.end_step()
+        weighing.arm(factor, mask, dead)
+
+    def _set_weights(self, now: Measurement, due: Sequence[int], finite: Tensor | None, held: bool) -> None:
+        """Measure these tasks; then the weights of those present, or ``held`` of those that had none in this step."""
+        engine, levels, scale, eps = self._engine, self._levels, self.scale, self.eps
+        stats = engine.rows.stats
+        shared = [p for p in engine.rows.parameters if p.requires_grad]
+        compares = bool(due) and not held and levels.compares()
+        assumed = levels.weights(now.tasks, scale, eps, finite) if compares else None
+        norms: dict[int, Tensor] = {}
+        gradients: dict[int, Tensor] = {}
+        for task in due:
+            grads = now.gradients(task, shared, engine.ranks)
+            norms[task] = now.norm(grads, levels.norms)
+            if compares:
+                gradients[task] = now.flat(grads, shared)
+        levels.observe(norms)
+        tasks = tuple(now.tasks)
+        if not due and finite is None and tasks == self._weighed:
             return
-        self._open = self._handle is not None
-        levels, scale, eps = self._levels, self.scale, self.eps
-        due = levels.begin(now.tasks)
-        if due and self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        weights = levels.weights(tasks, scale, eps, finite)
+        if held:  # all have the length alpha
+            alpha = (stats.weights * (stats.norms + eps)).nan_to_num(0.0).amax()
+            late = torch.where(levels.norms.isfinite(), alpha / (levels.norms + eps), 1.0)
+            late = torch.where((weights > 0) & (alpha > 0), late, weights)
+            weights = torch.where(stats.weights > 0, stats.weights, late)
+        stats.weights.copy_(weights)
+        stats.norms.copy_(levels.norms)
+        self._weighed = None if finite is not None else tasks
+        if assumed is not None:
+            levels.compare(gradients, assumed, weights)
+
+    def _refuse_capture(self, due: Sequence[int]) -> None:
+        if due and self._engine.rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "norms are due to be measured, and a CUDA graph is being captured: capture between measurements (they "
                 f"come in steps 1, 2, 4, ..., 64, and every {self.measure_every} steps)"
             )
-        assumed = levels.weights(now.tasks, scale, eps, finite) if levels.is_full() else self._weights
-        norms: dict[int, Tensor] = {}
-        gradients: dict[int, Tensor] = {}
-        for task in due:
-            grads = now.gradients(task, self._shared.parameters, self._ranks)
-            norms[task] = now.norm(grads, levels.norms)
-            if levels.is_full():
-                gradients[task] = torch.cat([g.reshape(-1).to(self._device) for g in grads])
-        levels.observe(norms)
-        if due or finite is not None or now.tasks != self._weighed:
-            self._weights.copy_(levels.weights(now.tasks, scale, eps, finite))
-            self._weighed = now.tasks
-        if gradients:
-            levels.compare(gradients, assumed, self._weights)
 
     def _find(self, losses: TaskLosses) -> Frontier:
         """The frontier; looked for in the whole graph if norms will be measured, or its structure is new."""
-        roots = {task: root_of(loss) for task, loss in zip(losses.tasks, losses.losses, strict=True)}
-        whole = not self._known or (not self._open and self._levels.measures_next())
-        found = find_frontier(roots, self._ids, whole)
-        if not whole and found.structure() not in self._known:
+        rows = self._engine.rows
+        roots = dict(zip(losses.tasks, losses.losses, strict=True))
+        whole = not self._known or (not self._held and self._levels.measures_next())
+        if not whole:
+            found = find_frontier(roots, self._ids, whole=False)
+            whole = found.structure() not in self._known
+        if whole:
+            self._ids = {id(p) for p in (dtensors.unsharded(rows.parameters) if self._sharded else rows.parameters)}
             found = find_frontier(roots, self._ids, whole=True)
         if found.hidden:
             raise RuntimeError(HIDDEN)
+        if whole and not found.trains and any(p.requires_grad for p in rows.parameters):
+            if self._engine.ranks.size > 1:
+                raise RuntimeError(NONE)
+            self._engine.parts.notices.once("none", NONE)
         if not found.strangers:
-            if not self._known and self._ranks.size > 1:
-                self._check_wrapper()
             self._known.add(found.structure())
         return found
 
     def _check_wrapper(self) -> None:
-        """Raise RuntimeError unless a DistributedDataParallel averages the gradients, in every backward as it comes."""
-        wrappers = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
-        wrappers = [x for x in wrappers if any(id(p) in self._ids for p in x.parameters())]
+        """Raise RuntimeError unless a DistributedDataParallel averages the gradients, in this backward or, of a step of
+        several, in one.
+        """
+        wrappers = self._engine.heads.live_wrappers()
         if not wrappers:
             raise RuntimeError(
                 "no DistributedDataParallel holds the shared parameters, and OnePassDBMTL leaves it to that to average "
                 "gradients over the ranks: wrap the model"
             )
-        if any(x.static_graph for x in wrappers):
+        if any(wrapper.static_graph for wrapper in wrappers):
             raise RuntimeError(
                 "DistributedDataParallel(static_graph=True) expects one pass a step, and measuring takes more"
             )
+        averages = all(wrapper.require_backward_grad_sync for wrapper in wrappers)
+        if not averages and not self._engine.attached:
+            raise RuntimeError(
+                "OnePassDBMTL leaves it to DistributedDataParallel to average gradients over the ranks, and this "
+                "backward is inside its no_sync(): leave that, or attach the balancer to the optimizer to accumulate"
+            )
+        self._synchronised = self._synchronised or averages
 
-    def _exactly(self, losses: TaskLosses, frontier: Frontier) -> Tensor:
+    # --- steps of the exact form ------------------------------------------------------------------------------
+
+    def _refuse_or_tell(self, frontier: Frontier) -> None:
         reason = (
             f"{len(frontier.strangers)} parameter(s) are reached by several losses and are not among the shared ones, "
             f"the first of shape {tuple(frontier.strangers[0].shape)}: either they belong there, or the graph does not "
@@ -222,127 +308,128 @@ class OnePassDBMTL:
         )
         if self.strict:
             raise ValueError(reason)
-        if self._exact is None:
-            warnings.warn(
-                f"{reason}. The exact form takes such steps, with a backward pass a task", RuntimeWarning, stacklevel=3
-            )
-            self._exact = DBMTL(
-                self._shared.parameters, self.num_tasks, beta=0.0, eps=self.eps, scale=self.scale,
-                log_transform=self.log_transform, process_group=self._group,
-            )  # fmt: skip
-        return self._exact(losses.losses, tasks=losses.tasks)
+        self._engine.parts.notices.once(
+            "exact", f"{reason}. The exact form takes such steps, with a backward pass a task"
+        )
+
+    def _exactly(self, losses: Given, tasks: Sequence[int] | None, retain_graph: bool) -> Tensor:
+        loss = super().__call__(losses, tasks=tasks, retain_graph=retain_graph)
+        self._exact_from = self._engine.steps.changes
+        return loss
+
+    def _read_exact(self) -> None:
+        """The norms that the last step of the exact form found."""
+        steps, stats = self._engine.steps, self._engine.rows.stats
+        if self._exact_from is None or steps.changes == self._exact_from:
+            return
+        seen = [task for task, seen in enumerate(steps.seen) if seen]
+        self._levels.begin(seen)
+        self._levels.observe({task: stats.norms[task].clone() for task in seen})
+        self._levels.passes -= 1  # one was the step's own
+        self._exact_from = self._weighed = None
 
     # --- accumulation -----------------------------------------------------------------------------------------
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach(self, *optimizers: torch.optim.Optimizer, closures_update: bool = False) -> Attachment:
         """Let ``optimizer.step()`` end a step, for gradient accumulation: until then weights are held.
 
-        Raises:
-            RuntimeError: attached already.
-            ValueError: it holds none of the shared parameters.
+        See `GradientBalancer.attach` for arguments and errors.
         """
-        if self._handle is not None:
-            raise RuntimeError("already attached to an optimizer; call balancer.detach() first")
-        plain = getattr(optimizer, "optimizer", optimizer)  # of Lightning or Accelerate
-        if not any(id(p) in self._ids for group in plain.param_groups for p in group["params"]):
-            raise ValueError(f"{type(plain).__name__} holds none of the shared parameters")
-        self._handle = plain.register_step_post_hook(partial(_end_step, weakref.ref(self)))
-        weakref.finalize(self, self._handle.remove)
+        attachment = super().attach(*optimizers, closures_update=closures_update)
+        for optimizer in self._engine.attached:
+            handle = optimizer.register_step_pre_hook(partial(_before_step, weakref.ref(self)))
+            weakref.finalize(self, handle.remove)
+        return attachment
 
-    def detach(self) -> None:
-        """Undo `attach`; the step is over. Does nothing if not attached."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle, self._open = None, False
+    def _check_averaged(self) -> None:
+        engine = self._engine
+        if engine.attached and engine.steps.open and engine.ranks.size > 1 and not self._sharded:
+            if not self._synchronised and self._weighed is not None:
+                raise RuntimeError(
+                    "optimizer.step() after backwards that were all inside no_sync(): nothing averaged the gradients "
+                    "over the ranks. Leave the last one of a step out of it"
+                )
+            self._synchronised = False
+
+    # --- what may change between steps ------------------------------------------------------------------------
+
+    def add_task(self) -> int:
+        """Make room for one task more, which is measured when it first comes. Returns its index, the last."""
+        index = super().add_task()
+        self._levels.reindex_tasks([*range(index), None])
+        self._forget()
+        return index
+
+    def remove_task(self, index: int) -> None:
+        """Forget a task; those after it move up by one. Errors as for `GradientBalancer.remove_task`."""
+        kept = [task for task in range(self.num_tasks) if task != index % max(self.num_tasks, 1)]
+        super().remove_task(index)
+        self._levels.reindex_tasks(kept)
+        self._forget()
 
     def rebind(self, shared_parameters: Iterable[Tensor] | nn.Module) -> None:
         """Go on with other shared parameters; norms are those of the last measurements until they are measured again.
 
-        Raises:
-            ValueError, TypeError: as for the class.
+        See `GradientBalancer.rebind` for errors.
         """
-        handle = self._handle
-        self._begin(Shared.of(shared_parameters))
-        self._handle = handle
+        super().rebind(shared_parameters)
+        self._sharded = placement.is_distributed(self._engine.rows.parameters)
+        self._forget()
 
     # --- what it tells ----------------------------------------------------------------------------------------
 
     @property
-    def shared_parameters(self) -> list[Tensor]:
-        """In the order given."""
-        return list(self._shared.parameters)
-
-    @property
-    def step(self) -> int:
-        """Number of steps begun; a replayed CUDA graph does not count."""
-        return self._levels.step
-
-    @property
-    def norms(self) -> Tensor:
-        """(K,) norms of the task gradients, each as last measured, a copy; NaN before."""
-        return self._levels.norms.clone()
-
-    @property
-    def weights(self) -> Tensor:
-        """(K,) weights of the task gradients in the last backward, a copy."""
-        return self._weights.clone()
-
-    @property
-    def nonfinite_steps(self) -> Tensor:
-        """(K,) int64: in how many backwards each task's loss, or its gradient at the frontier, was not finite."""
-        return self._nonfinite + self._seen()
-
-    @property
     def audit(self) -> Audit:
         """How far the weights were off when tasks were measured; a sync."""
+        self._read_exact()
         return self._levels.audit()
-
-    def _seen(self) -> Tensor:
-        return torch.zeros_like(self._nonfinite) if self._weighing is None else self._weighing.flags.to(torch.int64)
 
     # --- checkpoints and copies -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on bit for bit: K numbers of each kind, and the schedule."""
-        return {
-            "version": VERSION, "weights": self._weights, "nonfinite_steps": self.nonfinite_steps, "open": self._open,
-            "levels": self._levels.state(),
-        }  # fmt: skip
+        self._read_exact()
+        return {"version": VERSION, "levels": self._levels.state(), "engine": checkpoint.state_of(self._engine)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave.
 
         Raises:
-            ValueError: it is of another class or version, of another number of tasks, or incomplete. Nothing is changed
-                then.
+            ValueError: it is of another class or version, of other parameters or number of tasks, or incomplete.
+                Nothing is changed then.
         """
         if state.get("version") != VERSION:
             raise ValueError(f"state_dict has version {state.get('version')!r}, this is version {VERSION!r}")
-        _check_like(state, self.state_dict(), "")
+        _check_like(state, {"engine": {}, "levels": self._levels.state()}, "")
+        self._engine.turns.refuse_inside("load_state_dict()")
+        checkpoint.load(state["engine"], self._engine)
         self._levels.load(state["levels"])
-        self._weights.copy_(state["weights"])
-        self._nonfinite.copy_(state["nonfinite_steps"])
-        self._weighed = []
-        self._weighing, self._open = None, bool(state["open"]) and self._handle is not None
+        self._engine.copied = False
+        self._weighed = self._exact_from = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: with its norms, and not attached."""
-        if self._ranks.size > 1:
-            raise RuntimeError("a balancer of several ranks cannot be pickled: save its state_dict")
-        module = None if self._shared.module is None else self._shared.module()
-        kept = {name: value for name, value in self.__dict__.items() if name not in OWN}
-        return {**kept, "_nonfinite": self.nonfinite_steps, "given": (*self._shared[:2], module)}
+        """For pickle: with its norms, and not attached."""
+        state = super().__getstate__()
+        for name in ("_levels", "_others", "_known", "_weighed"):
+            state["attributes"].pop(name)
+        return {**state, "one pass": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        parameters, names, module = state.pop("given")
-        self.__dict__.update(state)
-        self._begin(Shared(parameters, names, None if module is None else weakref.ref(module)))
+        super().__setstate__(state)
+        self.load_state_dict(state["one pass"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnePassDBMTL:
+        """One of the copied parameters, with these norms, not attached."""
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, OnePassDBMTL)
+        twin.load_state_dict(self.state_dict())
+        return twin
 
 
-def _end_step(mine: weakref.ref[OnePassDBMTL], *_: Any) -> None:
+def _before_step(mine: weakref.ref[OnePassDBMTL], *_: Any) -> None:
     balancer = mine()
     if balancer is not None:
-        balancer._open = False
+        balancer._check_averaged()
 
 
 def _check_like(state: Mapping[str, Any], own: Mapping[str, Any], prefix: str) -> None:

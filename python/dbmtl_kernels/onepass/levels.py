@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..ops.arguments import check_num_tasks
 
 DENSE_STEPS = 64  # up to here all tasks are measured at each power of two: norms move fast at first
 KEPT = 32  # errors kept of each task
@@ -43,18 +42,21 @@ class Levels:
         num_tasks: K.
         measure_every: in every how many steps one task is measured, in turn.
         full_every: in every how many steps all are; 0 for never.
+        together: in place of turns all are measured, in every K * ``measure_every`` steps.
         device: where the norms are kept, in float64 (float32 where there is none).
 
     Attributes:
         norms: (K,) as last measured, without the factor of the loss; NaN before.
+        cosine: see `Audit`.
     """
 
-    def __init__(self, num_tasks: int, measure_every: int, full_every: int, device: torch.device) -> None:
-        self._every, self._full = measure_every, full_every
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        num_tasks = check_num_tasks(num_tasks)
-        self.norms = torch.full((num_tasks,), torch.nan, dtype=wide, device=device)
-        self._errors = torch.full((num_tasks, KEPT), torch.nan, dtype=wide, device=device)
+    def __init__(
+        self, num_tasks: int, measure_every: int, full_every: int, together: bool, device: torch.device
+    ) -> None:
+        self._every, self._full, self._together = measure_every, full_every, together
+        self._wide = torch.float32 if device.type == "mps" else torch.float64
+        self.norms = torch.full((num_tasks,), torch.nan, dtype=self._wide, device=device)
+        self._errors = torch.full((num_tasks, KEPT), torch.nan, dtype=self._wide, device=device)
         self._known: set[int] = set()
         self._turn, self._counts = num_tasks - 1, [0] * num_tasks
         self.step = self.passes = self._possible = 0
@@ -63,28 +65,48 @@ class Levels:
 
     def begin(self, present: Sequence[int]) -> list[int]:
         """A step begins, in which these tasks take part. Which of them to measure."""
+        due = self.due(present)
         self.step += 1
-        step, count = self.step, len(self._counts)
         self._possible += len(present)
-        if _is_dense(step) or self.is_full():
+        if self._has_turn(self.step) and not self._measures_all(self.step):
+            self._turn = self._next(present)
+        return due
+
+    def due(self, present: Sequence[int]) -> list[int]:
+        """Which of the tasks that take part to measure in the next step."""
+        step = self.step + 1
+        if self._measures_all(step):
             return list(present)
-        due = {task for task in present if task not in self._known}
-        if step % self._every == 0:
-            turns = ((self._turn + n) % count for n in range(1, count + 1))
-            turn = next((task for task in turns if task in present), None)
-            if turn is not None:
-                self._turn = turn
-                due.add(turn)
+        due = set(self.unknown(present))
+        if self._has_turn(step):
+            due.add(self._next(present))
         return [task for task in present if task in due]
+
+    def unknown(self, present: Sequence[int]) -> list[int]:
+        """Those of the tasks that were never measured."""
+        return [task for task in present if task not in self._known]
 
     def measures_next(self) -> bool:
         """Whether anything will be measured in the next step, but for tasks that were not seen so far."""
-        after = self.step + 1
-        return _is_dense(after) or after % self._every == 0 or (self._full > 0 and after % self._full == 0)
+        return self._measures_all(self.step + 1) or self._has_turn(self.step + 1)
 
-    def is_full(self) -> bool:
+    def compares(self) -> bool:
         """Whether this is a step in which all are measured, and compared with the exact gradient."""
         return self._full > 0 and self.step % self._full == 0
+
+    def _measures_all(self, step: int) -> bool:
+        if step <= DENSE_STEPS and step & (step - 1) == 0:
+            return True
+        if self._together and step % (self._every * len(self._counts)) == 0:
+            return True
+        return self._full > 0 and step % self._full == 0
+
+    def _has_turn(self, step: int) -> bool:
+        return not self._together and step % self._every == 0
+
+    def _next(self, present: Sequence[int]) -> int:
+        count = len(self._counts)
+        return min(present, key=lambda task: (task - self._turn - 1) % count)
 
     def observe(self, norms: Mapping[int, Tensor]) -> None:
         """What was measured. Norms of 0, or not finite, tell nothing: the old level stays."""
@@ -97,10 +119,23 @@ class Levels:
             self.norms[task] = torch.where(usable, norm, old)
             self._counts[task] += 1
             self.passes += 1
-            if norm.device.type != "cpu" or bool(usable):
+            if norm.device.type != "cpu" or bool(norm.isfinite()):
                 self._known.add(task)
         if norms and not self._told and min(self._counts) >= KEPT // 2 and self.step % 16 == 0:
             self._warn()
+
+    def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
+        """Let the tasks be these of the former ones, None being a new one."""
+        for name in ("norms", "_errors"):
+            old: Tensor = getattr(self, name)
+            new = old.new_full((len(tasks), *old.shape[1:]), torch.nan)
+            for index, task in enumerate(tasks):
+                if task is not None:
+                    new[index] = old[task]
+            setattr(self, name, new)
+        self._counts = [0 if task is None else self._counts[task] for task in tasks]
+        self._known = {index for index, task in enumerate(tasks) if task in self._known}
+        self._turn = len(tasks) - 1
 
     def compare(self, gradients: Mapping[int, Tensor], assumed: Tensor, exact: Tensor) -> None:
         """`cosine` of the sums of these gradients with two kinds of (K,) weights."""
@@ -156,7 +191,3 @@ class Levels:
         self._known = {int(x) for x in state["known"]}
         self.norms.copy_(state["norms"])
         self._errors.copy_(state["errors"])
-
-
-def _is_dense(step: int) -> bool:
-    return step <= DENSE_STEPS and step & (step - 1) == 0

@@ -1,4 +1,4 @@
-"""The balanced loss of one pass: a node at the top of the graph that measures, sets weights, and starts the tasks."""
+"""The balanced loss of one pass: a node at the top of the graph that sets weights, and starts the tasks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.losses import TaskLosses
+from ..engine.losses import ADVICE, TaskLosses
 from ..rows.ranks import Ranks
-from .frontier import Weighing
+from .weighing import Weighing
 
 HIDDEN = (
     "a re-entrant checkpoint hides parameters, so that the norms of task gradients cannot be measured: use "
@@ -26,47 +26,55 @@ class Measurement:
         losses: of the tasks present.
         slopes: by task, the gradient that its loss gets; without those whose loss is known not to be finite.
         factor: of the balanced loss, which the slopes carry and norms must not.
+        weighing: its hooks look on.
     """
 
-    def __init__(self, losses: TaskLosses, slopes: Mapping[int, Tensor], factor: Tensor) -> None:
+    def __init__(
+        self, losses: TaskLosses, slopes: Mapping[int, Tensor], factor: Tensor, weighing: Weighing
+    ) -> None:
         self.tasks = list(slopes)
         self._losses = dict(zip(losses.tasks, losses.losses, strict=True))
-        self._slopes, self._factor = slopes, factor
+        self._slopes, self._factor, self._weighing = slopes, factor, weighing
 
-    def gradients(self, task: int, shared: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
-        """Of the shared parameters, averaged over the ranks; a collective of all that is there.
+    def gradients(self, task: int, shared: Sequence[Tensor], ranks: Ranks) -> list[Tensor | None]:
+        """Of the shared parameters that require grad, averaged over the ranks; a collective of all that is there.
 
         Raises:
             RuntimeError: a re-entrant checkpoint hides parameters; a graph that was compiled for a single pass.
         """
-        wanted = [p for p in shared if p.requires_grad]
-        before = [(p.grad, None if p.grad is None else p.grad._version) for p in wanted]
+        before = [(p.grad, None if p.grad is None else p.grad._version) for p in shared]
         try:
-            found = torch.autograd.grad(
-                self._losses[task], wanted, self._slopes[task], retain_graph=True, allow_unused=True
-            )
+            with self._weighing.measuring(task):
+                found = torch.autograd.grad(
+                    self._losses[task], shared, self._slopes[task], retain_graph=True, allow_unused=True
+                )
         except RuntimeError as error:
             if "donated buffer" in str(error):
-                raise RuntimeError(
-                    "the model was compiled for a single backward pass, and measuring takes another: set "
-                    "torch._functorch.config.donated_buffer = False before the first call of the compiled model"
-                ) from error
+                raise RuntimeError(f"the norm of task {task} cannot be measured: {ADVICE['donated buffer']}") from error
             raise
-        for p, (grad, version) in zip(wanted, before, strict=True):
+        for p, (grad, version) in zip(shared, before, strict=True):
             if p.grad is not grad or (grad is not None and grad._version != version):
                 raise RuntimeError(HIDDEN)
-        dense = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)]
         if ranks.size == 1:
-            return dense
+            return list(found)
+        dense = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(shared, found, strict=True)]
         wide = torch.promote_types(dense[0].dtype, torch.float32)
         flat = torch.cat([g.reshape(-1).to(dense[0].device, wide) for g in dense])
         total = ranks.sum(flat, f"the gradient of task {task}, to measure it") / ranks.size
         return [part.view_as(g) for g, part in zip(dense, total.split([g.numel() for g in dense]), strict=True)]
 
-    def norm(self, grads: Sequence[Tensor], like: Tensor) -> Tensor:
+    def norm(self, grads: Sequence[Tensor | None], like: Tensor) -> Tensor:
         """Of a task's gradient, without the factor; one number in the dtype and on the device of ``like``."""
-        squares = [torch.linalg.vector_norm(g, dtype=like.dtype).square().to(like.device) for g in grads]
-        return torch.stack(squares).sum().sqrt() / self._factor.abs().to(like)
+        parts = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads if grad is not None]
+        squares = [torch.linalg.vector_norm(g, dtype=like.dtype).square().to(like.device) for g in parts]
+        return torch.stack([like.new_zeros(()), *squares]).sum().sqrt() / self._factor.abs().to(like)
+
+
+    @staticmethod
+    def flat(grads: Sequence[Tensor | None], shared: Sequence[Tensor]) -> Tensor:
+        """As one vector."""
+        dense = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(shared, grads, strict=True)]
+        return torch.cat([grad.reshape(-1).to(dense[0].device) for grad in dense])
 
 
 def balanced_loss(owner: Any, losses: TaskLosses, weighing: Weighing, at_root: Collection[int]) -> Tensor:
@@ -103,20 +111,19 @@ class _OnePass(torch.autograd.Function):
         owner, losses, weighing, at_root = ctx.work
         factor = grads[0]
         slopes: dict[int, Tensor] = {}
-        finite = None if weighing.on_host else torch.ones_like(weighing.weights, dtype=torch.bool)
+        finite: dict[int, Tensor] = {}  # whose loss is, where only the device knows
+        dead: set[int] = set()
         for task, loss, value in zip(losses.tasks, losses.losses, losses.values, strict=True):
-            if value.device.type == "cpu" and not math.isfinite(float(value)):
-                weighing.flags[task] = True
+            if weighing.on_host and not math.isfinite(float(value)):
+                dead.add(task)
                 continue
             wide = factor.to(value.device, value.dtype)
             slope = wide / (value + owner.eps) if owner.log_transform else wide
-            if finite is not None:
+            if not weighing.on_host:
                 finite[task] = value.isfinite()
-                slope = torch.where(value.isfinite(), slope, 0.0)
-                weighing.flags[task] |= ~finite[task]
+                slope = torch.where(finite[task], slope, 0.0)
             slopes[task] = slope.to(loss.dtype).view_as(loss)
-        owner.set_weights(Measurement(losses, slopes, factor), finite)
-        weighing.arm(factor, finite)
+        owner.begin_pass(Measurement(losses, slopes, factor, weighing), weighing, factor, finite, dead)
         for task in slopes.keys() & at_root:
-            slopes[task] = slopes[task] * weighing.weights[task].to(slopes[task])
+            slopes[task] = slopes[task] * weighing.weight(task, slopes[task])
         return None, None, None, None, None, *(slopes.get(task) for task in losses.tasks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -43,6 +44,16 @@ def local_gradient(parameter: Tensor, grad: Tensor) -> Tensor:
     if grad.placements != parameter.placements:
         grad = grad.redistribute(placements=parameter.placements)
     return local(grad)
+
+
+def unsharded(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """``parameters``, and what ``fully_shard`` has in the place of each while it is gathered; looks for them all."""
+    module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
+    if module is None:
+        return list(parameters)
+    ours = {id(p) for p in parameters}
+    found = [x for x in gc.get_objects() if type(x) is module.FSDPParam and id(x.sharded_param) in ours]
+    return [*parameters, *(x._unsharded_param for x in found if hasattr(x, "_unsharded_param"))]
 
 
 def sharded_groups(parameter: Tensor) -> list[ProcessGroup]:

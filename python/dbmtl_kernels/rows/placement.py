@@ -90,22 +90,6 @@ def place(
     return SplitTaskGradientBuffer(parts, [members_of[i] for i in range(len(given))]), ranks
 
 
-def check_replicas(
-    parameters: Iterable[Tensor], process_group: ProcessGroup | bool | None
-) -> tuple[list[Tensor], Ranks]:
-    """The parameters, checked, and the ranks that hold replicas of them; errors as of `place`.
-
-    Raises:
-        TypeError: DTensors.
-    """
-    given = check_parameters(parameters, frozen_ok=True)
-    if is_distributed(given):
-        raise TypeError(
-            "shared_parameters are DTensors (fully_shard), of which OnePassDBMTL cannot measure norms: use DBMTL"
-        )
-    return given, _ranks(given, process_group)
-
-
 def _ranks(parameters: list[Tensor], process_group: ProcessGroup | bool | None) -> Ranks:
     if process_group is False:
         if is_distributed(parameters):

@@ -1,0 +1,211 @@
+"""Weighing: hooks on a graph, that multiply each task's gradient by its weight in one backward pass."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import Stats
+from .frontier import Entry, Frontier
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+OTHERS = (
+    "something besides the losses given was backpropagated through a part of the graph that only one task has (a "
+    "regulariser of its head's output, or one of the losses once more?), and its share in the shared gradients was "
+    "weighted as the task's is: add it to the loss of that task, or give it a backward of its own"
+)
+HALF = (torch.float16, torch.bfloat16)
+# The backward passes in which weights were applied last. Their numbers are never used again.
+_weighed: deque[int] = deque(maxlen=64)
+
+
+def may_look(device: torch.device) -> bool:
+    """Whether numbers there may be looked at without a sync."""
+    return device.type == "cpu"
+
+
+class Weighing:
+    """What the hooks of one graph share. They weigh in one backward pass, and leave others through the graph alone.
+
+    Args:
+        frontier: where to weigh.
+        stats: (K,) ``weights``, what the gradient of each task is multiplied with when it comes; ``nonfinite`` and
+            ``nonfinite_steps``, updated where a gradient is not finite.
+        propagate_above: gradients that are not finite pass under factors above this; otherwise zeros do.
+        others: () bool, set where something besides the losses given went through the part of the graph that is a
+            task's own, and was weighted with it. Seen of tasks that were measured in the same backward.
+
+    Attributes:
+        on_host: whether numbers may be looked at without a sync. Then nothing is run of a loss that is not finite.
+
+    Warns:
+        RuntimeWarning: once, where ``others`` is set, and on the host.
+    """
+
+    def __init__(self, frontier: Frontier, stats: Stats, propagate_above: float, others: Tensor) -> None:
+        self._stats, self._above, self._others = stats, propagate_above, others
+        self.on_host = may_look(stats.weights.device)
+        self._weights: list[Any] = []
+        self._finite: Tensor | None = None
+        self._dead: Collection[int] = ()
+        self._passes: Any = False
+        self._pass: int | None = None
+        self._measured: int | None = None  # the task whose pass is run to measure
+        self._lengths: dict[tuple[int, int], Tensor] = {}  # of what passed here when its task was measured
+        for index, entry in enumerate(frontier.entries):
+            entry.node.register_hook(_Hook(self, entry, index, self._weigh))
+        for stack, places in frontier.stacked.items():
+            stack.register_hook(partial(self._unstack, places))
+        if not self.on_host:
+            for entry in frontier.heads:
+                entry.node.register_hook(_Hook(self, entry, -1, self._clear))
+
+    @contextmanager
+    def measuring(self, task: int) -> Iterator[None]:
+        """Inside, a pass of a single task is run, whose gradients are looked at and not changed."""
+        self._measured = task
+        try:
+            yield
+        finally:
+            self._measured = None
+
+    def arm(self, factor: Tensor, finite: Tensor | None, dead: Collection[int]) -> None:
+        """Weigh in the backward pass that runs now.
+
+        Args:
+            factor: of the balanced loss.
+            finite: (K,) bool, whose loss is, where only the device knows.
+            dead: tasks whose loss is known not to be.
+
+        Raises:
+            RuntimeError: weights were applied in it already.
+        """
+        number = torch._C._current_graph_task_id()
+        if number in _weighed:
+            raise RuntimeError(
+                "two balanced losses of OnePassDBMTL in one backward pass, whose weights would be multiplied: call "
+                "backward() on one after the other"
+            )
+        _weighed.append(number)
+        weights = self._stats.weights
+        passes = factor.abs() > self._above
+        self._passes, self._finite, self._dead = bool(passes) if self.on_host else passes, finite, dead
+        self._weights = weights.tolist() if self.on_host else list(weights.unbind())
+        self._pass = number
+
+    def weight(self, task: int, like: Tensor) -> Tensor:
+        """Of a task, where its loss itself is what several share."""
+        return self._stats.weights[task].to(like)
+
+    @property
+    def acts(self) -> bool:
+        """Whether the pass that runs now is the one to weigh, or one to look at."""
+        return self._measured is not None or self._pass == torch._C._current_graph_task_id()
+
+    def _weigh(self, grad: Tensor, task: int, key: tuple[int, int]) -> Tensor:
+        """The gradient of a task times its weight; zeros where it is not finite, unless that must be passed on."""
+        if self._measured is not None:
+            self._lengths[key] = _length(grad)
+            return grad
+        if key in self._lengths:
+            self._compare(self._lengths.pop(key), _length(grad))
+        weight = self._weights[task]
+        if self.on_host:
+            out = _times(grad, weight)
+            if _is_finite(out):
+                return out
+            self._count(task)
+            return out if self._passes else torch.zeros_like(grad)
+        weight = weight.to(grad.device)
+        out = _times(grad, weight)
+        fine = _values(out).isfinite().all()
+        self._count(task, ~fine)
+        keep = fine | self._passes.to(fine.device)
+        if self._finite is not None:
+            keep = keep & self._finite[task].to(fine.device)
+        return torch.where(keep, out, 0.0)
+
+    def _count(self, task: int, flag: Tensor | None = None) -> None:
+        """A task is not finite in this step; counted once."""
+        bad, steps = self._stats.nonfinite, self._stats.nonfinite_steps
+        now = ~bad[task] if flag is None else flag.to(bad.device) & ~bad[task]
+        steps[task] += now
+        bad[task] |= now
+
+    def _compare(self, alone: Tensor, now: Tensor) -> None:
+        """The gradient that a task's own part passes on, in the pass that measured it and in this one."""
+        differs = (now - alone).abs() > 1e-3 * torch.maximum(now, alone)  # false where one is NaN
+        if self.on_host and bool(differs) and not bool(self._others):
+            warnings.warn(OTHERS, RuntimeWarning, stacklevel=2)
+        self._others |= differs.to(self._others.device)
+
+    def _unstack(
+        self, places: Mapping[int, Sequence[int]], grad_inputs: Sequence[Tensor | None], _: Any
+    ) -> tuple[Tensor | None, ...] | None:
+        """Of stacked losses, only those that have a part in this pass get a gradient: 0 times NaN is NaN."""
+        if not self.acts:
+            return None
+        out: list[Tensor | None] = [None] * len(grad_inputs)
+        for place, tasks in places.items():
+            if any(task not in self._dead if self._measured is None else task == self._measured for task in tasks):
+                out[place] = grad_inputs[place]
+        return tuple(out)
+
+    def _clear(self, grad: Tensor, task: int, _: tuple[int, int]) -> Tensor:
+        """The gradient of a head; zeros if the loss of its task is not finite."""
+        if self._finite is None or self._measured is not None:
+            return grad
+        return torch.where(self._finite[task].to(grad.device), grad, 0.0)
+
+
+class _Hook(NamedTuple):
+    """Replaces gradients on their way from a node to those below it."""
+
+    weighing: Weighing
+    entry: Entry
+    index: int
+    change: Callable[[Tensor, int, tuple[int, int]], Tensor]
+
+    def __call__(self, grad_inputs: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
+        if not self.weighing.acts:
+            return None
+        out = list(grad_inputs)
+        _, task, places = self.entry
+        for place in places:
+            grad = out[place]
+            if grad is not None:
+                out[place] = self.change(grad, task, (self.index, place))
+        return tuple(out)
+
+
+def _times(grad: Tensor, weight: Any) -> Tensor:
+    """In float32 where the gradient is narrower, whose largest number a weight may exceed."""
+    if grad.dtype in HALF:
+        return (grad.float() * weight).to(grad.dtype)
+    return grad * (weight if isinstance(weight, float) else weight.to(grad.dtype))
+
+
+def _values(grad: Tensor) -> Tensor:
+    return grad._values() if grad.layout != torch.strided else grad
+
+
+def _is_finite(grad: Tensor) -> bool:
+    """Of a tensor on the host: the sum tells, unless it overflows by itself."""
+    values = _values(grad)
+    total = values.sum(dtype=torch.float32 if values.dtype in HALF else None)
+    return bool(total.isfinite()) or bool(values.isfinite().all())
+
+
+def _length(grad: Tensor) -> Tensor:
+    """In float32 at least."""
+    values = _values(grad)
+    return torch.linalg.vector_norm(values.float() if values.dtype in HALF else values)
