@@ -7,6 +7,7 @@ from pathlib import Path
 import dbmtl_kernels as dbk
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from zoo import K, Model
 
@@ -29,6 +30,25 @@ def trained(unused):
     return {"identical": all(torch.equal(here, other) for other in others), "parameters": parameters.tolist()}
 
 
+def sharded():
+    model = Model()
+    for layer in (model.trunk[0], model.trunk[2], *model.heads, model):
+        fully_shard(layer)
+    balancer = dbk.OnePassDBMTL(model.trunk, K, measure_every=10)
+    start = [p.full_tensor() for p in model.parameters()]
+    parameters = model.train_on(balancer, model, mine)
+    moved = [not torch.equal(p.full_tensor(), q) for p, q in zip(model.parameters(), start, strict=True)]
+    here = torch.cat([parameters, balancer.weights, balancer.norms])
+    others = [torch.empty_like(here) for _ in range(size)]
+    dist.all_gather(others, here)
+    return {
+        "identical": all(torch.equal(here, other) for other in others),
+        "parameters": parameters.tolist(),
+        "measured": balancer.audit.measured,
+        "moved": all(moved),
+    }
+
+
 def refusal(call, some=None, group=dist.group.WORLD):
     model = Model()
     wrapped = call(model)
@@ -47,6 +67,7 @@ def absent(losses):
 
 result = {
     "trained": [trained(unused) for unused in (False, True)],
+    "sharded": sharded(),
     "unnamed group": refusal(DistributedDataParallel, group=None),
     "no wrapper": refusal(lambda model: model),
     "static graph": refusal(lambda model: DistributedDataParallel(model, static_graph=True)),

@@ -50,7 +50,7 @@ def test_states_that_do_not_fit_change_nothing():
     levels = {key: value for key, value in state["levels"].items() if key != "turn"}
     with pytest.raises(ValueError, match=r"lacks levels.turn"):
         setting.balancer.load_state_dict({**state, "levels": levels})
-    with pytest.raises(ValueError, match=r"levels.counts that is not a list of 2"):
+    with pytest.raises(ValueError, match=r"levels.norms that is not a tensor of shape \(2,\)"):
         dbk.OnePassDBMTL(setting.trunk, 2).load_state_dict(state)
     after = setting.balancer.state_dict()
     assert torch.equal(after["engine"]["buffer"]["weights"], state["engine"]["buffer"]["weights"])

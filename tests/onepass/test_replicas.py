@@ -6,6 +6,7 @@ from pathlib import Path
 import dbmtl_kernels as dbk
 import pytest
 import torch
+from dbmtl_kernels.onepass.levels import Levels
 from ranks import torchrun
 from zoo import K, Model
 
@@ -28,6 +29,19 @@ def test_a_hundred_steps(ranks):
         for run in result["trained"]:
             assert run["identical"]
             assert (torch.tensor(run["parameters"], dtype=torch.float64) - expected).norm() <= 1e-8 * expected.norm()
+
+
+def test_a_hundred_steps_of_a_sharded_model(ranks):
+    model = Model()
+    balancer = dbk.OnePassDBMTL(model.trunk, K)
+    balancer._levels = Levels(K, 10, 0, True, balancer.norms.device)  # the schedule of sharded parameters
+    expected = model.train_on(balancer, model, lambda x: x)
+    for result in ranks:
+        run = result["sharded"]
+        assert run["identical"]
+        assert run["moved"]
+        assert run["measured"] == (7 + 3) * (K - 1)  # in steps 1, 2, 4, ..., 64 and 30, 60, 90
+        assert (torch.tensor(run["parameters"], dtype=torch.float64) - expected).norm() <= 1e-8 * expected.norm()
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,8 @@ class Model(nn.Module):
             optimizer.zero_grad()
             balancer(call(part(x))).backward()
             optimizer.step()
-        return torch.cat([p.detach().reshape(-1) for p in self.parameters()])
+        whole = [getattr(p, "full_tensor", lambda p=p: p)() for p in self.parameters()]
+        return torch.cat([p.detach().reshape(-1) for p in whole])
 
 
 class Setting:

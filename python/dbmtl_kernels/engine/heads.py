@@ -61,15 +61,12 @@ class HeadGradients:
 
         It would reduce the gradients of the first backward pass only, in the background.
         """
-        for wrapper in self.live_wrappers():
-            # Within its forward pass (Lightning runs the training step there) what the last one said does not count.
-            within = wrapper is DistributedDataParallel._get_active_ddp_module()
-            if wrapper.require_backward_grad_sync if within else wrapper.require_forward_param_sync:
-                raise RuntimeError(
-                    "DistributedDataParallel would reduce the first task's gradients and no other's: run its forward "
-                    "pass (and the backward) inside `with model.no_sync():`, DBMTL averages the gradients itself "
-                    "(dbmtl_kernels.integrations does so for Lightning, Accelerate and the Hugging Face Trainer)"
-                )
+        if any(map(synchronises, self.wrappers())):
+            raise RuntimeError(
+                "DistributedDataParallel would reduce the first task's gradients and no other's: run its forward "
+                "pass (and the backward) inside `with model.no_sync():`, DBMTL averages the gradients itself "
+                "(dbmtl_kernels.integrations does so for Lightning, Accelerate and the Hugging Face Trainer)"
+            )
 
     def begin(self, stepped: Sequence[Tensor], losses: Sequence[Tensor], whole: bool) -> Meeting | None:
         """Set the ``.grad`` of all heads aside.
@@ -88,7 +85,7 @@ class HeadGradients:
         self._heads = {}
         wrapped = []
         if self._ranks.size > 1:
-            wrapped = [p for wrapper in self.live_wrappers() for p in wrapper.parameters()]
+            wrapped = [p for wrapper in self.wrappers() for p in wrapper.parameters()]
             self._watch(wrapped, "wrapper")
         if stepped:
             self._watch(stepped, "optimizer")
@@ -283,7 +280,7 @@ class HeadGradients:
             head.parameter.grad = head.before
         self._heads = {}
 
-    def live_wrappers(self) -> list[DistributedDataParallel]:
+    def wrappers(self) -> list[DistributedDataParallel]:
         """The DistributedDataParallel modules that hold shared parameters. Looked for once, it takes 0.1 s."""
         if self._wrappers is None:
             modules = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
@@ -291,3 +288,10 @@ class HeadGradients:
                 weakref.ref(module) for module in modules if any(id(p) in self._shared for p in module.parameters())
             ]
         return [module for ref in self._wrappers if (module := ref()) is not None]
+
+
+def synchronises(wrapper: DistributedDataParallel) -> bool:
+    """Whether its forward pass was, or is, outside of ``no_sync()``: it averages gradients in the backward pass."""
+    # Within its forward pass (Lightning runs the training step there) what the last one said does not count.
+    within = wrapper is DistributedDataParallel._get_active_ddp_module()
+    return bool(wrapper.require_backward_grad_sync if within else wrapper.require_forward_param_sync)

@@ -140,7 +140,7 @@ class GradientBalancing(Callback):
                 "balanced: thaw them before, or in another fit"
             )
         if trainer.strategy.model is not None:
-            self._batch.enter_context(balancing(trainer.strategy.model))
+            self._batch.enter_context(balancing(trainer.strategy.model, self.balancer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

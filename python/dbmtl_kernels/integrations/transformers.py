@@ -119,7 +119,7 @@ class BalancedTrainerMixin(Base):
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward, in which the balancer, not the model's wrapper, averages gradients."""
-        with balancing(model):
+        with balancing(model, self.balancer):
             return super().training_step(model, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..balancer import GradientBalancer
+from ..onepass.balancer import OnePassDBMTL
 
 # The shared parameters of a model: a function of it, or the name of a submodule, of which all that require grad.
 Shared = Callable[[Any], Iterable[Tensor]] | str
@@ -63,18 +64,20 @@ def make_balancer(
     return method(parameters, num_tasks, **given)
 
 
-def balancing(wrapped: nn.Module) -> AbstractContextManager[Any]:
+def balancing(wrapped: nn.Module, balancer: GradientBalancer | None = None) -> AbstractContextManager[Any]:
     """A context for forward and backward of a model in which the balancer, not its wrapper, reduces gradients.
 
-    Inside, a DistributedDataParallel is in its ``no_sync()``. A model of FSDP2's ``fully_shard`` reduces in every
+    Inside, a DistributedDataParallel is in its ``no_sync()``, unless the balancer is an `OnePassDBMTL`, which leaves
+    that to it. A model of FSDP2's ``fully_shard`` reduces in every
     backward pass, also where a trainer that accumulates has told it not to. Any other model is left alone.
 
     Args:
         wrapped: what the trainer calls.
+        balancer: whose backward it will be.
     """
     inner = _compiled(wrapped)
     if isinstance(inner, DistributedDataParallel):
-        return inner.no_sync()
+        return nullcontext() if isinstance(balancer, OnePassDBMTL) else inner.no_sync()
     return _reducing(inner) if hasattr(inner, "set_requires_gradient_sync") else nullcontext()
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +20,7 @@ from ..rows import dtensors, placement
 from ..weightings import Weighting
 from .frontier import Frontier, find_frontier
 from .levels import Audit, Levels
+from .replicas import Replicas
 from .step import HIDDEN, Measurement, balanced_loss
 from .weighing import Weighing
 
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 AUDITS = (None, "full")
 FULL_EVERY = 100  # steps, of audit="full"
 VERSION = "one pass, 1"
+MADE_ANEW = ("_levels", "_others", "_known", "_weighed", "_replicas")  # not in a pickle
 
 
 class OnePassDBMTL(DBMTL):
@@ -111,7 +111,7 @@ class OnePassDBMTL(DBMTL):
         self._ids: set[int] = set()  # of the shared parameters, as the graph has them
         self._weighed: tuple[int, ...] | None = None  # whose weights these are
         self._exact_from: int | None = None  # `Steps.changes` before a step of the exact form, until its norms are read
-        self._synchronised = False  # a backward of the open step was averaged over the ranks
+        self._replicas = Replicas(self._engine)
 
     # --- a step -----------------------------------------------------------------------------------------------
 
@@ -149,8 +149,7 @@ class OnePassDBMTL(DBMTL):
         if frontier.strangers:
             self._refuse_or_tell(frontier)
             return self._exactly(losses, tasks, retain_graph)
-        if engine.ranks.size > 1 and not self._sharded:
-            self._check_wrapper()
+        self._replicas.check()
         present.share(engine.ranks, engine.rows.device)
         present.check_logarithms()
         weighing = Weighing(frontier, engine.rows.stats, NONFINITE[self._recipe.nonfinite], self._others)
@@ -276,28 +275,6 @@ class OnePassDBMTL(DBMTL):
             self._known.add(found.structure())
         return found
 
-    def _check_wrapper(self) -> None:
-        """Raise RuntimeError unless a DistributedDataParallel averages the gradients, in this backward or, of a step of
-        several, in one.
-        """
-        wrappers = self._engine.heads.live_wrappers()
-        if not wrappers:
-            raise RuntimeError(
-                "no DistributedDataParallel holds the shared parameters, and OnePassDBMTL leaves it to that to average "
-                "gradients over the ranks: wrap the model"
-            )
-        if any(wrapper.static_graph for wrapper in wrappers):
-            raise RuntimeError(
-                "DistributedDataParallel(static_graph=True) expects one pass a step, and measuring takes more"
-            )
-        averages = all(wrapper.require_backward_grad_sync for wrapper in wrappers)
-        if not averages and not self._engine.attached:
-            raise RuntimeError(
-                "OnePassDBMTL leaves it to DistributedDataParallel to average gradients over the ranks, and this "
-                "backward is inside its no_sync(): leave that, or attach the balancer to the optimizer to accumulate"
-            )
-        self._synchronised = self._synchronised or averages
-
     # --- steps of the exact form ------------------------------------------------------------------------------
 
     def _refuse_or_tell(self, frontier: Frontier) -> None:
@@ -336,20 +313,8 @@ class OnePassDBMTL(DBMTL):
         See `GradientBalancer.attach` for arguments and errors.
         """
         attachment = super().attach(*optimizers, closures_update=closures_update)
-        for optimizer in self._engine.attached:
-            handle = optimizer.register_step_pre_hook(partial(_before_step, weakref.ref(self)))
-            weakref.finalize(self, handle.remove)
+        self._replicas.attach()
         return attachment
-
-    def _check_averaged(self) -> None:
-        engine = self._engine
-        if engine.attached and engine.steps.open and engine.ranks.size > 1 and not self._sharded:
-            if not self._synchronised and self._weighed is not None:
-                raise RuntimeError(
-                    "optimizer.step() after backwards that were all inside no_sync(): nothing averaged the gradients "
-                    "over the ranks. Leave the last one of a step out of it"
-                )
-            self._synchronised = False
 
     # --- what may change between steps ------------------------------------------------------------------------
 
@@ -400,7 +365,7 @@ class OnePassDBMTL(DBMTL):
         """
         if state.get("version") != VERSION:
             raise ValueError(f"state_dict has version {state.get('version')!r}, this is version {VERSION!r}")
-        _check_like(state, {"engine": {}, "levels": self._levels.state()}, "")
+        self._levels.check(state)
         self._engine.turns.refuse_inside("load_state_dict()")
         checkpoint.load(state["engine"], self._engine)
         self._levels.load(state["levels"])
@@ -410,7 +375,7 @@ class OnePassDBMTL(DBMTL):
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: with its norms, and not attached."""
         state = super().__getstate__()
-        for name in ("_levels", "_others", "_known", "_weighed"):
+        for name in MADE_ANEW:
             state["attributes"].pop(name)
         return {**state, "one pass": self.state_dict()}
 
@@ -420,31 +385,6 @@ class OnePassDBMTL(DBMTL):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnePassDBMTL:
         """One of the copied parameters, with these norms, not attached."""
-        twin = super().__deepcopy__(memo)
-        assert isinstance(twin, OnePassDBMTL)
+        twin = cast(OnePassDBMTL, super().__deepcopy__(memo))
         twin.load_state_dict(self.state_dict())
         return twin
-
-
-def _before_step(mine: weakref.ref[OnePassDBMTL], *_: Any) -> None:
-    balancer = mine()
-    if balancer is not None:
-        balancer._check_averaged()
-
-
-def _check_like(state: Mapping[str, Any], own: Mapping[str, Any], prefix: str) -> None:
-    """Raise ValueError unless ``state`` has the entries of ``own``, tensors and lists of the same size."""
-    for key, mine in own.items():
-        name = f"{prefix}{key}"
-        if key not in state:
-            raise ValueError(f"state_dict lacks {name}")
-        theirs = state[key]
-        if isinstance(mine, Mapping):
-            if not isinstance(theirs, Mapping):
-                raise ValueError(f"state_dict has {name} of type {type(theirs).__name__}")
-            _check_like(theirs, mine, f"{name}.")
-        elif isinstance(mine, Tensor):
-            if not isinstance(theirs, Tensor) or theirs.shape != mine.shape:
-                raise ValueError(f"state_dict has {name} that is not a tensor of shape {tuple(mine.shape)}")
-        elif key == "counts" and (not isinstance(theirs, list) or len(theirs) != len(mine)):
-            raise ValueError(f"state_dict has {name} that is not a list of {len(mine)}")

@@ -131,32 +131,33 @@ class _Walk:
         elif _alone(before):
             self._lonely -= 1
 
-    def frontier(self, roots: Mapping[int, Any], shared: set[int], stacked: dict[Any, dict[int, list[int]]]) -> Frontier:
+    def frontier(
+        self, roots: Mapping[int, Any], shared: set[int], stacked: dict[Any, dict[int, list[int]]]
+    ) -> Frontier:
         """What was found."""
         masks, leaves = self.masks, self.leaves
+
+        def is_common(node: Any) -> bool:
+            if node in leaves:
+                return id(node.variable) in shared or not _alone(leaves[node])
+            return not _alone(masks[node])
+
         entries, heads = list[Entry](), list[Entry]()
         for node, mask in masks.items():
             if not _alone(mask):
                 continue
             into, own = list[int](), list[int]()
             for place, following in below(node):
-                if following in leaves:
-                    is_shared = id(following.variable) in shared or not _alone(leaves[following])
-                    (into if is_shared else own).append(place)
-                elif not _alone(masks[following]):
+                if is_common(following):
                     into.append(place)
+                elif following in leaves:
+                    own.append(place)
             if into:
                 entries.append(Entry(node, mask.bit_length() - 1, tuple(into)))
             if own:
                 heads.append(Entry(node, mask.bit_length() - 1, tuple(own)))
-        at_root = {
-            task
-            for task, node in roots.items()
-            if node is not None
-            and (
-                id(node.variable) in shared or not _alone(leaves[node]) if node in leaves else not _alone(masks[node])
-            )
-        }
+
+        at_root = {task for task, node in roots.items() if node is not None and is_common(node)}
         strangers: list[Tensor] = [
             node.variable
             for node, mask in leaves.items()
@@ -174,7 +175,7 @@ def below(node: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _through(node: Any, number: int) -> tuple[Any, int]:
-    """DistributedDataParallel with ``find_unused_parameters`` lets all outputs pass through one node, each unchanged."""
+    """Past the node that DistributedDataParallel puts around all outputs with ``find_unused_parameters``."""
     while type(node).__name__ == "_DDPSinkBackward":
         node, number = node.next_functions[number]
     return node, number

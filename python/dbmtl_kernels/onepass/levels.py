@@ -184,6 +184,25 @@ class Levels:
             "errors": self._errors,
         }
 
+    def check(self, whole: Mapping[str, Any]) -> None:
+        """Raise ValueError unless a state_dict has what `load` needs, under ``levels``."""
+        if not isinstance(whole.get("engine"), Mapping):
+            raise ValueError("state_dict lacks engine")
+        state = whole.get("levels")
+        if not isinstance(state, Mapping):
+            raise ValueError("state_dict lacks levels")
+        for key, mine in self.state().items():
+            if key not in state:
+                raise ValueError(f"state_dict lacks levels.{key}")
+            theirs = state[key]
+            if isinstance(mine, Tensor):
+                if not isinstance(theirs, Tensor) or theirs.shape != mine.shape:
+                    raise ValueError(f"state_dict has levels.{key} that is not a tensor of shape {tuple(mine.shape)}")
+            elif type(theirs) is not type(mine):
+                raise ValueError(f"state_dict has levels.{key} of type {type(theirs).__name__}")
+        if len(state["counts"]) != len(self._counts):
+            raise ValueError(f"state_dict has levels.counts of {len(state['counts'])} tasks, not {len(self._counts)}")
+
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` gave; it was checked."""
         self.step, self._turn, self.passes = int(state["step"]), int(state["turn"]), int(state["passes"])

@@ -29,9 +29,7 @@ class Measurement:
         weighing: its hooks look on.
     """
 
-    def __init__(
-        self, losses: TaskLosses, slopes: Mapping[int, Tensor], factor: Tensor, weighing: Weighing
-    ) -> None:
+    def __init__(self, losses: TaskLosses, slopes: Mapping[int, Tensor], factor: Tensor, weighing: Weighing) -> None:
         self.tasks = list(slopes)
         self._losses = dict(zip(losses.tasks, losses.losses, strict=True))
         self._slopes, self._factor, self._weighing = slopes, factor, weighing
@@ -69,7 +67,6 @@ class Measurement:
         squares = [torch.linalg.vector_norm(g, dtype=like.dtype).square().to(like.device) for g in parts]
         return torch.stack([like.new_zeros(()), *squares]).sum().sqrt() / self._factor.abs().to(like)
 
-
     @staticmethod
     def flat(grads: Sequence[Tensor | None], shared: Sequence[Tensor]) -> Tensor:
         """As one vector."""
@@ -102,7 +99,9 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Each loss gets factor / (mean loss + eps); one that is not finite gets nothing."""
+        """Each loss gets factor / (mean loss + eps); one that is not finite gets nothing, nor one whose dtype cannot
+        hold that.
+        """
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "create_graph=True is not supported by a balanced loss: norms and weights are not part of any graph. "
@@ -114,15 +113,17 @@ class _OnePass(torch.autograd.Function):
         finite: dict[int, Tensor] = {}  # whose loss is, where only the device knows
         dead: set[int] = set()
         for task, loss, value in zip(losses.tasks, losses.losses, losses.values, strict=True):
-            if weighing.on_host and not math.isfinite(float(value)):
-                dead.add(task)
-                continue
             wide = factor.to(value.device, value.dtype)
             slope = wide / (value + owner.eps) if owner.log_transform else wide
-            if not weighing.on_host:
-                finite[task] = value.isfinite()
+            slope = slope.to(loss.dtype)
+            if weighing.on_host:
+                if not math.isfinite(float(value)) or not (weighing.passes(factor) or math.isfinite(float(slope))):
+                    dead.add(task)
+                    continue
+            else:
+                finite[task] = value.isfinite() & (slope.isfinite() | weighing.passes(factor).to(slope.device))
                 slope = torch.where(finite[task], slope, 0.0)
-            slopes[task] = slope.to(loss.dtype).view_as(loss)
+            slopes[task] = slope.view_as(loss)
         owner.begin_pass(Measurement(losses, slopes, factor, weighing), weighing, factor, finite, dead)
         for task in slopes.keys() & at_root:
             slopes[task] = slopes[task] * weighing.weight(task, slopes[task])

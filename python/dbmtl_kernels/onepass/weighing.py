@@ -97,10 +97,14 @@ class Weighing:
             )
         _weighed.append(number)
         weights = self._stats.weights
-        passes = factor.abs() > self._above
-        self._passes, self._finite, self._dead = bool(passes) if self.on_host else passes, finite, dead
+        self._passes, self._finite, self._dead = self.passes(factor), finite, dead
         self._weights = weights.tolist() if self.on_host else list(weights.unbind())
         self._pass = number
+
+    def passes(self, factor: Tensor) -> Any:
+        """Whether gradients that are not finite are passed on under this factor of the loss; a tensor off the host."""
+        passes = factor.abs() > self._above
+        return bool(passes) if self.on_host else passes
 
     def weight(self, task: int, like: Tensor) -> Tensor:
         """Of a task, where its loss itself is what several share."""
@@ -172,7 +176,7 @@ class _Hook(NamedTuple):
 
     weighing: Weighing
     entry: Entry
-    index: int
+    number: int
     change: Callable[[Tensor, int, tuple[int, int]], Tensor]
 
     def __call__(self, grad_inputs: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
@@ -183,19 +187,21 @@ class _Hook(NamedTuple):
         for place in places:
             grad = out[place]
             if grad is not None:
-                out[place] = self.change(grad, task, (self.index, place))
+                out[place] = self.change(grad, task, (self.number, place))
         return tuple(out)
 
 
 def _times(grad: Tensor, weight: Any) -> Tensor:
     """In float32 where the gradient is narrower, whose largest number a weight may exceed."""
     if grad.dtype in HALF:
-        return (grad.float() * weight).to(grad.dtype)
+        narrow: Tensor = (grad.float() * weight).to(grad.dtype)
+        return narrow
     return grad * (weight if isinstance(weight, float) else weight.to(grad.dtype))
 
 
 def _values(grad: Tensor) -> Tensor:
-    return grad._values() if grad.layout != torch.strided else grad
+    values: Tensor = grad._values() if grad.layout != torch.strided else grad
+    return values
 
 
 def _is_finite(grad: Tensor) -> bool:
@@ -208,4 +214,5 @@ def _is_finite(grad: Tensor) -> bool:
 def _length(grad: Tensor) -> Tensor:
     """In float32 at least."""
     values = _values(grad)
-    return torch.linalg.vector_norm(values.float() if values.dtype in HALF else values)
+    length: Tensor = torch.linalg.vector_norm(values.float() if values.dtype in HALF else values)
+    return length

@@ -1,0 +1,77 @@
+"""Replicas: several ranks whose gradients DistributedDataParallel averages, and what would keep it from that."""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from typing import Any
+
+from ..engine.heads import synchronises
+from ..engine.step import Engine
+from ..rows import placement
+
+
+class Replicas:
+    """Looks whether every step has a backward whose gradients are averaged; nothing to do for one rank, or FSDP2.
+
+    Args:
+        engine: of the balancer.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = weakref.ref(engine)
+        self._idle = engine.ranks.size == 1 or placement.is_distributed(engine.rows.parameters)
+        self._local = self._averaged = False  # what backwards the open step had
+
+    def check(self) -> None:
+        """Before a backward.
+
+        Raises:
+            RuntimeError: there is no wrapper; one with ``static_graph``; one inside ``no_sync()``, and no optimizer is
+                attached whose step would end a step of several backwards.
+        """
+        engine = self._engine()
+        if self._idle or engine is None:
+            return
+        wrappers = engine.heads.wrappers()
+        if not wrappers:
+            raise RuntimeError(
+                "no DistributedDataParallel holds the shared parameters, and OnePassDBMTL leaves it to that to average "
+                "gradients over the ranks: wrap the model"
+            )
+        if any(wrapper.static_graph for wrapper in wrappers):
+            raise RuntimeError(
+                "DistributedDataParallel(static_graph=True) expects one pass a step, and measuring takes more"
+            )
+        averaged = all(map(synchronises, wrappers))
+        if not averaged and not engine.attached:
+            raise RuntimeError(
+                "OnePassDBMTL leaves it to DistributedDataParallel to average gradients over the ranks, and this one "
+                "is inside its no_sync(): leave that, or attach the balancer to the optimizer to accumulate"
+            )
+        self._averaged, self._local = self._averaged or averaged, True
+
+    def attach(self) -> None:
+        """Look before each step of the optimizers attached."""
+        engine = self._engine()
+        if self._idle or engine is None:
+            return
+        for optimizer in engine.attached:
+            handle = optimizer.register_step_pre_hook(partial(_before_step, weakref.ref(self)))
+            weakref.finalize(self, handle.remove)
+
+    def _before_step(self) -> None:
+        engine = self._engine()
+        local, averaged = self._local, self._averaged
+        self._local = self._averaged = False
+        if engine is not None and engine.attached and local and not averaged:
+            raise RuntimeError(
+                "optimizer.step() after backwards that were all inside no_sync(): nothing averaged the gradients over "
+                "the ranks. Leave the last one of a step out of it"
+            )
+
+
+def _before_step(mine: weakref.ref[Replicas], *_: Any) -> None:
+    replicas = mine()
+    if replicas is not None:
+        replicas._before_step()
