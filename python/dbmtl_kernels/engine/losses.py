@@ -97,11 +97,9 @@ class TaskLosses:
     @torch.no_grad()
     def total(self) -> Tensor:
         """The sum of the losses, or of their logs, as a scalar without a graph; float32 at least."""
-        eps, device, terms = self._log_eps, self.values[0].device, []
-        for value in self.values:
-            term = value if eps is None else torch.log(value + eps)
-            terms.append(term.to(device))
-        return torch.stack(terms).sum()
+        eps, device = self._log_eps, self.values[0].device
+        values = torch.stack([value.to(device) for value in self.values])
+        return values.sum() if eps is None else torch.log(values + eps).sum()
 
     def finite(self) -> list[bool | None]:
         """Whether each loss is finite; None off a CPU, where it would take a sync to know."""

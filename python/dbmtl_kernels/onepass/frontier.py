@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+LEAF = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+SINK = "_DDPSinkBackward"
 
 
 class Entry(NamedTuple):
@@ -96,40 +99,44 @@ class _Walk:
 
     def _run(self, roots: Mapping[int, Any], whole: bool) -> bool:
         """Whether it came to its end: not if nodes are out of order."""
-        self.masks: dict[Any, int] = {}
-        self.leaves: dict[Any, int] = {}  # of nodes that accumulate into a leaf
-        self._heap: list[tuple[int, int, Any]] = []
-        self._lonely, self._whole = 0, whole  # nodes in the heap that one task alone reaches
-        heap = self._heap
-        for task, node in roots.items():
-            if node is not None:
-                self._reach(node, 1 << task)
-        while heap and (whole or self._lonely):
-            number, _, node = heappop(heap)
-            mask = self.masks[node]
-            self._lonely -= _alone(mask)
-            self.walked += 1
-            self.hidden = self.hidden or type(node).__name__ == "CheckpointFunctionBackward"
-            for _, following in below(node):
-                if not whole and _out_of_order(number, following):
+        self.masks = masks = dict[Any, int]()
+        self.leaves = leaves = dict[Any, int]()  # of nodes that accumulate into a leaf
+        self.edges = edges = dict[Any, list[tuple[int, Any]]]()  # what was below each node that was visited
+        heap: list[tuple[int, int, Any]] = []
+        lonely = 0  # nodes in the heap that one task alone reaches
+        number = -(1 << 64)  # of the node visited last, negative
+        fresh = [(node, 1 << task) for task, node in roots.items() if node is not None]
+        while True:
+            for node, mask in fresh:
+                if node.__class__ is LEAF:
+                    leaves[node] = leaves.get(node, 0) | mask
+                    continue
+                before = masks.get(node, 0)
+                after = before | mask
+                if before == after:
+                    continue
+                masks[node] = after
+                if before == 0 or whole:  # no order is relied on then: a node goes round again when more reach it
+                    key = -node._sequence_nr()
+                    if key <= number and not whole:
+                        return False
+                    heappush(heap, (key, id(node), node))
+                    lonely += not after & (after - 1)
+                elif node in edges:
                     return False
-                self._reach(following, mask)
+                elif not before & (before - 1):
+                    lonely -= 1
+            if not heap or not (whole or lonely):
+                break
+            number, _, node = heappop(heap)
+            mask = masks[node]
+            lonely -= not mask & (mask - 1)
+            self.walked += 1
+            self.hidden = self.hidden or node.__class__.__name__ == "CheckpointFunctionBackward"
+            edges[node] = found = _below(node)
+            fresh = [(following, mask) for _, following in found]
         # One look further: what is left was reached in order only if what it leads to is.
-        return whole or not any(_out_of_order(n, following) for n, _, node in heap for _, following in below(node))
-
-    def _reach(self, node: Any, mask: int) -> None:
-        if type(node).__name__ == "AccumulateGrad":
-            self.leaves[node] = self.leaves.get(node, 0) | mask
-            return
-        before = self.masks.get(node, 0)
-        self.masks[node] = after = before | mask
-        if before == after:
-            return
-        if before == 0 or self._whole:  # no order is relied on then: it goes round again when more tasks reach it
-            heappush(self._heap, (-node._sequence_nr(), id(node), node))
-            self._lonely += _alone(after)
-        elif _alone(before):
-            self._lonely -= 1
+        return whole or not any(_out_of_order(number, _below(node)) for number, _, node in heap)
 
     def frontier(
         self, roots: Mapping[int, Any], shared: set[int], stacked: dict[Any, dict[int, list[int]]]
@@ -139,44 +146,44 @@ class _Walk:
 
         def is_common(node: Any) -> bool:
             if node in leaves:
-                return id(node.variable) in shared or not _alone(leaves[node])
-            return not _alone(masks[node])
+                mask = leaves[node]
+                return id(node.variable) in shared or mask & (mask - 1) != 0
+            mask = masks[node]
+            return mask & (mask - 1) != 0
 
         entries, heads = list[Entry](), list[Entry]()
-        for node, mask in masks.items():
-            if not _alone(mask):
+        for node, edges in self.edges.items():
+            mask = masks[node]
+            if mask & (mask - 1):
                 continue
-            into, own = list[int](), list[int]()
-            for place, following in below(node):
-                if is_common(following):
-                    into.append(place)
-                elif following in leaves:
-                    own.append(place)
+            into = [place for place, following in edges if is_common(following)]
+            own = [place for place, following in edges if place not in into and following in leaves]
             if into:
                 entries.append(Entry(node, mask.bit_length() - 1, tuple(into)))
             if own:
                 heads.append(Entry(node, mask.bit_length() - 1, tuple(own)))
-
         at_root = {task for task, node in roots.items() if node is not None and is_common(node)}
         strangers: list[Tensor] = [
             node.variable
             for node, mask in leaves.items()
-            if not _alone(mask) and id(node.variable) not in shared and isinstance(node.variable, torch.nn.Parameter)
+            if mask & (mask - 1) and id(node.variable) not in shared and isinstance(node.variable, torch.nn.Parameter)
         ]
         trains = any(id(node.variable) in shared for node in leaves)
         return Frontier(entries, at_root, heads, stacked, strangers, trains, self.walked, self.hidden)
 
 
-def below(node: Any) -> Iterator[tuple[int, Any]]:
+def _below(node: Any) -> list[tuple[int, Any]]:
     """The nodes that gradients of a node go to, and by which of its ``grad_inputs``."""
-    for place, (following, number) in enumerate(node.next_functions):
-        if following is not None:
-            yield place, _through(following, number)[0]
+    return [
+        (place, following if following.__class__.__name__ != SINK else _through(following, number)[0])
+        for place, (following, number) in enumerate(node.next_functions)
+        if following is not None
+    ]
 
 
 def _through(node: Any, number: int) -> tuple[Any, int]:
     """Past the node that DistributedDataParallel puts around all outputs with ``find_unused_parameters``."""
-    while type(node).__name__ == "_DDPSinkBackward":
+    while node.__class__.__name__ == SINK:
         node, number = node.next_functions[number]
     return node, number
 
@@ -194,9 +201,6 @@ def _stack_above(node: Any, number: int, loss: Tensor) -> tuple[Any, int] | None
     return None
 
 
-def _out_of_order(number: int, following: Any) -> bool:
-    return bool(-following._sequence_nr() <= number) and type(following).__name__ != "AccumulateGrad"
-
-
-def _alone(mask: int) -> bool:
-    return mask & (mask - 1) == 0
+def _out_of_order(number: int, edges: list[tuple[int, Any]]) -> bool:
+    """Whether what a node leads to was made after it, as far as their numbers tell."""
+    return any(node.__class__ is not LEAF and -node._sequence_nr() <= number for _, node in edges)

@@ -112,18 +112,20 @@ class _OnePass(torch.autograd.Function):
         slopes: dict[int, Tensor] = {}
         finite: dict[int, Tensor] = {}  # whose loss is, where only the device knows
         dead: set[int] = set()
+        passes = weighing.passes(factor)
         for task, loss, value in zip(losses.tasks, losses.losses, losses.values, strict=True):
-            wide = factor.to(value.device, value.dtype)
-            slope = wide / (value + owner.eps) if owner.log_transform else wide
-            slope = slope.to(loss.dtype)
             if weighing.on_host:
-                if not math.isfinite(float(value)) or not (weighing.passes(factor) or math.isfinite(float(slope))):
+                number = float(factor) / (float(value) + owner.eps) if owner.log_transform else float(factor)
+                slope = torch.full_like(loss, number)
+                if not math.isfinite(float(value)) or not (passes or math.isfinite(float(slope))):
                     dead.add(task)
                     continue
             else:
-                finite[task] = value.isfinite() & (slope.isfinite() | weighing.passes(factor).to(slope.device))
-                slope = torch.where(finite[task], slope, 0.0)
-            slopes[task] = slope.view_as(loss)
+                wide = factor.to(value.device, value.dtype)
+                slope = (wide / (value + owner.eps) if owner.log_transform else wide).to(loss.dtype)
+                finite[task] = value.isfinite() & (slope.isfinite() | passes.to(slope.device))
+                slope = torch.where(finite[task], slope, 0.0).view_as(loss)
+            slopes[task] = slope
         owner.begin_pass(Measurement(losses, slopes, factor, weighing), weighing, factor, finite, dead)
         for task in slopes.keys() & at_root:
             slopes[task] = slopes[task] * weighing.weight(task, slopes[task])

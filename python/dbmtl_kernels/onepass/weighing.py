@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -208,7 +209,7 @@ def _is_finite(grad: Tensor) -> bool:
     """Of a tensor on the host: the sum tells, unless it overflows by itself."""
     values = _values(grad)
     total = values.sum(dtype=torch.float32 if values.dtype in HALF else None)
-    return bool(total.isfinite()) or bool(values.isfinite().all())
+    return cmath.isfinite(total.item()) or bool(values.isfinite().all())
 
 
 def _length(grad: Tensor) -> Tensor:
