@@ -1,7 +1,9 @@
 """What a training loop may do with the one-pass form: when it measures, who sits out, what is kept, what is refused."""
 
 import copy
+import gc
 import warnings
+import weakref
 
 import dbmtl_kernels as dbk
 import pytest
@@ -157,6 +159,36 @@ def test_weights_are_held_until_the_optimizer_steps():
     setting.balancer.detach()
     with pytest.raises(ValueError, match="SGD holds none"):
         setting.balancer.attach(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+
+
+class Mark:
+    """Something that can be watched."""
+
+
+class Marked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, mark):
+        ctx.mark = mark
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def test_a_graph_that_is_not_used_goes_at_once():
+    setting, mark = Setting(), Mark()
+    setting.step()
+    gone = weakref.ref(mark)
+    gc.disable()
+    try:
+        loss = setting.balancer(each(setting.heads, Marked.apply(setting.trunk(setting.batch()), mark)))
+        del mark
+        assert gone() is not None
+        del loss
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 # --- who sits out -------------------------------------------------------------------------------------------------

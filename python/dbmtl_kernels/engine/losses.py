@@ -22,6 +22,8 @@ ADVICE = {
     "NCCL": "one of FSDP's collectives failed; has another rank stopped?",
 }
 
+NARROW = (torch.float16, torch.bfloat16)
+
 Given = Sequence[Tensor | None] | Tensor
 
 
@@ -70,7 +72,8 @@ class TaskLosses:
                 raise TypeError(f"the loss of task {task} must be floating point, got {loss.dtype}")
             self.tasks.append(task)
             self.losses.append(loss)
-            self.values.append(loss.detach().reshape(()).to(torch.promote_types(loss.dtype, torch.float32)))
+            value = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
+            self.values.append(value.float() if value.dtype in NARROW else value)
         if not self.tasks:
             raise ValueError("every loss is None: a step needs at least one task")
 

@@ -113,19 +113,20 @@ class _OnePass(torch.autograd.Function):
         finite: dict[int, Tensor] = {}  # whose loss is, where only the device knows
         dead: set[int] = set()
         passes = weighing.passes(factor)
+        on_host = factor.item() if weighing.on_host else None
         for task, loss, value in zip(losses.tasks, losses.losses, losses.values, strict=True):
-            if weighing.on_host:
-                number = float(factor) / (float(value) + owner.eps) if owner.log_transform else float(factor)
-                slope = torch.full_like(loss, number)
-                if not math.isfinite(float(value)) or not (passes or math.isfinite(float(slope))):
+            if on_host is not None:
+                number = on_host / (value.item() + owner.eps) if owner.log_transform else on_host
+                fits = abs(number) <= torch.finfo(loss.dtype).max
+                if not math.isfinite(value.item()) or not (passes or fits):
                     dead.add(task)
                     continue
-            else:
-                wide = factor.to(value.device, value.dtype)
-                slope = (wide / (value + owner.eps) if owner.log_transform else wide).to(loss.dtype)
-                finite[task] = value.isfinite() & (slope.isfinite() | passes.to(slope.device))
-                slope = torch.where(finite[task], slope, 0.0).view_as(loss)
-            slopes[task] = slope
+                slopes[task] = torch.full_like(loss, number if fits else math.copysign(math.inf, number))
+                continue
+            wide = factor.to(value.device, value.dtype)
+            slope = (wide / (value + owner.eps) if owner.log_transform else wide).to(loss.dtype)
+            finite[task] = value.isfinite() & (slope.isfinite() | passes.to(slope.device))
+            slopes[task] = torch.where(finite[task], slope, 0.0).view_as(loss)
         owner.begin_pass(Measurement(losses, slopes, factor, weighing), weighing, factor, finite, dead)
         for task in slopes.keys() & at_root:
             slopes[task] = slopes[task] * weighing.weight(task, slopes[task])

@@ -8,13 +8,13 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..ops import Stats
-from .frontier import Entry, Frontier
+from .frontier import Frontier
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,12 +63,12 @@ class Weighing:
         self._measured: int | None = None  # the task whose pass is run to measure
         self._lengths: dict[tuple[int, int], Tensor] = {}  # of what passed here when its task was measured
         for index, entry in enumerate(frontier.entries):
-            entry.node.register_hook(_Hook(self, entry, index, self._weigh))
+            entry.node.register_hook(partial(self._pass_on, self._weigh, entry.task, entry.places, index))
         for stack, places in frontier.stacked.items():
             stack.register_hook(partial(self._unstack, places))
         if not self.on_host:
             for entry in frontier.heads:
-                entry.node.register_hook(_Hook(self, entry, -1, self._clear))
+                entry.node.register_hook(partial(self._pass_on, self._clear, entry.task, entry.places, -1))
 
     @contextmanager
     def measuring(self, task: int) -> Iterator[None]:
@@ -104,8 +104,7 @@ class Weighing:
 
     def passes(self, factor: Tensor) -> Any:
         """Whether gradients that are not finite are passed on under this factor of the loss; a tensor off the host."""
-        passes = factor.abs() > self._above
-        return bool(passes) if self.on_host else passes
+        return abs(factor.item()) > self._above if self.on_host else factor.abs() > self._above
 
     def weight(self, task: int, like: Tensor) -> Tensor:
         """Of a task, where its loss itself is what several share."""
@@ -115,6 +114,26 @@ class Weighing:
     def acts(self) -> bool:
         """Whether the pass that runs now is the one to weigh, or one to look at."""
         return self._measured is not None or self._pass == torch._C._current_graph_task_id()
+
+    # Hooks hold no node: that would keep the graph alive.
+    def _pass_on(
+        self,
+        change: Callable[[Tensor, int, tuple[int, int]], Tensor],
+        task: int,
+        places: Sequence[int],
+        number: int,
+        grad_inputs: Sequence[Tensor | None],
+        _: Any,
+    ) -> tuple[Tensor | None, ...] | None:
+        """Replace gradients on their way from a node to those below it."""
+        if not self.acts:
+            return None
+        out = list(grad_inputs)
+        for place in places:
+            grad = out[place]
+            if grad is not None:
+                out[place] = change(grad, task, (number, place))
+        return tuple(out)
 
     def _weigh(self, grad: Tensor, task: int, key: tuple[int, int]) -> Tensor:
         """The gradient of a task times its weight; zeros where it is not finite, unless that must be passed on."""
@@ -170,26 +189,6 @@ class Weighing:
         if self._finite is None or self._measured is not None:
             return grad
         return torch.where(self._finite[task].to(grad.device), grad, 0.0)
-
-
-class _Hook(NamedTuple):
-    """Replaces gradients on their way from a node to those below it."""
-
-    weighing: Weighing
-    entry: Entry
-    number: int
-    change: Callable[[Tensor, int, tuple[int, int]], Tensor]
-
-    def __call__(self, grad_inputs: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
-        if not self.weighing.acts:
-            return None
-        out = list(grad_inputs)
-        _, task, places = self.entry
-        for place in places:
-            grad = out[place]
-            if grad is not None:
-                out[place] = self.change(grad, task, (self.number, place))
-        return tuple(out)
 
 
 def _times(grad: Tensor, weight: Any) -> Tensor:
