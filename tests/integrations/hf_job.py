@@ -72,11 +72,11 @@ def trainer_of(
     return cls(seeded(net), arguments(**given), train_dataset=data(), shared=shared, num_tasks=2, **(more or {}))
 
 
-def plain_loop(accumulate=1, clip=0.0, bf16=False, absent=False):
+def plain_loop(accumulate=1, clip=0.0, bf16=False, absent=False, method=dbk.DBMTL):
     """What the Trainer does, in a loop without it; the second task may be absent from every other batch."""
     net = first_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-    balancer = dbk.DBMTL(net.encoder.parameters(), 2)
+    balancer = method(net.encoder.parameters(), 2)
     balancer.attach(optimizer)
     for _ in range(2):
         batches = list(DataLoader(Data(), batch_size=BATCH))
@@ -95,19 +95,21 @@ def plain_loop(accumulate=1, clip=0.0, bf16=False, absent=False):
     return net, balancer
 
 
-def accelerate_loop(accumulate=1, epochs=2, save=None, resume=None, guarded=True, batch=BATCH, **options):
+def accelerate_loop(
+    accumulate=1, epochs=2, save=None, resume=None, guarded=True, batch=BATCH, method=dbk.DBMTL, **options
+):
     """A loop of one's own with Accelerate; saves at the end, and resumes after the first epoch."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate, **options)
     net = first_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     net, optimizer, loader = accelerator.prepare(net, optimizer, DataLoader(Data(), batch_size=batch))
-    balancer = prepare_balancer(accelerator, net, optimizer, lambda net: net.encoder.parameters(), 2)
+    balancer = prepare_balancer(accelerator, net, optimizer, lambda net: net.encoder.parameters(), 2, method=method)
     if resume is not None:
         accelerator.load_state(resume)
     for _ in range(resume is not None, epochs):
         for part in loader:
             with accelerator.accumulate(net):
-                with balancing(net) if guarded else contextlib.nullcontext():
+                with balancing(net, balancer) if guarded else contextlib.nullcontext():
                     accelerator.backward(balancer(net(**part)["losses"]))
                 optimizer.step()
                 optimizer.zero_grad()
@@ -140,7 +142,7 @@ def two_ranks(folder):
     results, half = {}, BATCH // 2
 
     def record(name, net, balancer):
-        results[name] = told(parameters(net), balancer)
+        results[name] = told(parameters(net), balancer, type(balancer) is dbk.DBMTL)
 
     def train(name, resume=None, **options):
         options = {"gradient_accumulation_steps": 3, "max_grad_norm": 0.5, **options}
@@ -154,6 +156,10 @@ def two_ranks(folder):
     accelerate_loop(7, 1, save=folder / "state", batch=half)
     record("loaded", *accelerate_loop(7, resume=folder / "state", batch=half))
     record("sharded", *sharded_loop(7))
+    train("one pass, trainer", more={"method": dbk.OnePassDBMTL})
+    for guarded in (True, False):
+        one = accelerate_loop(7, batch=half, method=dbk.OnePassDBMTL, guarded=guarded)
+        record(f"one pass, accelerate, {guarded}", *one)
     try:
         accelerate_loop(guarded=False, batch=half)
         results["refusal"] = ""

@@ -37,6 +37,7 @@ class Net(nn.Module):
 
 
 first_net = partial(seeded, Net)
+one_pass = partial(dbk.OnePassDBMTL, measure_every=1000)  # sharded parameters are measured in other steps later on
 
 
 def loader(rank=0, size=1):
@@ -75,10 +76,12 @@ def trainer_of(folder, epochs, *callbacks, **options):
     return pl.Trainer(**given)
 
 
-def fit(folder, epochs=2, *callbacks, resume=None, module=None, rank=0, size=1, validate=False, **options):
+def fit(
+    folder, epochs=2, *callbacks, resume=None, module=None, rank=0, size=1, validate=False, method=dbk.DBMTL, **options
+):
     """The module and its callback, trained; with ``validate`` a validation after every epoch."""
     module = Module() if module is None else module
-    balancing = GradientBalancing("net.trunk", 2)
+    balancing = GradientBalancing("net.trunk", 2, method=method)
     trainer = trainer_of(folder, epochs, balancing, *callbacks, **options)
     trainer.fit(module, loader(rank, size), loader(rank, size) if validate else None, ckpt_path=resume)
     return module, balancing, trainer
@@ -122,7 +125,8 @@ def two_ranks(folder):
 
     def job(name, epochs=2, *callbacks, **options):
         module, balancing, _ = fit(folder, epochs, *callbacks, rank=rank, size=2, **{**ranks, **options})
-        results[name] = {**told(parameters(module), balancing.balancer), "left": hasattr(module, "balancer")}
+        rows = not isinstance(balancing.balancer, dbk.OnePassDBMTL)
+        results[name] = {**told(parameters(module), balancing.balancer, rows), "left": hasattr(module, "balancer")}
 
     def jobs(wrapper, saves, options, others):
         job(f"{wrapper}plain", **options())
@@ -134,6 +138,9 @@ def two_ranks(folder):
     def sharded(cls=Sharded):
         return {"strategy": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), "module": cls()}
 
+    for accumulate in (1, 3):
+        job(f"one pass, {accumulate}", accumulate_grad_batches=accumulate, method=one_pass)
+    job("one pass, sharded", method=one_pass, **sharded())
     jobs("", folder, dict, {"strategy": "ddp_find_unused_parameters_true"})
     jobs("sharded, ", folder / "fsdp", sharded, {"validate": True, **sharded(ShardedWhole)})
     results["refusal"] = ""

@@ -303,6 +303,15 @@ def test_two_ranks_do_what_one_does_with_the_whole_batch(ranks, name, straight, 
         assert found[name]["parameters"] == found[straight]["parameters"]  # resumed bit for bit
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"), [("trainer", (3, 0.5)), ("accelerate, True", (7,)), ("accelerate, False", (7,))]
+)
+def test_two_ranks_of_one_pass(ranks, name, settings):
+    expected = plain_loop(*settings, method=dbk.OnePassDBMTL)
+    for found in ranks[1]:
+        trained.assert_a_ranks_part(found[f"one pass, {name}"], *expected, rows=None)
+
+
 def test_one_process_goes_on_from_the_checkpoint_of_two_ranks(ranks, tmp_path):
     trainer = trainer_of(tmp_path, gradient_accumulation_steps=3, max_grad_norm=0.5)
     trainer.train(resume_from_checkpoint=str(ranks[0] / "trainer" / "checkpoint-3"))

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
-from lightning_job import BATCHES, Module, checkpointing, first_net, fit, loader, parameters, trainer_of
+from lightning_job import BATCHES, Module, checkpointing, first_net, fit, loader, one_pass, parameters, trainer_of
 from problems import assert_same_state, overflowing, state_of
 from ranks import environment
 from torch import nn
@@ -350,6 +350,13 @@ def test_two_ranks_do_what_one_does_with_the_whole_batch(ranks, wrapper, name, t
         assert not found[wrapper + name]["left"]
         if name == "resumed":  # bit for bit
             assert found[wrapper + name]["parameters"] == found[f"{wrapper}plain"]["parameters"]
+
+
+@pytest.mark.parametrize(("name", "accumulate"), [("1", 1), ("3", 3), ("sharded", 1)])
+def test_two_ranks_of_one_pass(ranks, name, accumulate, tmp_path):
+    alone, balancing, _ = fit(tmp_path, accumulate_grad_batches=accumulate, method=one_pass)
+    for found in ranks[1]:
+        trained.assert_a_ranks_part(found[f"one pass, {name}"], alone, balancing.balancer, rows=None)
 
 
 def test_one_process_goes_on_from_the_checkpoint_of_two_ranks(ranks, tmp_path):

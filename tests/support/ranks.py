@@ -38,18 +38,19 @@ def torchrun(ranks, script, *arguments, cwd=None, **more):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
 
 
-def told(parameters, balancer):
-    """What a rank tells of its training; a collective."""
+def told(parameters, balancer, rows=True):
+    """What a rank tells of its training; a collective. Of a balancer that has no ``rows`` less."""
     others = [torch.empty_like(parameters) for _ in range(dist.get_world_size())]
     dist.all_gather(others, parameters)
-    return {
+    found = {
         "identical": all(torch.equal(parameters, other) for other in others),
         "parameters": parameters.tolist(),
-        "cosine": balancer.monitor().cosine.tolist(),
         "norms": balancer.norms.tolist(),
-        "rows": state_of(balancer).rows.numel(),
         "step": balancer.step,
     }
+    if rows:
+        found |= {"cosine": balancer.monitor().cosine.tolist(), "rows": state_of(balancer).rows.numel()}
+    return found
 
 
 def leave():

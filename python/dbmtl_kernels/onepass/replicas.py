@@ -52,15 +52,23 @@ class Replicas:
         self._averaged, self._local = self._averaged or averaged, True
 
     def attach(self) -> None:
-        """Look before each step of the optimizers attached."""
+        """Look at each step of the optimizers attached: before it or, if it is given a closure, when that has run."""
         engine = self._engine()
         if self._idle or engine is None:
             return
         for optimizer in engine.attached:
-            handle = optimizer.register_step_pre_hook(partial(_before_step, weakref.ref(self)))
-            weakref.finalize(self, handle.remove)
+            for register, after in (
+                (optimizer.register_step_pre_hook, False),
+                (optimizer.register_step_post_hook, True),
+            ):
+                weakref.finalize(self, register(partial(_at_step, weakref.ref(self), after)).remove)
 
-    def _before_step(self) -> None:
+    def at_step(self) -> None:
+        """The backwards of a step are over.
+
+        Raises:
+            RuntimeError: none was averaged.
+        """
         engine = self._engine()
         local, averaged = self._local, self._averaged
         self._local = self._averaged = False
@@ -71,7 +79,7 @@ class Replicas:
             )
 
 
-def _before_step(mine: weakref.ref[Replicas], *_: Any) -> None:
-    replicas = mine()
-    if replicas is not None:
-        replicas._before_step()
+def _at_step(mine: weakref.ref[Replicas], after: bool, _: Any, args: Any, kwargs: Any) -> None:
+    replicas, closure = mine(), kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if replicas is not None and callable(closure) == after:
+        replicas.at_step()
