@@ -81,7 +81,7 @@ int32_t dbmtl_accumulate(const dbmtl_accumulate_args* args) {
       const int64_t index = tile - first_tile[segment], begin = index * kTile;
       const int32_t dtype = args->grad_dtypes[segment];
       const char* grad = static_cast<const char*>(args->grads[segment]);
-      slots[tile] = by_grad[dtype](at(row.data, offset + begin, row.dtype),
+      slots[tile] = by_grad[dtype](row.data ? at(row.data, offset + begin, row.dtype) : nullptr,
                                    grad ? grad + begin * kElementSize[dtype] : nullptr, tile_size(index, numel), decay,
                                    gain);
     }

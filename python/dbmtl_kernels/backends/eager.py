@@ -61,7 +61,7 @@ def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, co
 
 
 def accumulate_(
-    row: Tensor,
+    row: Tensor | None,
     sumsq: Tensor,
     grads: list[Tensor | None],
     segments: Tensor,
@@ -73,12 +73,19 @@ def accumulate_(
     if loss_scale is not None:
         factor = loss_scale.reshape(()).to(sumsq.device, sumsq.dtype)
         gain = torch.where(factor == 0, 0.0, gain / factor)
+    double = row is None and any(grad is not None and grad.dtype == torch.float64 for grad in grads)
+    work = torch.float64 if double else torch.float32 if row is None else _arithmetic(row.dtype)
     if isinstance(gain, Tensor):
-        gain = gain.to(_arithmetic(row.dtype))
+        gain = gain.to(work)
     total = torch.zeros_like(sumsq)
     for grad, (offset, numel) in zip(grads, segments.tolist(), strict=True):
-        segment = row[offset : offset + numel]
-        _update(segment, grad, decay, gain)
+        if row is not None:
+            segment = row[offset : offset + numel]
+            _update(segment, grad, decay, gain)
+        elif grad is None:
+            continue
+        else:
+            segment = grad.to(work) * gain
         if numel:
             total += _sum_of_squares(segment)
     sumsq.copy_(total)

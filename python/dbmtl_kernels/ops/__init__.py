@@ -76,7 +76,7 @@ torch.library.register_fake("dbmtl_kernels::balance_", _balance_fake, lib=_LIBRA
 
 
 def accumulate_(
-    row: Tensor,
+    row: Tensor | None,
     sumsq: Tensor,
     grads: list[Tensor | None],
     segments: Tensor,
@@ -90,7 +90,9 @@ def accumulate_(
     ``sumsq <- sum(row[segments] ** 2)``.
 
     Args:
-        row: (row_numel,) float32, bfloat16 or float64; updated in place, between segments left alone.
+        row: (row_numel,) float32, bfloat16 or float64; updated in place, between segments left alone. None: nothing is
+            stored, and ``sumsq`` is that of ``gain / loss_scale * grads``, in float32 arithmetic (float64 if one of
+            ``grads`` is of it); of the segments only the numels matter.
         sumsq: one float64 (float32 on a device that has no float64); overwritten.
         grads: a tensor or None (zeros) for each segment; any float dtypes, any shapes of ``numel`` elements, read
             in logical order.
@@ -105,9 +107,9 @@ def accumulate_(
         ValueError, TypeError, RuntimeError: shapes, dtypes and devices, before anything is written.
     """
     dense = arguments.check_accumulate(row, sumsq, grads, segments, coefficients, loss_scale)
-    serve = backends.resolve(backend, row.device)
+    serve = backends.resolve(backend, sumsq.device)
     serve.accumulate_(row, sumsq, dense, segments.contiguous(), coefficients, loss_scale)
-    _count_write(row, sumsq)
+    _count_write(*(() if row is None else (row,)), sumsq)
 
 
 def balance_rows_(step: BalanceRows, backend: str = "auto") -> None:
