@@ -261,7 +261,7 @@ class CLibrary:
             factor = _array(loss_scale)
         wide = DTYPES[torch.float64 if DTYPES[torch.float64] in dtypes else torch.float32]
         args = AccumulateArgs(
-            Array(None, wide) if row is None else _array(row), sumsq.data_ptr(),
+            Array(None, wide) if row is None else Array(row.data_ptr(), DTYPES[row.dtype]), sumsq.data_ptr(),
             numbers.data_ptr() if isinstance(numbers, Tensor) else addressof(numbers), factor, len(grads),
             segments.data_ptr(), (c_void_p * len(grads))(*addresses), bytes(dtypes),
         )  # fmt: skip

@@ -171,7 +171,8 @@ def check_accumulate(
             check_dtype("the dtype of row", row.dtype, STATE_DTYPES)
         if row.dim() != 1 or not row.is_contiguous():
             raise ValueError(f"row must be 1-D and contiguous, got shape {tuple(row.shape)}, strides {row.stride()}")
-        check_device("sumsq", sumsq, "row", row)
+        if sumsq.device != row.device:
+            check_device("sumsq", sumsq, "row", row)
     if sumsq.numel() != 1:
         raise ValueError(f"sumsq must be one number, got shape {tuple(sumsq.shape)}")
     device, strided, end = other.device, torch.strided, math.inf if row is None else row.numel()
