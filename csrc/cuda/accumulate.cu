@@ -62,7 +62,7 @@ __device__ double gather(S* row, const G* grad, int64_t offset, int64_t begin, i
 
 template <class S, class G, class V>
 __device__ double gather_piece(S* row, const Piece& piece, int64_t begin, int64_t end, V decay, V gain) {
-  const G* grad = static_cast<const G*>(piece.grad);
+  const G* grad = gain == V(0) ? nullptr : static_cast<const G*>(piece.grad);
   const bool aligned = reinterpret_cast<uintptr_t>(grad) % 16 == 0 &&
                        (row == nullptr || reinterpret_cast<uintptr_t>(row + piece.offset) % 16 == 0);
   if (!aligned) return gather<S, G, false>(row, grad, piece.offset, begin, end, decay, gain);

@@ -138,6 +138,19 @@ def test_a_sum_of_squares_of_nothing_of_large_numbers_and_of_what_is_not_finite(
     assert math.isnan(measure(large))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_that_do_not_count_may_be_nan(backend):
+    for numbers, scale in (((1.0, 0.0), None), (torch.tensor([1.0, 0.0], dtype=F64), None), ((1.0, 0.5), 0.0)):
+        row, sumsq = torch.arange(80.0), torch.zeros(2, 1, dtype=F64)
+        grads, segments = [torch.full((40,), math.nan), torch.full((40,), math.inf)], torch.tensor([[0, 40], [40, 40]])
+        loss_scale = None if scale is None else torch.tensor(scale)
+        ops.accumulate_(row, sumsq[0], grads, segments, numbers, loss_scale, backend)
+        ops.accumulate_(None, sumsq[1], grads, segments, numbers, loss_scale, backend)
+        assert torch.equal(row, torch.arange(80.0))
+        assert float(sumsq[0]) == pytest.approx(float(row.double().square().sum()), rel=1e-12)
+        assert float(sumsq[1]) == 0
+
+
 PLAIN = {
     "num_tasks": 3, "state": F32, "outs": ((0, 1003, F32),), "bad": (), "before": (), "active": None, "scale": 1.0,
     "above": 1.0,

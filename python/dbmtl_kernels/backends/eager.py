@@ -31,7 +31,7 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
 def _update(row: Tensor, grad: Tensor | None, decay: float | Tensor, gain: float | Tensor) -> None:
     """Row <- decay * row + gain * grad in fp32. With a decay of 0 what was there does not count."""
     work = _arithmetic(row.dtype)
-    gained = torch.zeros((), dtype=work, device=row.device) if grad is None else grad.reshape(-1).to(work) * gain
+    gained = torch.zeros((), dtype=work, device=row.device) if grad is None else _gained(grad, gain, work)
     if isinstance(decay, Tensor):  # whether it is 0 would take a sync to know
         decayed = row.to(work) * decay.to(work)
         row.copy_(torch.where(decay == 0, gained, decayed if grad is None else decayed + gained))
@@ -39,6 +39,14 @@ def _update(row: Tensor, grad: Tensor | None, decay: float | Tensor, gain: float
         row.copy_(gained)
     else:
         row.copy_(row.to(work) * decay if grad is None else row.to(work) * decay + gained)
+
+
+def _gained(grad: Tensor, gain: float | Tensor, work: torch.dtype) -> Tensor:
+    """``gain * grad``; with a gain of 0 not even NaN counts."""
+    product = grad.reshape(-1).to(work) * gain
+    if isinstance(gain, Tensor):
+        return torch.where(gain == 0, 0.0, product)
+    return product if gain != 0.0 else torch.zeros_like(product)
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
@@ -85,7 +93,7 @@ def accumulate_(
         elif grad is None:
             continue
         else:
-            segment = grad.to(work) * gain
+            segment = _gained(grad, gain, work)
         if numel:
             total += _sum_of_squares(segment)
     sumsq.copy_(total)

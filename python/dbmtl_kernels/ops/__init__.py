@@ -99,8 +99,8 @@ def accumulate_(
         segments: (n, 2) int64 on the CPU: offset and numel of each segment, not overlapping.
         coefficients: decay and gain, as two numbers, or as (2,) in the dtype of ``sumsq`` on the row's device: those a
             kernel reads when it runs, so that a replayed CUDA graph sees new ones. With a decay of 0 what was in the
-            row does not count.
-        loss_scale: one number that the gradients carry and the state must not; 0 counts the gradients as zeros.
+            row does not count, with a gain of 0 the gradients, NaN included.
+        loss_scale: one number that the gradients carry and the state must not; 0 is a gain of 0.
         backend: "auto" or a name.
 
     Raises:

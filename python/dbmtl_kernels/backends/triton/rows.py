@@ -66,6 +66,7 @@ def gather_typed(
         tl.float32 if CODE == 0 else tl.bfloat16 if CODE == 1 else tl.float16 if CODE == 2 else tl.float64
     )
     grad = address.to(tl.pointer_type(GRAD)) + start
+    address = tl.where(gain == 0, 0, address)  # NaN and inf do not count either
     if grad.to(tl.int64) % 16 == 0:
         squares = gather_chunk(row, column, grad, count, address, decay, gain, True, ROW_ALIGNED, BLOCK)
     else:
