@@ -51,13 +51,11 @@ inline int32_t check(const dbmtl_accumulate_args& a) {
   if (a.num_segments < 0) return fail(DBMTL_INVALID_ARGUMENT, "num_segments is negative");
   if (a.num_segments > 0 && (!a.segments || !a.grads || !a.grad_dtypes))
     return fail(DBMTL_INVALID_ARGUMENT, "segments, grads or grad_dtypes is null");
-  bool empty = true;
   for (int64_t i = 0; i < a.num_segments; ++i) {
     if (a.segments[2 * i] < 0 || a.segments[2 * i + 1] < 0) return fail(DBMTL_INVALID_ARGUMENT, "segments: negative");
     DBMTL_TRY(check_array("grads", {nullptr, a.grad_dtypes[i]}, true));
-    empty &= a.segments[2 * i + 1] == 0;
   }
-  DBMTL_TRY(check_array("row", a.row, empty, kStateDtype));
+  DBMTL_TRY(check_array("row", a.row, true, kStateDtype));
   if (!a.sumsq || !a.coefficients) return fail(DBMTL_INVALID_ARGUMENT, "sumsq or coefficients is null");
   return check_array("loss_scale", a.loss_scale, true);
 }

@@ -80,8 +80,8 @@ int32_t dbmtl_accumulate(const dbmtl_accumulate_args* args) {
       const int64_t offset = args->segments[2 * segment], numel = args->segments[2 * segment + 1];
       const int64_t index = tile - first_tile[segment], begin = index * kTile;
       const int32_t dtype = args->grad_dtypes[segment];
-      const char* grad = static_cast<const char*>(args->grads[segment]);
-      slots[tile] = by_grad[dtype](at(row.data, offset + begin, row.dtype),
+      const char* grad = gain == 0.0 ? nullptr : static_cast<const char*>(args->grads[segment]);
+      slots[tile] = by_grad[dtype](row.data ? at(row.data, offset + begin, row.dtype) : nullptr,
                                    grad ? grad + begin * kElementSize[dtype] : nullptr, tile_size(index, numel), decay,
                                    gain);
     }

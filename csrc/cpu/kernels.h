@@ -9,7 +9,7 @@ namespace dbmtl {
 constexpr int kNumDtypes = 4;  // in the order of dbmtl_dtype
 
 // state <- decay * state + gain * grad over n elements; returns the sum of squares of what was stored.
-// A null grad counts as zeros.
+// A null grad counts as zeros. With a null state nothing is stored: the sum of squares of gain * grad.
 using EmaSumsqFn = double (*)(void* state, const void* grad, int64_t n, double decay, double gain);
 
 // out <- (accumulate ? out : 0) + sum_t weights[t] * rows[t] over n elements. stream: bypass the cache.

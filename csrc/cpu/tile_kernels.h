@@ -54,7 +54,16 @@ double ema_sumsq(void* state_, const void* grad_, int64_t n, double decay, doubl
     const F64 wide = widen(x);
     sum = sum + wide * wide;
   };
-  if (grad == nullptr && decay == 0.0) {
+  if (state == nullptr) {  // only the sum is wanted
+    for (int64_t i = 0; grad != nullptr && i < n; i += kLanes) {
+      G tail[kLanes] = {};
+      if (n - i < kLanes) std::memcpy(tail, grad + i, sizeof(G) * (n - i));
+      V y;
+      load(y, n - i < kLanes ? tail : grad + i);
+      const F64 wide = widen(w * y);
+      sum = sum + wide * wide;
+    }
+  } else if (grad == nullptr && decay == 0.0) {
     std::memset(state, 0, size_t(n) * sizeof(S));
   } else if (grad == nullptr) {
     each_group(state, grad, n, [&](S* m, const G*) {

@@ -47,7 +47,7 @@ __device__ double gather(S* row, const G* grad, int64_t offset, int64_t begin, i
     const Slice<kAligned> slice(begin, threadIdx.x, kThreads);
     V g[kElements], m[kElements];
     load<Hint::kStream>(g, grad, slice, grad == nullptr ? 0 : end);
-    load<Hint::kKeep>(m, row + offset, slice, decay == V(0) ? 0 : end);
+    load<Hint::kKeep>(m, row + offset, slice, row == nullptr || decay == V(0) ? 0 : end);
     S stored[kElements];
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
@@ -55,16 +55,16 @@ __device__ double gather(S* row, const G* grad, int64_t offset, int64_t begin, i
       const double x = double(widen_lane(stored[e]));
       if (inside(slice, end, e)) sum += x * x;
     }
-    store<Hint::kKeep>(row + offset, stored, slice, end);
+    if (row != nullptr) store<Hint::kKeep>(row + offset, stored, slice, end);
   }
   return sum;
 }
 
 template <class S, class G, class V>
 __device__ double gather_piece(S* row, const Piece& piece, int64_t begin, int64_t end, V decay, V gain) {
-  const G* grad = static_cast<const G*>(piece.grad);
+  const G* grad = gain == V(0) ? nullptr : static_cast<const G*>(piece.grad);
   const bool aligned = reinterpret_cast<uintptr_t>(grad) % 16 == 0 &&
-                       reinterpret_cast<uintptr_t>(row + piece.offset) % 16 == 0;
+                       (row == nullptr || reinterpret_cast<uintptr_t>(row + piece.offset) % 16 == 0);
   if (!aligned) return gather<S, G, false>(row, grad, piece.offset, begin, end, decay, gain);
   // Whole groups of kElements 128 bits at a time, the last few one by one.
   const int64_t whole = begin + (end - begin) / kElements * kElements;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 2) accumulate_kernel(const __grid_co
   S* row = static_cast<S*>(h.row);
   double scaled = h.coefficients[1];
   if (h.loss_scale.data != nullptr) scaled = unscaled(scaled, number(h.loss_scale.data, h.loss_scale.dtype));
-  const V decay = V(h.coefficients[0]), gain = V(scaled);
+  const V decay = row == nullptr ? V(0) : V(h.coefficients[0]), gain = V(scaled);
   double sum = 0.0;
   for (int chunk = blockIdx.x; chunk < h.num_chunks; chunk += gridDim.x) {
     int low = 0, high = h.num_pieces - 1;  // the last piece that does not begin after this chunk

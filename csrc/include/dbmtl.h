@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-#define DBMTL_ABI_VERSION 6
+#define DBMTL_ABI_VERSION 7
 #define DBMTL_MAX_OUTS 4
 
 typedef enum {
@@ -91,7 +91,10 @@ typedef struct {
 /* One row of the task-gradient buffer, gathered from a list of gradients:
  *   row[offset_i : offset_i + numel_i] <- decay * row[...] + gain / loss_scale * grads[i]
  *   sumsq[0] <- sum of squares of the segments afterwards
- * A null grads[i] counts as zeros. loss_scale is one number or null; where it is 0, gradients count as zeros. */
+ * A null grads[i] counts as zeros. loss_scale is one number or null. Where it is 0, or the gain, gradients count as zeros,
+ * NaN too.
+ * With a null row nothing is stored, and sumsq is that of gain / loss_scale * grads, in the arithmetic of row.dtype (f32
+ * or f64): a row's with a decay of 0. */
 typedef struct {
   dbmtl_array row;
   double* sumsq;

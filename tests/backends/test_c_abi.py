@@ -146,6 +146,8 @@ def test_what_may_be_null_and_sizes_that_may_be_zero(backend):
     call("accumulate", loss_scale__data=None, grads=(ctypes.c_void_p * 2)(None, None))
     nothing = call("accumulate", row__data=None, num_segments=0, segments=None, grads=None, grad_dtypes=None)
     assert any(torch.equal(x, torch.zeros(1).double()) for x in nothing.memory)  # sumsq
+    measured = call("accumulate", row__data=None, loss_scale__data=None)
+    assert any(torch.equal(x, torch.full((1,), 12.0 * 625).double()) for x in measured.memory)
     call("balance_rows", loss_scale__data=None, rows__data=None, rows__num_params=0, num_outs=0)
     empty = {"grads__data": None, "grads__num_params": 0, "ema__data": None, "ema__num_params": 0, "out__data": None}
     assert any(torch.equal(x, torch.zeros(2)) for x in call("balance", **empty).memory)  # norms
@@ -219,4 +221,4 @@ def test_a_library_that_is_not_there_broken_or_of_another_version(tmp_path, monk
     library.path = native.path
     library.forget()
     monkeypatch.setattr(c, "ABI_VERSION", 99)
-    assert "ABI version 6, this package needs 99" in library.missing(CPU)
+    assert "ABI version 7, this package needs 99" in library.missing(CPU)

@@ -103,6 +103,54 @@ def test_accumulate_without_decay_reads_nothing_of_the_row(backend, coefficients
     assert sumsq.isfinite()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("grad_dtypes", "scale"), [((F32, BF16, F16), None), ((F32,), 1024.0), (GRADS, 0.3), ((F16,), 0.0)]
+)
+def test_without_a_row_only_the_sum_of_squares_is_computed(grad_dtypes, scale, backend):
+    """To the bits of what `accumulate_` tells of a row that keeps nothing, on a kernel; gradients stay as they are."""
+    state = F64 if F64 in grad_dtypes else F32
+    row, _, grads, segments = cases.row_problem(state, grad_dtypes, (5, 33, 1, 8193, 0, 64))
+    before = [None if grad is None else grad.clone() for grad in grads]
+    loss_scale = None if scale is None else torch.tensor(scale)
+    sums = torch.full((3, 1), math.nan, dtype=F64)
+    ops.accumulate_(row, sums[0], grads, segments, (0.0, 0.7), loss_scale, backend)
+    ops.accumulate_(None, sums[1], grads, segments, (0.9, 0.7), loss_scale, backend)
+    ops.accumulate_(None, sums[2], grads, segments, torch.tensor([math.nan, 0.7], dtype=F64), loss_scale, backend)
+    torch.testing.assert_close(sums[1], sums[0], rtol=1e-12 if backend in (*SIMULATED, "eager") else 0, atol=0)
+    assert_same_bits(sums[1:2], sums[2:])
+    assert_same_bits([x for x in grads if x is not None], [x for x in before if x is not None])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sum_of_squares_of_nothing_of_large_numbers_and_of_what_is_not_finite(backend):
+    def measure(*grads):
+        sumsq = torch.full((1,), 5.0, dtype=F64)
+        segments = torch.tensor([[0, 40]] * len(grads), dtype=torch.int64).reshape(-1, 2)
+        ops.accumulate_(None, sumsq, list(grads), segments, (0.0, 1.0), None, backend)
+        return float(sumsq)
+
+    large = torch.full((40,), 2.0**100)
+    assert [measure(), measure(None)] == [0, 0]
+    assert [measure(None, large), measure(large, large)] == pytest.approx([40 * 2.0**200, 80 * 2.0**200], rel=1e-12)
+    assert measure(torch.full((40,), math.inf)) == math.inf
+    large[17] = math.nan
+    assert math.isnan(measure(large))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_that_do_not_count_may_be_nan(backend):
+    for numbers, scale in (((1.0, 0.0), None), (torch.tensor([1.0, 0.0], dtype=F64), None), ((1.0, 0.5), 0.0)):
+        row, sumsq = torch.arange(80.0), torch.zeros(2, 1, dtype=F64)
+        grads, segments = [torch.full((40,), math.nan), torch.full((40,), math.inf)], torch.tensor([[0, 40], [40, 40]])
+        loss_scale = None if scale is None else torch.tensor(scale)
+        ops.accumulate_(row, sumsq[0], grads, segments, numbers, loss_scale, backend)
+        ops.accumulate_(None, sumsq[1], grads, segments, numbers, loss_scale, backend)
+        assert torch.equal(row, torch.arange(80.0))
+        assert float(sumsq[0]) == pytest.approx(float(row.double().square().sum()), rel=1e-12)
+        assert float(sumsq[1]) == 0
+
+
 PLAIN = {
     "num_tasks": 3, "state": F32, "outs": ((0, 1003, F32),), "bad": (), "before": (), "active": None, "scale": 1.0,
     "above": 1.0,

@@ -35,14 +35,14 @@ class Backend(Protocol):
 
     @staticmethod
     def accumulate_(
-        row: Tensor,
+        row: Tensor | None,
         sumsq: Tensor,
         grads: list[Tensor | None],
         segments: Tensor,
         coefficients: Coefficients,
         loss_scale: Tensor | None,
     ) -> None:
-        """``row <- decay * row + gain / loss_scale * grads``, and its sum of squares."""
+        """``row <- decay * row + gain / loss_scale * grads``, and its sum of squares; None: only the sum."""
 
     @staticmethod
     def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) -> None:

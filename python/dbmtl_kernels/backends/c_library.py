@@ -14,7 +14,7 @@ from torch import Tensor
 from .arguments import BalanceRows, Coefficients
 from .memory import upload
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 MAX_OUTS = 4
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SCALES = {"max": 0, "mean": 1, "median": 2, "min": 3, "constant": 4}
@@ -239,7 +239,7 @@ class CLibrary:
 
     def accumulate_(
         self,
-        row: Tensor,
+        row: Tensor | None,
         sumsq: Tensor,
         grads: list[Tensor | None],
         segments: Tensor,
@@ -247,23 +247,25 @@ class CLibrary:
         loss_scale: Tensor | None,
     ) -> None:
         """Gather a row; a launch for each thousand gradients on a GPU (with an older driver, each hundred)."""
+        device = sumsq.device
         addresses = [None if grad is None else grad.data_ptr() for grad in grads]
         dtypes = [0 if grad is None else DTYPES[grad.dtype] for grad in grads]
         numbers: Any = coefficients  # a name, as only its address is passed on; so are those below
         if not isinstance(coefficients, Tensor) and self._gpu:
-            numbers = upload(coefficients, torch.float64, row.device)
+            numbers = upload(coefficients, torch.float64, device)
         elif not isinstance(coefficients, Tensor):
             numbers = (c_double * 2)(*coefficients)
         factor = NONE
         if loss_scale is not None:
-            loss_scale = _readable(loss_scale, row.device)
+            loss_scale = _readable(loss_scale, device)
             factor = _array(loss_scale)
+        wide = DTYPES[torch.float64 if DTYPES[torch.float64] in dtypes else torch.float32]
         args = AccumulateArgs(
-            Array(row.data_ptr(), DTYPES[row.dtype]), sumsq.data_ptr(),
+            Array(None, wide) if row is None else Array(row.data_ptr(), DTYPES[row.dtype]), sumsq.data_ptr(),
             numbers.data_ptr() if isinstance(numbers, Tensor) else addressof(numbers), factor, len(grads),
             segments.data_ptr(), (c_void_p * len(grads))(*addresses), bytes(dtypes),
         )  # fmt: skip
-        self._call("dbmtl_accumulate", row.device, 1, args)
+        self._call("dbmtl_accumulate", device, 1, args)
 
     def combine_out(self, rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) -> None:
         """Add weighted rows up; one launch on a GPU."""

@@ -31,7 +31,7 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
 def _update(row: Tensor, grad: Tensor | None, decay: float | Tensor, gain: float | Tensor) -> None:
     """Row <- decay * row + gain * grad in fp32. With a decay of 0 what was there does not count."""
     work = _arithmetic(row.dtype)
-    gained = torch.zeros((), dtype=work, device=row.device) if grad is None else grad.reshape(-1).to(work) * gain
+    gained = torch.zeros((), dtype=work, device=row.device) if grad is None else _gained(grad, gain, work)
     if isinstance(decay, Tensor):  # whether it is 0 would take a sync to know
         decayed = row.to(work) * decay.to(work)
         row.copy_(torch.where(decay == 0, gained, decayed if grad is None else decayed + gained))
@@ -39,6 +39,14 @@ def _update(row: Tensor, grad: Tensor | None, decay: float | Tensor, gain: float
         row.copy_(gained)
     else:
         row.copy_(row.to(work) * decay if grad is None else row.to(work) * decay + gained)
+
+
+def _gained(grad: Tensor, gain: float | Tensor, work: torch.dtype) -> Tensor:
+    """``gain * grad``; with a gain of 0 not even NaN counts."""
+    product = grad.reshape(-1).to(work) * gain
+    if isinstance(gain, Tensor):
+        return torch.where(gain == 0, 0.0, product)
+    return product if gain != 0.0 else torch.zeros_like(product)
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
@@ -61,7 +69,7 @@ def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, co
 
 
 def accumulate_(
-    row: Tensor,
+    row: Tensor | None,
     sumsq: Tensor,
     grads: list[Tensor | None],
     segments: Tensor,
@@ -73,12 +81,19 @@ def accumulate_(
     if loss_scale is not None:
         factor = loss_scale.reshape(()).to(sumsq.device, sumsq.dtype)
         gain = torch.where(factor == 0, 0.0, gain / factor)
+    double = row is None and any(grad is not None and grad.dtype == torch.float64 for grad in grads)
+    work = torch.float64 if double else torch.float32 if row is None else _arithmetic(row.dtype)
     if isinstance(gain, Tensor):
-        gain = gain.to(_arithmetic(row.dtype))
+        gain = gain.to(work)
     total = torch.zeros_like(sumsq)
     for grad, (offset, numel) in zip(grads, segments.tolist(), strict=True):
-        segment = row[offset : offset + numel]
-        _update(segment, grad, decay, gain)
+        if row is not None:
+            segment = row[offset : offset + numel]
+            _update(segment, grad, decay, gain)
+        elif grad is None:
+            continue
+        else:
+            segment = _gained(grad, gain, work)
         if numel:
             total += _sum_of_squares(segment)
     sumsq.copy_(total)

@@ -76,7 +76,7 @@ torch.library.register_fake("dbmtl_kernels::balance_", _balance_fake, lib=_LIBRA
 
 
 def accumulate_(
-    row: Tensor,
+    row: Tensor | None,
     sumsq: Tensor,
     grads: list[Tensor | None],
     segments: Tensor,
@@ -90,24 +90,26 @@ def accumulate_(
     ``sumsq <- sum(row[segments] ** 2)``.
 
     Args:
-        row: (row_numel,) float32, bfloat16 or float64; updated in place, between segments left alone.
+        row: (row_numel,) float32, bfloat16 or float64; updated in place, between segments left alone. None: nothing is
+            stored, and ``sumsq`` is that of ``gain / loss_scale * grads``, in float32 arithmetic (float64 if one of
+            ``grads`` is of it); of the segments only the numels matter.
         sumsq: one float64 (float32 on a device that has no float64); overwritten.
         grads: a tensor or None (zeros) for each segment; any float dtypes, any shapes of ``numel`` elements, read
             in logical order.
         segments: (n, 2) int64 on the CPU: offset and numel of each segment, not overlapping.
         coefficients: decay and gain, as two numbers, or as (2,) in the dtype of ``sumsq`` on the row's device: those a
             kernel reads when it runs, so that a replayed CUDA graph sees new ones. With a decay of 0 what was in the
-            row does not count.
-        loss_scale: one number that the gradients carry and the state must not; 0 counts the gradients as zeros.
+            row does not count, with a gain of 0 the gradients, NaN included.
+        loss_scale: one number that the gradients carry and the state must not; 0 is a gain of 0.
         backend: "auto" or a name.
 
     Raises:
         ValueError, TypeError, RuntimeError: shapes, dtypes and devices, before anything is written.
     """
     dense = arguments.check_accumulate(row, sumsq, grads, segments, coefficients, loss_scale)
-    serve = backends.resolve(backend, row.device)
+    serve = backends.resolve(backend, sumsq.device)
     serve.accumulate_(row, sumsq, dense, segments.contiguous(), coefficients, loss_scale)
-    _count_write(row, sumsq)
+    _count_write(*(() if row is None else (row,)), sumsq)
 
 
 def balance_rows_(step: BalanceRows, backend: str = "auto") -> None:

@@ -162,7 +162,7 @@ def check_balance(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: st
 
 
 def check_accumulate(
-    row: Tensor,
+    row: Tensor | None,
     sumsq: Tensor,
     grads: list[Tensor | None],
     segments: Tensor,
@@ -170,18 +170,20 @@ def check_accumulate(
     loss_scale: Tensor | None,
 ) -> list[Tensor | None]:
     """The arguments of `ops.accumulate_`; the gradients as backends need them, contiguous."""
-    if row.dtype not in STATE_DTYPES:
-        check_dtype("the dtype of row", row.dtype, STATE_DTYPES)
-    if row.dim() != 1 or not row.is_contiguous():
-        raise ValueError(f"row must be 1-D and contiguous, got shape {tuple(row.shape)}, strides {row.stride()}")
+    where, other = ("sumsq", sumsq) if row is None else ("row", row)
+    if row is not None:
+        if row.dtype not in STATE_DTYPES:
+            check_dtype("the dtype of row", row.dtype, STATE_DTYPES)
+        if row.dim() != 1 or not row.is_contiguous():
+            raise ValueError(f"row must be 1-D and contiguous, got shape {tuple(row.shape)}, strides {row.stride()}")
+        if sumsq.device != row.device:
+            check_device("sumsq", sumsq, "row", row)
     if sumsq.numel() != 1:
         raise ValueError(f"sumsq must be one number, got shape {tuple(sumsq.shape)}")
-    wide = torch.float32 if row.device.type == "mps" else torch.float64
+    device, strided, end = other.device, torch.strided, math.inf if row is None else row.numel()
+    wide = torch.float32 if device.type == "mps" else torch.float64
     if sumsq.dtype is not wide:
         check_dtype("the dtype of sumsq", sumsq.dtype, (wide,))
-    device, strided, end = row.device, torch.strided, row.numel()
-    if sumsq.device != device:
-        check_device("sumsq", sumsq, "row", row)
     if isinstance(coefficients, Tensor):
         check_dtype("the dtype of coefficients", coefficients.dtype, (wide,))
         if coefficients.shape != (2,) or not coefficients.is_contiguous():
@@ -189,7 +191,7 @@ def check_accumulate(
                 f"coefficients must be contiguous of shape (2,), got shape {tuple(coefficients.shape)}, "
                 f"strides {coefficients.stride()}"
             )
-        check_device("coefficients", coefficients, "row", row)
+        check_device("coefficients", coefficients, where, other)
     if loss_scale is not None:
         _check_loss_scale(loss_scale)
     if segments.dtype != torch.int64 or segments.shape != (len(grads), 2) or segments.device.type != "cpu":
@@ -208,7 +210,7 @@ def check_accumulate(
         if grad.layout is not strided:
             raise TypeError(f"grads[{index}] must be a dense tensor, got layout {grad.layout}")
         if grad.device != device:
-            check_device(f"grads[{index}]", grad, "row", row)
+            check_device(f"grads[{index}]", grad, where, other)
         if grad.numel() != numel:
             raise ValueError(f"grads[{index}] has {grad.numel()} elements, its segment has {numel}")
         if not grad.is_contiguous() or grad.is_neg():

@@ -74,6 +74,14 @@ def update_block(state, grad, mask, has_grad, decay, gain):
 
 
 @triton.jit
+def square_block(grad, mask, has_grad, gain):
+    """``gain * grad`` squared, in fp64; 0 where masked, and without a gradient."""
+    has_grad = tl.zeros(grad.shape, tl.int64) + has_grad != 0
+    x = widen(gain * widen(tl.load(grad, mask=has_grad & mask, other=0.0), gain.dtype), tl.float64)
+    return tl.where(has_grad & mask, x * x, 0.0)
+
+
+@triton.jit
 def weights_of(sumsq, active, eps, constant, K: tl.constexpr, K_PAD: tl.constexpr, SCALE: tl.constexpr):
     """(K_PAD,) norms and weights ``alpha / (norm + eps)``, fp64; 0 for a task not active or not finite."""
     norms = tl.sqrt(sumsq)

@@ -171,7 +171,7 @@ def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, co
 
 
 def accumulate_(
-    row: Tensor,
+    row: Tensor | None,
     sumsq: Tensor,
     grads: list[Tensor | None],
     segments: Tensor,
@@ -179,8 +179,8 @@ def accumulate_(
     loss_scale: Tensor | None,
 ) -> None:
     """One launch."""
-    device = row.device
-    tuning = _tuning("accumulate", device, row.numel())
+    device = sumsq.device
+    tuning = _tuning("accumulate", device, int(segments[:, 1].sum()) if row is None else row.numel())
     with driver.current(device):
         if not isinstance(coefficients, Tensor):
             coefficients = tables.numbers(coefficients, device)
@@ -191,8 +191,8 @@ def accumulate_(
         _launch(
             row_kernels.accumulate_kernel, grid, row, addresses, chunks, coefficients, sumsq,
             space.scratch("slots", grid), space.ticket, None if loss_scale is None else loss_scale.to(device),
-            len(chunks), CODES=codes, ROW_ALIGNED=aligned and row.data_ptr() % 16 == 0, BLOCK=tuning.block,
-            tuning=tuning,
+            len(chunks), CODES=codes, BLOCK=tuning.block, tuning=tuning,
+            ROW_ALIGNED=row is None or (aligned and row.data_ptr() % 16 == 0),
         )  # fmt: skip
 
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import combine_tile, double, is_last, not_finite, offset, sum_slots, update_block, weights_of, widen
+from .kernels import (
+    combine_tile,
+    double,
+    is_last,
+    not_finite,
+    offset,
+    square_block,
+    sum_slots,
+    update_block,
+    weights_of,
+    widen,
+)
 
 # Columns of the chunk table: segment, first element of it, column of that element in the row, elements.
 CHUNK_COLUMNS = tl.constexpr(4)
@@ -15,10 +26,10 @@ SLOTS_AT_A_TIME = tl.constexpr(16)
 
 @triton.jit
 def gather_chunk(
-    state, grad, count, address, decay, gain,
+    row, column, grad, count, address, decay, gain,
     GRAD_ALIGNED: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK,) squares of ``count`` new elements of the row.
+    """(BLOCK,) squares of ``count`` new elements of the row; without a row, of those that it would get.
 
     Whole blocks need no mask, so they are loaded 128 bits at a time where both sides are aligned; the rest follows.
     """
@@ -26,31 +37,40 @@ def gather_chunk(
     squares = tl.zeros([BLOCK], tl.float64)
     whole = count // BLOCK
     for block in range(whole):
-        state_block, grad_block = state + block * BLOCK, grad + block * BLOCK
-        if ROW_ALIGNED:
-            state_block = tl.multiple_of(state_block, 16)
+        grad_block = grad + block * BLOCK
         if GRAD_ALIGNED:
             grad_block = tl.multiple_of(grad_block, 16)
-        squares += update_block(state_block + lane, grad_block + lane, True, address, decay, gain)
+        if row is None:
+            squares += square_block(grad_block + lane, True, address, gain)
+        else:
+            state_block = row + column + block * BLOCK
+            if ROW_ALIGNED:
+                state_block = tl.multiple_of(state_block, 16)
+            squares += update_block(state_block + lane, grad_block + lane, True, address, decay, gain)
     rest = whole * BLOCK + lane
     if whole * BLOCK < count:
-        squares += update_block(state + rest, grad + rest, rest < count, address, decay, gain)
+        if row is None:
+            squares += square_block(grad + rest, rest < count, address, gain)
+        else:
+            squares += update_block(row + column + rest, grad + rest, rest < count, address, decay, gain)
     return squares
 
 
 @triton.jit
 def gather_typed(
-    state, address, start, count, decay, gain, CODE: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr
-):
+    row, column, address, start, count, decay, gain,
+    CODE: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """`gather_chunk` from element ``start`` of a gradient whose dtype has the CODE; an address of 0 is for zeros."""
     GRAD: tl.constexpr = (
         tl.float32 if CODE == 0 else tl.bfloat16 if CODE == 1 else tl.float16 if CODE == 2 else tl.float64
     )
     grad = address.to(tl.pointer_type(GRAD)) + start
+    address = tl.where(gain == 0, 0, address)  # NaN and inf do not count either
     if grad.to(tl.int64) % 16 == 0:
-        squares = gather_chunk(state, grad, count, address, decay, gain, True, ROW_ALIGNED, BLOCK)
+        squares = gather_chunk(row, column, grad, count, address, decay, gain, True, ROW_ALIGNED, BLOCK)
     else:
-        squares = gather_chunk(state, grad, count, address, decay, gain, False, ROW_ALIGNED, BLOCK)
+        squares = gather_chunk(row, column, grad, count, address, decay, gain, False, ROW_ALIGNED, BLOCK)
     return squares
 
 
@@ -66,9 +86,12 @@ def accumulate_kernel(
     """``row <- decay * row + gain / loss_scale * grads`` over all chunks, and the sum of squares of what was stored.
 
     ``addresses`` holds address and dtype (0 fp32, 1 bf16, 2 fp16, 3 fp64) of each gradient. The bits of CODES say
-    which dtypes are there, so that no others are compiled.
+    which dtypes are there, so that no others are compiled. Without a ``row`` nothing is stored.
     """
-    wide: tl.constexpr = tl.float64 if row.dtype.element_ty == tl.float64 else tl.float32
+    if row is None:
+        wide: tl.constexpr = tl.float64 if CODES & 8 else tl.float32
+    else:
+        wide: tl.constexpr = tl.float64 if row.dtype.element_ty == tl.float64 else tl.float32
     decay = tl.load(coefficients).to(wide)
     gain = tl.load(coefficients + 1)
     if loss_scale is not None:
@@ -80,14 +103,14 @@ def accumulate_kernel(
         entry = chunks + offset(chunk, CHUNK_COLUMNS)
         segment = tl.load(entry)
         start = tl.load(entry + 1)
-        state = row + tl.load(entry + 2)
+        column = tl.load(entry + 2)
         count = tl.load(entry + 3).to(tl.int32)
         address = tl.load(addresses + segment * 2)
         dtype = tl.load(addresses + segment * 2 + 1)
         for code in tl.static_range(4):
             if CODES & (1 << code):
                 if dtype == code:
-                    squares += gather_typed(state, address, start, count, decay, gain, code, ROW_ALIGNED, BLOCK)
+                    squares += gather_typed(row, column, address, start, count, decay, gain, code, ROW_ALIGNED, BLOCK)
     tl.store(slots + tl.program_id(0), tl.sum(squares))
     if is_last(ticket):
         tl.store(sumsq, tl.sum(sum_slots(slots, tl.num_programs(0), 1, SLOTS_AT_ONCE)))
