@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..engine.losses import ADVICE, TaskLosses
 from ..rows.ranks import Ranks
 from .weighing import Weighing
@@ -63,15 +64,32 @@ class Measurement:
 
     def norm(self, grads: Sequence[Tensor | None], like: Tensor) -> Tensor:
         """Of a task's gradient, without the factor; one number in the dtype and on the device of ``like``."""
-        parts = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads if grad is not None]
-        squares = [torch.linalg.vector_norm(g, dtype=like.dtype).square().to(like.device) for g in parts]
-        return torch.stack([like.new_zeros(()), *squares]).sum().sqrt() / self._factor.abs().to(like)
+        by_device: dict[torch.device, list[Tensor | None]] = {}
+        for grad in grads:
+            if grad is not None:
+                values = grad.coalesce().values() if grad.is_sparse else grad
+                by_device.setdefault(grad.device, []).append(_in_memory_order(values))
+        total = like.new_zeros(())
+        for device, some in by_device.items():
+            sumsq = torch.empty(1, dtype=like.dtype, device=device)
+            sizes = torch.tensor([[0, grad.numel()] for grad in some if grad is not None])
+            ops.accumulate_(None, sumsq, some, sizes, (0.0, 1.0))
+            total = total + sumsq[0].to(like.device)
+        return total.sqrt() / self._factor.abs().to(like)
 
     @staticmethod
     def flat(grads: Sequence[Tensor | None], shared: Sequence[Tensor]) -> Tensor:
         """As one vector."""
         dense = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(shared, grads, strict=True)]
         return torch.cat([grad.reshape(-1).to(dense[0].device) for grad in dense])
+
+
+def _in_memory_order(grad: Tensor) -> Tensor:
+    """A view that needs no copy to be read: the order of a sum of squares is nobody's business."""
+    channels_last = (
+        grad.dim() == 4 and not grad.is_contiguous() and grad.is_contiguous(memory_format=torch.channels_last)
+    )
+    return grad.permute(0, 2, 3, 1) if channels_last else grad
 
 
 def balanced_loss(owner: Any, losses: TaskLosses, weighing: Weighing, at_root: Collection[int]) -> Tensor:
