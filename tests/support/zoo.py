@@ -76,6 +76,19 @@ def transformer():
     return trunk, heads, losses, rows(16, 5, 16)
 
 
+def dropout_and_dicts():
+    trunk = nn.ModuleDict({"low": nn.Linear(8, 32), "high": nn.Linear(32, 16)})
+    heads = linear_heads()
+
+    def losses(x):
+        torch.manual_seed(5)
+        out = {"low": nn.functional.dropout(trunk["low"](x["x"]).relu(), 0.3)}
+        out["high"] = nn.functional.dropout(trunk["high"](out["low"]), 0.3)
+        return {"losses": each(heads, out["high"])}["losses"]
+
+    return trunk, heads, losses, lambda: {"x": torch.randn(16, 8)}
+
+
 def taps_of_a_residual_trunk():
     trunk, heads = nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 16)]), linear_heads()
 
@@ -104,6 +117,17 @@ def tied_to_a_head():
         z = trunk[0](trunk[1](trunk[0](x).relu()).relu())
         first, *others = each(heads, z)
         return [first + (z @ trunk[0].weight).square().mean(), *others]
+
+    return trunk, heads, losses, rows(16, 8)
+
+
+def tied_heads():
+    trunk = nn.ModuleDict({"body": nn.Linear(8, 16), "head": nn.Linear(16, 1)})  # that of two tasks
+    heads = nn.ModuleList([nn.Linear(16, 1)])
+
+    def losses(x):
+        z = trunk["body"](x).relu()
+        return each([trunk["head"], trunk["head"], heads[0]], [z, z.square(), z])
 
     return trunk, heads, losses, rows(16, 8)
 
@@ -162,8 +186,8 @@ def a_loss_made_of_another():
 
 
 ZOO = [
-    mlp, stacked, stacked_and_indexed, stacked_and_unbound, convolutions, gru, lstm, transformer,
-    taps_of_a_residual_trunk, a_block_of_one_task, tied_to_a_head, checkpointed, a_forward_pass_a_task, mmoe,
+    mlp, stacked, stacked_and_indexed, stacked_and_unbound, convolutions, gru, lstm, transformer, dropout_and_dicts,
+    tied_heads, taps_of_a_residual_trunk, a_block_of_one_task, tied_to_a_head, checkpointed, a_forward_pass_a_task, mmoe,
     message_passing, adapters, all_is_shared, a_loss_made_of_another,
 ]  # fmt: skip
 

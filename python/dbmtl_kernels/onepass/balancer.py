@@ -141,7 +141,7 @@ class OnePassDBMTL(DBMTL):
         if self._recipe.process_group is None and not self._sharded:
             placement.refuse_unnamed_group()
         self._read_exact()
-        if engine.steps.open and all(p.grad is None for p in engine.rows.parameters):
+        if engine.steps.open and not engine.frozen and all(p.grad is None for p in engine.rows.parameters):
             engine.end_step()  # thrown away, as after a step that a GradScaler skipped
         if self._sharded and not self._held and self._levels.due(present.tasks):
             return self._exactly(losses, tasks, retain_graph)
@@ -209,6 +209,8 @@ class OnePassDBMTL(DBMTL):
                 levels.begin(now.tasks)
             due = due if any(p.requires_grad for p in engine.rows.parameters) and not self._sharded else []
             self._set_weights(now, due, mask, held)
+            steps.changes += 1
+            self._exact_from = None
             if mask is not None:
                 bad = ~mask & ~stats.nonfinite
                 stats.nonfinite_steps.add_(bad)

@@ -1,0 +1,259 @@
+"""Programs that would train on wrong gradients without a word: each is right, refused, or told."""
+
+import copy
+import warnings
+
+import dbmtl_kernels as dbk
+import pytest
+import torch
+from torch import nn
+from zoo import K, Setting, each, grads
+
+
+def weighted(losses, shared, weights):
+    """sum_t weights[t] * grad log(loss_t + eps)."""
+    total = [torch.zeros_like(p) for p in shared]
+    for loss, weight in zip(losses, weights, strict=True):
+        for out, grad in zip(total, torch.autograd.grad((loss + 1e-8).log(), shared, retain_graph=True), strict=True):
+            out += weight * grad
+    return total
+
+
+def close(some, others):
+    for a, b in zip(some, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# --- within a step ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["absent", "not finite"])
+def test_a_task_that_first_comes_in_a_later_micro_batch_has_its_length(first):
+    setting, x = Setting(measure_every=1000), torch.randn(16, 8)
+    for _ in range(4):
+        setting.step(x)
+    setting.balancer.attach(setting.optimizer)
+    setting.optimizer.zero_grad()
+    losses = setting.losses(x)
+    setting.balancer([*losses[:2], None if first == "absent" else losses[2] * float("nan")]).backward()
+    held = setting.balancer.weights
+    assert held[2] == 0
+    for p in setting.shared:
+        p.grad.zero_()
+    losses = setting.losses(x)
+    expected = weighted(
+        losses, setting.shared, [*held[:2], held[0] * setting.balancer.norms[0] / setting.balancer.norms[2]]
+    )
+    setting.balancer(losses).backward()
+    assert torch.equal(setting.balancer.weights[:2], held[:2])
+    close(grads(setting.shared), expected)
+
+
+def test_a_task_that_was_never_measured_is_within_a_step_too():
+    setting, x = Setting(measure_every=1000), torch.randn(16, 8)
+    setting.balancer.attach(setting.optimizer)
+    losses = setting.losses(x)
+    setting.balancer([*losses[:2], None]).backward()
+    assert setting.balancer.norms.isnan().tolist() == [False, False, True]
+    setting.balancer([None, None, setting.losses(x)[2]]).backward()
+    norms, weights = setting.balancer.norms, setting.balancer.weights
+    torch.testing.assert_close(weights * norms, norms[:2].amax().expand(K))
+    assert setting.balancer.step == 1
+
+
+def test_a_step_that_was_thrown_away_ends():
+    setting = Setting(measure_every=1)
+    setting.balancer.attach(setting.optimizer)
+    for _ in range(3):
+        setting.balancer(setting.losses(setting.batch())).backward()
+        setting.optimizer.zero_grad()  # as after a step that a GradScaler skipped
+    assert setting.balancer.step == 3
+
+
+def test_a_second_point_of_a_step_has_its_weights():
+    setting, x = Setting(measure_every=1), torch.randn(16, 8)
+    with setting.balancer.no_update(), pytest.raises(RuntimeError, match="needs the weights of a step before it"):
+        setting.balancer(setting.losses(x)).backward()
+    setting.step(x)
+    weights = setting.balancer.weights
+    setting.optimizer.zero_grad()
+    with setting.balancer.no_update():
+        losses = setting.losses(x)
+        expected = weighted(losses, setting.shared, weights)
+        setting.balancer(losses).backward()
+    close(grads(setting.shared), expected)
+    assert setting.balancer.step == 1
+    assert torch.equal(setting.balancer.weights, weights)
+
+
+def test_closures_of_one_step():
+    setting, x = Setting(measure_every=1), torch.randn(16, 8)
+    optimizer = torch.optim.LBFGS(setting.all, max_iter=4)
+    setting.balancer.attach(optimizer)
+    calls = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = setting.balancer(setting.losses(x))
+        loss.backward()
+        calls.append(setting.balancer.weights)
+        return loss
+
+    optimizer.step(closure)
+    assert len(calls) > 1
+    assert setting.balancer.step == 1
+    assert all(torch.equal(calls[0], other) for other in calls)
+
+
+# --- one backward -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_two_balanced_losses_in_one_backward_are_refused(same):
+    setting, x = Setting(), torch.randn(16, 8)
+    setting.step(x)
+    other = setting.balancer if same else Setting().balancer
+    losses = setting.losses(x)
+    both = setting.balancer([*losses[:2], None]) + (other if same else dbk.OnePassDBMTL(setting.trunk, K))(
+        [None, *losses[1:]]
+    )
+    with pytest.raises(RuntimeError, match="two balanced losses of OnePassDBMTL in one backward pass"):
+        both.backward()
+
+
+@pytest.mark.parametrize("kind", ["head", "loss"])
+def test_something_else_that_goes_through_a_task_is_told(kind):
+    setting, x = Setting(), torch.randn(16, 8)
+    outputs = [head(setting.trunk(x)) for head in setting.heads]
+    losses = [(out - t).square().mean() for t, out in enumerate(outputs)]
+    more = outputs[0].abs().mean() if kind == "head" else losses[1]
+    with pytest.warns(RuntimeWarning, match="something besides the losses given"):
+        (setting.balancer(losses) + more).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (setting.balancer(setting.losses(x)) + setting.trunk(x).square().mean()).backward()  # through nobody's part
+
+
+def test_a_regulariser_of_the_trunk_is_added_as_it_is():
+    setting, x = Setting(), torch.randn(16, 8)
+    (setting.balancer(setting.losses(x)) + sum(p.square().sum() for p in setting.shared)).backward()
+    expected = weighted(setting.losses(x), setting.shared, setting.balancer.weights)
+    close(grads(setting.shared), [a + 2 * p.detach() for a, p in zip(expected, setting.shared, strict=True)])
+
+
+@pytest.mark.parametrize("take", [list, lambda s: s.unbind(), lambda s: [s[i] for i in range(K)]])
+@pytest.mark.parametrize("factor", [1.0, 1024.0])
+def test_stacked_losses_one_of_which_is_not_finite(take, factor):
+    setting, x = Setting(), torch.randn(16, 8)
+    losses = setting.losses(x)
+    losses[1] = losses[1] * float("nan")
+    (setting.balancer(list(take(torch.stack(losses)))) * factor).backward()
+    assert setting.heads[1].weight.grad is None
+    assert all(p.grad.isfinite().all() for p in setting.shared)
+    assert setting.balancer.norms.isfinite().tolist() == [True, False, True]
+
+
+def test_a_constant_among_stacked_losses():
+    setting, x = Setting(), torch.randn(16, 8)
+    losses = setting.losses(x)
+    setting.balancer(torch.stack([losses[0], torch.tensor(2.0), losses[2]])).backward()
+    losses = setting.losses(x)
+    expected = weighted([losses[0], losses[2]], setting.shared, setting.balancer.weights[[0, 2]])
+    close(grads(setting.shared), expected)
+
+
+def test_a_stack_that_another_loss_uses_too():
+    shared = [nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))]
+    z = shared[0] * 2
+    s = torch.stack([z[0] ** 2, z[1] * 5, z[2] ** 2])
+    balancer = dbk.OnePassDBMTL(shared, 2)
+    losses = [s[0], s[1] + s[2]]
+    balancer(losses).backward(retain_graph=True)
+    assert balancer.weights[1] > 2
+    close(grads(shared), weighted(losses, shared, balancer.weights))
+
+
+@pytest.mark.parametrize("shape", ["rows", "one row"])
+def test_losses_cut_from_a_matrix(shape):
+    setting, x = Setting(), torch.randn(16, 8)
+    matrix = torch.stack([torch.stack([loss]) for loss in setting.losses(x)], 1 if shape == "one row" else 0)
+    losses = [matrix[:, t] if shape == "one row" else matrix[t] for t in range(K)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exact form may take it
+        setting.balancer(losses).backward()
+    close(
+        grads(setting.shared),
+        weighted([loss.reshape(()) for loss in setting.losses(x)], setting.shared, setting.balancer.weights),
+    )
+
+
+# --- what is reached ----------------------------------------------------------------------------------------------
+
+
+def test_a_backward_that_was_split_is_told():
+    setting, x = Setting(), torch.randn(16, 8)
+    z = setting.trunk(x).detach().requires_grad_()
+    with pytest.warns(RuntimeWarning, match="no shared parameter got a gradient from any task"):
+        setting.balancer(each(setting.heads, z)).backward()
+
+
+def test_a_frozen_trunk_leaves_heads_their_gradient():
+    setting, x = Setting(), torch.randn(16, 8)
+    setting.trunk.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        losses = setting.losses(x)
+        setting.balancer(losses).backward()
+    own = list(setting.heads.parameters())
+    close(grads(own), torch.autograd.grad(sum((loss + 1e-8).log() for loss in setting.losses(x)), own))
+    setting.trunk.requires_grad_(True)
+    setting.optimizer.zero_grad()
+    setting.balancer(setting.losses(x)).backward()
+    close(grads(setting.shared), weighted(setting.losses(x), setting.shared, setting.balancer.weights))
+
+
+def test_an_embedding_with_sparse_gradients():
+    torch.manual_seed(0)
+    table, heads = nn.Embedding(10, 4, sparse=True), nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
+    dense = copy.deepcopy(table)
+    dense.sparse = False
+    index = torch.tensor([1, 3, 3, 7])
+    for one in (table, dense):
+        balancer = dbk.OnePassDBMTL(one, 2)
+        balancer([head(one(index)).square().mean() for head in heads]).backward()
+    assert table.weight.grad.is_sparse
+    close([table.weight.grad.to_dense()], [dense.weight.grad])
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_beyond_half_precision(dtype):
+    shared = nn.Parameter(torch.ones(4, dtype=dtype))
+    heads = [nn.Parameter(torch.full((4,), x, dtype=dtype)) for x in (1e-3, 1.0)]
+    balancer = dbk.OnePassDBMTL([shared], 2, scale=100.0)
+    balancer([(shared * head).float().sum().square() + 1.0 for head in heads]).backward()
+    assert balancer.weights[0] > 1e4
+    assert shared.grad.isfinite().all()
+    assert (shared.grad.float().norm() - 200).abs() < 2
+
+
+def test_a_slope_that_half_precision_cannot_hold_sits_out():
+    shared, head = (nn.Parameter(torch.ones(4, dtype=torch.float16)) for _ in range(2))
+    balancer = dbk.OnePassDBMTL([shared], 2)
+    small = ((shared * head).sum() - 4 + 1e-3).square()
+    assert 0 < small < 1e-5
+    balancer([small, (shared * 2).sum()]).backward()
+    assert head.grad is None
+    assert shared.grad.isfinite().all()
+    assert balancer.nonfinite_steps.tolist() == [1, 0]
+
+
+def test_measuring_is_refused_while_a_cuda_graph_is_captured(monkeypatch):
+    setting, x = Setting(), torch.randn(16, 8)
+    monkeypatch.setattr(setting.balancer._engine.rows, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="norms are due to be measured, and a CUDA graph is being captured"):
+        setting.balancer(setting.losses(x)).backward()
+    assert setting.balancer.step == 0
