@@ -68,6 +68,58 @@ def test_other_parameters():
     assert setting.trunk[2].weight.grad is not None
 
 
+def test_tasks_that_come_and_go():
+    setting, x = Setting(measure_every=1000), torch.randn(16, 8)
+    for _ in range(4):
+        setting.step(x)
+    norms, balancer = setting.balancer.norms, setting.balancer
+    assert balancer.add_task() == 3
+    head = nn.Linear(16, 1)
+    z = setting.trunk(x)
+    balancer([*each(setting.heads, z), head(z).square().mean()]).backward()
+    assert balancer.norms[:3].tolist() == norms.tolist()
+    assert balancer.norms[3].isfinite()
+    last = balancer.norms
+    with pytest.raises(ValueError, match="-1"):
+        balancer.remove_task(-1)
+    balancer.remove_task(1)
+    z = setting.trunk(x)
+    first, _, third = each(setting.heads, z)
+    balancer([first, third, head(z).square().mean()]).backward()
+    assert balancer.norms.tolist() == last[[0, 2, 3]].tolist()
+    assert balancer.weights.argmin() == balancer.norms.argmax()
+
+
+@pytest.mark.parametrize("way", ["state_dict", "pickle"])
+def test_kept_within_a_step(way):
+    setting = Setting(measure_every=1)
+    setting.balancer.attach(setting.optimizer)
+    setting.balancer(setting.losses(setting.batch())).backward()
+    twin = Setting(measure_every=1)
+    if way == "pickle":
+        twin.balancer, twin.trunk, twin.heads = pickle.loads(
+            pickle.dumps((setting.balancer, setting.trunk, setting.heads))
+        )
+        twin.losses = lambda x: each(twin.heads, twin.trunk(x))
+        twin.shared = list(twin.trunk.parameters())
+        twin.all = [*twin.shared, *twin.heads.parameters()]
+        twin.optimizer = torch.optim.SGD(twin.all, lr=1e-3)
+    twin.balancer.attach(twin.optimizer)
+    for p, q in zip(twin.all, setting.all, strict=True):
+        p.data, p.grad = q.data.clone(), q.grad.clone()
+    if way == "state_dict":
+        twin.balancer.load_state_dict(copy.deepcopy(setting.balancer.state_dict()))
+    for seed in range(3):
+        for one in (setting, twin):
+            torch.manual_seed(seed)
+            one.balancer(one.losses(one.batch())).backward()
+            one.optimizer.step()
+            one.optimizer.zero_grad()
+        assert same(setting.all, twin.all)
+        assert torch.equal(setting.balancer.weights, twin.balancer.weights)
+    assert twin.balancer.step == setting.balancer.step == 3
+
+
 # --- the audit ----------------------------------------------------------------------------------------------------
 
 

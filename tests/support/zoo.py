@@ -187,8 +187,8 @@ def a_loss_made_of_another():
 
 ZOO = [
     mlp, stacked, stacked_and_indexed, stacked_and_unbound, convolutions, gru, lstm, transformer, dropout_and_dicts,
-    tied_heads, taps_of_a_residual_trunk, a_block_of_one_task, tied_to_a_head, checkpointed, a_forward_pass_a_task, mmoe,
-    message_passing, adapters, all_is_shared, a_loss_made_of_another,
+    tied_heads, taps_of_a_residual_trunk, a_block_of_one_task, tied_to_a_head, checkpointed, a_forward_pass_a_task,
+    mmoe, message_passing, adapters, all_is_shared, a_loss_made_of_another,
 ]  # fmt: skip
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..attachment import Attachment
 from ..dbmtl import DBMTL
 from ..engine.losses import Given, TaskLosses
 from ..engine.notices import NONE
@@ -307,31 +306,22 @@ class OnePassDBMTL(DBMTL):
         self._levels.passes -= 1  # one was the step's own
         self._exact_from = self._weighed = None
 
-    # --- accumulation -----------------------------------------------------------------------------------------
-
-    def attach(self, *optimizers: torch.optim.Optimizer, closures_update: bool = False) -> Attachment:
-        """Let ``optimizer.step()`` end a step, for gradient accumulation: until then weights are held.
-
-        See `GradientBalancer.attach` for arguments and errors.
-        """
-        attachment = super().attach(*optimizers, closures_update=closures_update)
-        self._replicas.attach()
-        return attachment
-
     # --- what may change between steps ------------------------------------------------------------------------
 
     def add_task(self) -> int:
         """Make room for one task more, which is measured when it first comes. Returns its index, the last."""
         index = super().add_task()
-        self._levels.reindex_tasks([*range(index), None])
-        self._forget()
+        self._reindex([*range(index), None])
         return index
 
     def remove_task(self, index: int) -> None:
         """Forget a task; those after it move up by one. Errors as for `GradientBalancer.remove_task`."""
-        kept = [task for task in range(self.num_tasks) if task != index % max(self.num_tasks, 1)]
+        kept: list[int | None] = [task for task in range(self.num_tasks) if task != index]
         super().remove_task(index)
-        self._levels.reindex_tasks(kept)
+        self._reindex(kept)
+
+    def _reindex(self, tasks: list[int | None]) -> None:
+        self._levels.reindex_tasks(tasks)
         self._forget()
 
     def rebind(self, shared_parameters: Iterable[Tensor] | nn.Module) -> None:

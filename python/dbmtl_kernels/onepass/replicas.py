@@ -6,6 +6,9 @@ import weakref
 from functools import partial
 from typing import Any
 
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
 from ..engine.heads import synchronises
 from ..engine.step import Engine
 from ..rows import placement
@@ -13,6 +16,8 @@ from ..rows import placement
 
 class Replicas:
     """Looks whether every step has a backward whose gradients are averaged; nothing to do for one rank, or FSDP2.
+
+    Looked at is each backward, and each step of an optimizer that is attached.
 
     Args:
         engine: of the balancer.
@@ -22,6 +27,12 @@ class Replicas:
         self._engine = weakref.ref(engine)
         self._idle = engine.ranks.size == 1 or placement.is_distributed(engine.rows.parameters)
         self._local = self._averaged = False  # what backwards the open step had
+        if not self._idle:
+            for register, after in (
+                (register_optimizer_step_pre_hook, False),
+                (register_optimizer_step_post_hook, True),
+            ):
+                weakref.finalize(self, register(partial(_at_step, weakref.ref(self), after)).remove)
 
     def check(self) -> None:
         """Before a backward.
@@ -51,35 +62,26 @@ class Replicas:
             )
         self._averaged, self._local = self._averaged or averaged, True
 
-    def attach(self) -> None:
-        """Look at each step of the optimizers attached: before it or, if it is given a closure, when that has run."""
-        engine = self._engine()
-        if self._idle or engine is None:
-            return
-        for optimizer in engine.attached:
-            for register, after in (
-                (optimizer.register_step_pre_hook, False),
-                (optimizer.register_step_post_hook, True),
-            ):
-                weakref.finalize(self, register(partial(_at_step, weakref.ref(self), after)).remove)
-
-    def at_step(self) -> None:
-        """The backwards of a step are over.
+    def at_step(self, optimizer: Optimizer) -> None:
+        """The backwards of a step are over, if this optimizer is attached.
 
         Raises:
             RuntimeError: none was averaged.
         """
         engine = self._engine()
+        if engine is None or optimizer not in engine.attached:
+            return
         local, averaged = self._local, self._averaged
         self._local = self._averaged = False
-        if engine is not None and engine.attached and local and not averaged:
+        if local and not averaged:
             raise RuntimeError(
                 "optimizer.step() after backwards that were all inside no_sync(): nothing averaged the gradients over "
                 "the ranks. Leave the last one of a step out of it"
             )
 
 
-def _at_step(mine: weakref.ref[Replicas], after: bool, _: Any, args: Any, kwargs: Any) -> None:
+def _at_step(mine: weakref.ref[Replicas], after: bool, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Before a step or, of one that is given a closure, after it: the last backward is in there."""
     replicas, closure = mine(), kwargs.get("closure", args[1] if len(args) > 1 else None)
     if replicas is not None and callable(closure) == after:
-        replicas.at_step()
+        replicas.at_step(optimizer)
