@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from zoo import K, Model
+from zoo import K, Model, a_block_of_one_task
 
 folder = Path(sys.argv[1])
 dist.init_process_group("gloo")
@@ -49,6 +49,27 @@ def sharded():
     }
 
 
+def block_of_one_task():
+    """Of a sharded trunk, a layer that one task alone reaches: largest difference to the same model, not sharded."""
+    found = []
+    for shard in (False, True):
+        torch.manual_seed(4)
+        trunk, heads, losses, _ = a_block_of_one_task()
+        model = torch.nn.ModuleList([trunk, heads]).double()
+        for layer in (*trunk, *heads) if shard else ():
+            fully_shard(layer)
+        group = None if shard else False
+        balancer = dbk.OnePassDBMTL(trunk.parameters(), K, process_group=group, measure_every=1000)
+        for step in range(3):
+            model.zero_grad()
+            generator = torch.Generator().manual_seed(step)
+            balancer(losses(torch.randn(16, 8, generator=generator, dtype=torch.float64))).backward()
+        grads = [p.grad.full_tensor() if shard else p.grad for p in model.parameters()]
+        found.append(torch.cat([grad.reshape(-1) for grad in grads]))
+        assert balancer.weights.max() > 1.5
+    return float((found[0] - found[1]).abs().max())
+
+
 def refusal(call, some=None, group=dist.group.WORLD):
     model = Model()
     wrapped = call(model)
@@ -68,6 +89,7 @@ def absent(losses):
 result = {
     "trained": [trained(unused) for unused in (False, True)],
     "sharded": sharded(),
+    "block": block_of_one_task(),
     "unnamed group": refusal(DistributedDataParallel, group=None),
     "no wrapper": refusal(lambda model: model),
     "static graph": refusal(lambda model: DistributedDataParallel(model, static_graph=True)),

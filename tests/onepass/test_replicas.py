@@ -1,16 +1,35 @@
 """OnePassDBMTL under DistributedDataParallel does what one process does with the whole batch."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import dbmtl_kernels as dbk
 import pytest
 import torch
 from dbmtl_kernels.onepass.levels import Levels
-from ranks import torchrun
+from ranks import RUN, environment, free_port, torchrun
 from zoo import K, Model
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("kind", ["replicas", "sharded"])
+def test_a_killed_rank_ends_the_others(tmp_path, kind):
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, RUN, str(Path(__file__).parent / "killed.py"), str(tmp_path), kind],
+            env=environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait(timeout=120) for rank in ranks] == [3, -9]
+    message = (tmp_path / "0.txt").read_text()
+    assert re.search(r"all-reduce of the losses failed on rank 0 of 2 \(has another rank stopped", message), message
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -42,6 +61,11 @@ def test_a_hundred_steps_of_a_sharded_model(ranks):
         assert run["moved"]
         assert run["measured"] == (7 + 3) * (K - 1)  # in steps 1, 2, 4, ..., 64 and 30, 60, 90
         assert (torch.tensor(run["parameters"], dtype=torch.float64) - expected).norm() <= 1e-8 * expected.norm()
+
+
+def test_a_sharded_layer_that_one_task_alone_reaches(ranks):
+    for result in ranks:
+        assert result["block"] <= 1e-12
 
 
 @pytest.mark.parametrize(

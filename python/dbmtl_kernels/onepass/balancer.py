@@ -232,6 +232,7 @@ class OnePassDBMTL(DBMTL):
             norms[task] = now.norm(grads, levels.norms)
             if compares:
                 gradients[task] = now.flat(grads, shared)
+            del grads  # or there would be those of two tasks
         levels.observe(norms)
         tasks = tuple(now.tasks)
         if not due and finite is None and tasks == self._weighed:
