@@ -28,7 +28,7 @@ def test_importing_is_light():
     others = [name for name in new if not name.startswith("dbmtl_kernels")]
     print(f"import dbmtl_kernels: {len(new) - len(others)} modules of its own, {len(others)} others: {others}")
     assert len(others) <= 5
-    assert len(new) - len(others) <= 45  # OnePassDBMTL: five
+    assert len(new) - len(others) <= 40
 
 
 @pytest.mark.slow

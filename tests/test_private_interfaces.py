@@ -52,6 +52,12 @@ def nodes_that_pass_on():
     assert issubclass(distributed._DDPSink, torch.autograd.Function)
 
 
+def fully_sharded_parameters():
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    assert {"sharded_param", "_unsharded_param"} <= FSDPParam.__annotations__.keys()
+
+
 def graph_task():
     ids = []
     p = torch.ones(2, requires_grad=True)
@@ -160,7 +166,7 @@ def torchjd():
 
 CASES = [
     assert_async, compiled_module, custom_backward, distributed_data_parallel, donated_buffer, dtensor_local,
-    fully_sharded_1, graph_task, hooks_of_a_parameter, node_names, node_sequence, nodes_that_pass_on,
+    fully_sharded_1, fully_sharded_parameters, graph_task, hooks_of_a_parameter, node_names, node_sequence, nodes_that_pass_on,
     subclass_without_functions, tensor_version, torchjd, trainer,
 ]  # fmt: skip
 
