@@ -12,7 +12,7 @@ PAGES = [
     "README.md",
     "docs/guide.md",
     "docs/gradients.md",
-    "docs/onepass.md",
+    "docs/forms.md",
     "docs/training.md",
     "docs/integrations.md",
 ]
