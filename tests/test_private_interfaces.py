@@ -166,8 +166,8 @@ def torchjd():
 
 CASES = [
     assert_async, compiled_module, custom_backward, distributed_data_parallel, donated_buffer, dtensor_local,
-    fully_sharded_1, fully_sharded_parameters, graph_task, hooks_of_a_parameter, node_names, node_sequence, nodes_that_pass_on,
-    subclass_without_functions, tensor_version, torchjd, trainer,
+    fully_sharded_1, fully_sharded_parameters, graph_task, hooks_of_a_parameter, node_names, node_sequence,
+    nodes_that_pass_on, subclass_without_functions, tensor_version, torchjd, trainer,
 ]  # fmt: skip
 
 

@@ -198,3 +198,20 @@ def test_a_reentrant_checkpoint_is_refused_where_it_cannot_be_measured():
     balancer(each(heads, trunk(x))).backward()
     with pytest.raises(RuntimeError, match="re-entrant checkpoint"):  # looks the same, down to where they meet
         balancer(each(heads, checkpoint(trunk, x, use_reentrant=True)))
+    assert balancer.step == 1
+
+
+def test_a_step_whose_norms_cannot_be_measured_does_not_count():
+    setting, x = Setting(), torch.randn(16, 8)
+    setting.step(x)
+    before = copy.deepcopy(setting.balancer.state_dict())
+    losses = setting.losses(x)
+    failing = losses[2] * 1.0
+    failing.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        setting.balancer([*losses[:2], failing]).backward()
+    after = setting.balancer.state_dict()
+    assert after["levels"]["step"] == before["levels"]["step"] == setting.balancer.step == 1
+    assert torch.equal(setting.balancer.weights, before["engine"]["buffer"]["weights"].to(torch.float32))
+    setting.step(x)
+    assert setting.balancer.step == 2

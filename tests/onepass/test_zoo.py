@@ -76,6 +76,20 @@ def test_every_scale(scale):
     close(found, left(shared), 2e-6)
 
 
+def test_a_model_compiled_as_a_whole_is_taken_by_the_exact_form():
+    trunk, heads, losses, batch = ZOO[0]()
+    shared, x = list(trunk.parameters()), batch()
+    model = torch.compile(losses, backend="aot_eager")
+    one = dbk.OnePassDBMTL(shared, K)
+    with torch._functorch.config.patch(donated_buffer=False):
+        with pytest.warns(RuntimeWarning, match="one compiled model"):
+            one(model(x)).backward()
+        with pytest.raises(ValueError, match="one compiled model"):
+            dbk.OnePassDBMTL(shared, K, strict=True)(model(x))
+    close(left(shared), gradients(shared, losses(x), one.weights), 2e-6)
+    close(left(list(heads.parameters())), gradients(list(heads.parameters()), losses(x), [1.0] * K), 2e-6)
+
+
 def test_a_compiled_trunk():
     trunk, heads, losses, batch = ZOO[0]()
     shared, x = list(trunk.parameters()), batch()

@@ -186,8 +186,8 @@ class OnePassDBMTL(DBMTL):
             finite: whose loss is, of those that only the device knows.
             dead: the tasks whose loss is known not to be.
         """
-        engine, levels = self._engine, self._levels
-        stats, steps = engine.rows.stats, engine.steps
+        weighing.claim()
+        engine, steps, stats = self._engine, self._engine.steps, self._engine.rows.stats
         mask: Tensor | None = None
         if finite or dead:
             mask = torch.ones_like(stats.nonfinite)
@@ -195,49 +195,46 @@ class OnePassDBMTL(DBMTL):
                 mask[task] = False
             for task, flag in finite.items():
                 mask[task] = flag.to(mask.device)
-        if engine.frozen:
-            if not steps.started:
-                raise RuntimeError("a backward that is no update needs the weights of a step before it: none yet")
-        else:
-            held = steps.open
-            due = levels.unknown(now.tasks) if held else levels.due(now.tasks)
-            self._refuse_capture(due)
-            if not held:
-                steps.begin(None)
-                stats.nonfinite.zero_()
-                levels.begin(now.tasks)
-            due = due if any(p.requires_grad for p in engine.rows.parameters) and not self._sharded else []
-            self._set_weights(now, due, mask, held)
-            steps.changes += 1
-            self._exact_from = None
-            if mask is not None:
-                bad = ~mask & ~stats.nonfinite
-                stats.nonfinite_steps.add_(bad)
-                stats.nonfinite.logical_or_(bad)
+        if not engine.frozen:
+            self._begin_step(now, mask)
             if not engine.attached:
                 engine.end_step()
+        elif not steps.started:
+            raise RuntimeError("a backward that is no update needs the weights of a step before it: there was none yet")
         weighing.arm(factor, mask, dead)
 
-    def _set_weights(self, now: Measurement, due: Sequence[int], finite: Tensor | None, held: bool) -> None:
-        """Measure these tasks; then the weights of those present, or ``held`` of those that had none in this step."""
-        engine, levels, scale, eps = self._engine, self._levels, self.scale, self.eps
-        stats = engine.rows.stats
+    def _begin_step(self, now: Measurement, finite: Tensor | None) -> None:
+        """Of a step that is open already only what is missing: the norms and weights of tasks that come late."""
+        engine, levels = self._engine, self._levels
+        steps, stats = engine.steps, engine.rows.stats
+        held = steps.open
+        due = [] if self._sharded else levels.unknown(now.tasks) if held else levels.due(now.tasks)
+        compares = bool(due) and not held and levels.compares_next()
+        assumed = levels.weights(now.tasks, self.scale, self.eps, finite) if compares else stats.weights
+        self._refuse_capture(due)
         shared = [p for p in engine.rows.parameters if p.requires_grad]
-        compares = bool(due) and not held and levels.compares()
-        assumed = levels.weights(now.tasks, scale, eps, finite) if compares else None
-        norms: dict[int, Tensor] = {}
-        gradients: dict[int, Tensor] = {}
-        for task in due:
-            grads = now.gradients(task, shared, engine.ranks)
-            norms[task] = now.norm(grads, levels.norms)
-            if compares:
-                gradients[task] = now.flat(grads, shared)
-            del grads  # or there would be those of two tasks
+        norms, gradients = now.measure(due if shared else [], shared, engine.ranks, levels.norms, compares)
+        if not held:
+            steps.begin(None)
+            levels.begin(now.tasks)
+            stats.nonfinite.zero_()
+        steps.changes += 1
+        self._exact_from = None
         levels.observe(norms)
-        tasks = tuple(now.tasks)
-        if not due and finite is None and tasks == self._weighed:
+        if finite is not None:
+            bad = ~finite & ~stats.nonfinite
+            stats.nonfinite_steps.add_(bad)
+            stats.nonfinite.logical_or_(bad)
+        self._set_weights(tuple(now.tasks), bool(due), finite, held)
+        if compares:
+            levels.compare(gradients, assumed, stats.weights)
+
+    def _set_weights(self, tasks: tuple[int, ...], measured: bool, finite: Tensor | None, held: bool) -> None:
+        """Of the tasks present; if ``held``, of those that had none in this step."""
+        levels, stats, eps = self._levels, self._engine.rows.stats, self.eps
+        if not measured and finite is None and tasks == self._weighed:
             return
-        weights = levels.weights(tasks, scale, eps, finite)
+        weights = levels.weights(tasks, self.scale, eps, finite)
         if held:  # all have the length alpha
             alpha = (stats.weights * (stats.norms + eps)).nan_to_num(0.0).amax()
             late = torch.where(levels.norms.isfinite(), alpha / (levels.norms + eps), 1.0)
@@ -246,8 +243,6 @@ class OnePassDBMTL(DBMTL):
         stats.weights.copy_(weights)
         stats.norms.copy_(levels.norms)
         self._weighed = None if finite is not None else tasks
-        if assumed is not None:
-            levels.compare(gradients, assumed, weights)
 
     def _refuse_capture(self, due: Sequence[int]) -> None:
         if due and self._engine.rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing():

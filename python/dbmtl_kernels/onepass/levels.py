@@ -90,9 +90,9 @@ class Levels:
         """Whether anything will be measured in the next step, but for tasks that were not seen so far."""
         return self._measures_all(self.step + 1) or self._has_turn(self.step + 1)
 
-    def compares(self) -> bool:
-        """Whether this is a step in which all are measured, and compared with the exact gradient."""
-        return self._full > 0 and self.step % self._full == 0
+    def compares_next(self) -> bool:
+        """Whether in the next step all are measured, and compared with the exact gradient."""
+        return self._full > 0 and (self.step + 1) % self._full == 0
 
     def _measures_all(self, step: int) -> bool:
         if step <= DENSE_STEPS and step & (step - 1) == 0:

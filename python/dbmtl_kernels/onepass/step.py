@@ -35,12 +35,33 @@ class Measurement:
         self._losses = dict(zip(losses.tasks, losses.losses, strict=True))
         self._slopes, self._factor, self._weighing = slopes, factor, weighing
 
-    def gradients(self, task: int, shared: Sequence[Tensor], ranks: Ranks) -> list[Tensor | None]:
-        """Of the shared parameters that require grad, averaged over the ranks; a collective of all that is there.
+    def measure(
+        self, due: Sequence[int], shared: Sequence[Tensor], ranks: Ranks, like: Tensor, keep: bool
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Norms of tasks' gradients, without the factor; a collective of all that is there.
+
+        Args:
+            due: the tasks.
+            shared: the parameters that require grad.
+            ranks: over which gradients are averaged.
+            like: for dtype and device of the norms.
+            keep: whether to give the gradients too, each as one vector.
 
         Raises:
             RuntimeError: a re-entrant checkpoint hides parameters; a graph that was compiled for a single pass.
         """
+        norms: dict[int, Tensor] = {}
+        flat: dict[int, Tensor] = {}
+        for task in due:
+            grads = self._gradients(task, shared, ranks)
+            norms[task] = self._norm(grads, like)
+            if keep:
+                dense = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(shared, grads, strict=True)]
+                flat[task] = torch.cat([grad.reshape(-1).to(like.device) for grad in dense])
+            del grads  # or there would be those of two tasks
+        return norms, flat
+
+    def _gradients(self, task: int, shared: Sequence[Tensor], ranks: Ranks) -> list[Tensor | None]:
         before = [(p.grad, None if p.grad is None else p.grad._version) for p in shared]
         try:
             with self._weighing.measuring(task):
@@ -62,8 +83,7 @@ class Measurement:
         total = ranks.sum(flat, f"the gradient of task {task}, to measure it") / ranks.size
         return [part.view_as(g) for g, part in zip(dense, total.split([g.numel() for g in dense]), strict=True)]
 
-    def norm(self, grads: Sequence[Tensor | None], like: Tensor) -> Tensor:
-        """Of a task's gradient, without the factor; one number in the dtype and on the device of ``like``."""
+    def _norm(self, grads: Sequence[Tensor | None], like: Tensor) -> Tensor:
         by_device: dict[torch.device, list[Tensor | None]] = {}
         for grad in grads:
             if grad is not None:
@@ -76,12 +96,6 @@ class Measurement:
             ops.accumulate_(None, sumsq, some, sizes, (0.0, 1.0))
             total = total + sumsq[0].to(like.device)
         return total.sqrt() / self._factor.abs().to(like)
-
-    @staticmethod
-    def flat(grads: Sequence[Tensor | None], shared: Sequence[Tensor]) -> Tensor:
-        """As one vector."""
-        dense = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(shared, grads, strict=True)]
-        return torch.cat([grad.reshape(-1).to(dense[0].device) for grad in dense])
 
 
 def _in_memory_order(grad: Tensor) -> Tensor:

@@ -79,16 +79,11 @@ class Weighing:
         finally:
             self._measured = None
 
-    def arm(self, factor: Tensor, finite: Tensor | None, dead: Collection[int]) -> None:
-        """Weigh in the backward pass that runs now.
-
-        Args:
-            factor: of the balanced loss.
-            finite: (K,) bool, whose loss is, where only the device knows.
-            dead: tasks whose loss is known not to be.
+    def claim(self) -> None:
+        """The backward pass that runs now is the one to weigh in.
 
         Raises:
-            RuntimeError: weights were applied in it already.
+            RuntimeError: it is another's already.
         """
         number = torch._C._current_graph_task_id()
         if number in _weighed:
@@ -97,10 +92,19 @@ class Weighing:
                 "backward() on one after the other"
             )
         _weighed.append(number)
+        self._pass, self._weights = number, []
+
+    def arm(self, factor: Tensor, finite: Tensor | None, dead: Collection[int]) -> None:
+        """Weigh from here on, by the weights as they are now.
+
+        Args:
+            factor: of the balanced loss.
+            finite: (K,) bool, whose loss is, where only the device knows.
+            dead: tasks whose loss is known not to be.
+        """
         weights = self._stats.weights
         self._passes, self._finite, self._dead = self.passes(factor), finite, dead
         self._weights = weights.tolist() if self.on_host else list(weights.unbind())
-        self._pass = number
 
     def passes(self, factor: Tensor) -> Any:
         """Whether gradients that are not finite are passed on under this factor of the loss; a tensor off the host."""
