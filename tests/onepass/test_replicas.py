@@ -53,7 +53,7 @@ def test_a_hundred_steps(ranks):
 def test_a_hundred_steps_of_a_sharded_model(ranks):
     model = Model()
     balancer = dbk.OnePassDBMTL(model.trunk, K)
-    balancer._levels = Levels(K, 10, 0, True, balancer.norms.device)  # the schedule of sharded parameters
+    balancer._weigher.levels = Levels(K, 10, 0, True, balancer.norms.device)  # the schedule of sharded parameters
     expected = model.train_on(balancer, model, lambda x: x)
     for result in ranks:
         run = result["sharded"]
@@ -72,7 +72,7 @@ def test_a_sharded_layer_that_one_task_alone_reaches(ranks):
     ("case", "words"),
     [
         ("unnamed group", "was given none"),
-        ("no wrapper", "no DistributedDataParallel holds the shared parameters"),
+        ("no wrapper", "no DistributedDataParallel holds all of the shared parameters"),
         ("static graph", "static_graph=True"),
         ("absent on one rank", "the ranks give different tasks"),
     ],

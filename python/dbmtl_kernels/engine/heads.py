@@ -280,9 +280,9 @@ class HeadGradients:
             head.parameter.grad = head.before
         self._heads = {}
 
-    def wrappers(self) -> list[DistributedDataParallel]:
-        """The DistributedDataParallel modules that hold shared parameters. Looked for once, it takes 0.1 s."""
-        if self._wrappers is None:
+    def wrappers(self, again: bool = False) -> list[DistributedDataParallel]:
+        """The DistributedDataParallel modules that hold shared parameters. Looked for once, or ``again``: 0.1 s."""
+        if self._wrappers is None or again:
             modules = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
             self._wrappers = [
                 weakref.ref(module) for module in modules if any(id(p) in self._shared for p in module.parameters())

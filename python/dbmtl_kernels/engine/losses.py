@@ -39,6 +39,7 @@ class TaskLosses:
     Attributes:
         tasks: indices of those present.
         losses: their losses.
+        log_eps: see above.
         values: their values, float32 at least, without a graph: those that the logarithm is taken of.
 
     Raises:
@@ -48,7 +49,7 @@ class TaskLosses:
     """
 
     def __init__(self, losses: Given, tasks: Sequence[int] | None, num_tasks: int, log_eps: float | None) -> None:
-        self._log_eps, self._num_tasks = log_eps, num_tasks
+        self.log_eps, self._num_tasks = log_eps, num_tasks
         if isinstance(losses, Tensor):
             if losses.dim() != 1:
                 raise ValueError(f"losses given as a tensor must have shape ({num_tasks},), got {tuple(losses.shape)}")
@@ -83,7 +84,7 @@ class TaskLosses:
 
     def check_logarithms(self) -> None:
         """Raise ValueError naming the first task whose loss has no logarithm (seen on a CPU only)."""
-        eps = self._log_eps
+        eps = self.log_eps
         for task, value in zip(self.tasks, self.values, strict=True):
             if eps is not None and value.device.type == "cpu" and float(value) + eps <= 0.0:
                 raise ValueError(
@@ -100,7 +101,7 @@ class TaskLosses:
     @torch.no_grad()
     def total(self) -> Tensor:
         """The sum of the losses, or of their logs, as a scalar without a graph; float32 at least."""
-        eps, device = self._log_eps, self.values[0].device
+        eps, device = self.log_eps, self.values[0].device
         values = torch.stack([value.to(device) for value in self.values])
         return values.sum() if eps is None else torch.log(values + eps).sum()
 
@@ -120,10 +121,10 @@ class TaskLosses:
         """
         loss = self.losses[index]
         with torch.no_grad():
-            if self._log_eps is None:
+            if self.log_eps is None:
                 slope = torch.ones_like(loss)
             else:
-                slope = (self.values[index] + self._log_eps).reciprocal().view_as(loss)
+                slope = (self.values[index] + self.log_eps).reciprocal().view_as(loss)
             if loss_scale is not None:
                 slope = slope * loss_scale.to(slope.device)
             slope = slope.to(loss.dtype)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..rows import dtensors
 from ..rows.placement import Buffer
 from .graphs import Meeting
 
@@ -106,10 +107,13 @@ class Notices:
             module: the one whose parameters are shared, where it is known.
         """
         shared = {id(p) for p in self._rows.parameters}
-        strangers = {id(p): p for p in (found.below if found else []) if isinstance(p, nn.Parameter)}
+        strangers: dict[int, Tensor] = {id(p): p for p in (found.below if found else []) if isinstance(p, nn.Parameter)}
         names = {} if module is None else {id(p): name for name, p in module.named_parameters()}
         if module is not None:
-            strangers |= {id(p): p for p in module.parameters() if p.requires_grad and id(p) not in shared}
+            mine: list[Tensor] = [p for p in module.parameters() if p.requires_grad and id(p) not in shared]
+            if any(map(dtensors.is_dtensor, self._rows.parameters)):  # what is gathered just now stands for one of ours
+                mine = [p for p in mine if dtensors.is_dtensor(p)]
+            strangers |= {id(p): p for p in mine}
         strangers = {key: p for key, p in strangers.items() if key not in self._strangers}
         if strangers:
             self._strangers |= strangers.keys()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..dbmtl import DBMTL
-from ..engine.losses import Given, TaskLosses
+from ..engine.losses import NARROW, Given, TaskLosses
 from ..engine.notices import NONE
 from ..ops import arguments
 from ..recipe import NONFINITE, Shared
 from ..rows import dtensors, placement
-from ..weightings import Weighting
+from ..weightings import MaxNorm, Weighting
 from .frontier import Frontier, find_frontier
 from .levels import Audit, Levels
 from .replicas import Replicas
-from .step import HIDDEN, Measurement, balanced_loss
+from .step import HIDDEN, balanced_loss
+from .weigher import Weigher
 from .weighing import Weighing
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 
 AUDITS = (None, "full")
 FULL_EVERY = 100  # steps, of audit="full"
+MOST_KNOWN = 256
 VERSION = "one pass, 1"
-MADE_ANEW = ("_levels", "_others", "_known", "_weighed", "_replicas")  # not in a pickle
+MADE_ANEW = ("_weigher", "_others", "_known", "_replicas")  # not in a pickle
 
 
 class OnePassDBMTL(DBMTL):
@@ -100,16 +102,16 @@ class OnePassDBMTL(DBMTL):
     def _begin(self, shared: Shared, num_tasks: int, weighting: Weighting, frozen_ok: bool = False) -> None:
         super()._begin(shared, num_tasks, weighting, frozen_ok)
         self._sharded = placement.is_distributed(self._engine.rows.parameters)
-        self._levels = Levels(num_tasks, self.measure_every, self._full, self._sharded, self._engine.rows.device)
+        levels = Levels(num_tasks, self.measure_every, self._full, self._sharded, self._engine.rows.device)
+        self._weigher = Weigher(self._engine, levels, cast(MaxNorm, weighting).scale, self.eps)
         self._others = torch.zeros((), dtype=torch.bool, device=self._engine.rows.device)
         self._forget()
 
     def _forget(self) -> None:
         """What is known of the graphs, and of the weights set last."""
-        self._known: set[Any] = set()  # structures of frontiers that were found in the whole graph
+        self._known: set[int] = set()  # hashes of frontiers' structures that were found in the whole graph
         self._ids: set[int] = set()  # of the shared parameters, as the graph has them
-        self._weighed: tuple[int, ...] | None = None  # whose weights these are
-        self._exact_from: int | None = None  # `Steps.changes` before a step of the exact form, until its norms are read
+        self._weigher.forget()
         self._replicas = Replicas(self._engine)
 
     # --- a step -----------------------------------------------------------------------------------------------
@@ -139,10 +141,9 @@ class OnePassDBMTL(DBMTL):
         engine = self._engine
         if self._recipe.process_group is None and not self._sharded:
             placement.refuse_unnamed_group()
-        self._read_exact()
-        if engine.steps.open and not engine.frozen and all(p.grad is None for p in engine.rows.parameters):
-            engine.end_step()  # thrown away, as after a step that a GradScaler skipped
-        if self._sharded and not self._held and self._levels.due(present.tasks):
+        self._weigher.read_exact()
+        self._weigher.end_if_dropped()
+        if self._sharded and self._weigher.measures(present.tasks):
             return self._exactly(losses, tasks, retain_graph)
         frontier = self._find(present)
         if frontier.strangers:
@@ -151,8 +152,11 @@ class OnePassDBMTL(DBMTL):
         self._replicas.check()
         present.share(engine.ranks, engine.rows.device)
         present.check_logarithms()
-        weighing = Weighing(frontier, engine.rows.stats, NONFINITE[self._recipe.nonfinite], self._others)
-        return balanced_loss(self, present, weighing, frontier.at_root)
+        clears = any(finite is not True for finite in present.finite()) or any(
+            x.dtype in NARROW for x in present.losses
+        )
+        weighing = Weighing(frontier, engine.rows.stats, NONFINITE[self._recipe.nonfinite], clears, self._others)
+        return balanced_loss(self._weigher, present, weighing, frontier.at_root)
 
     def backward(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> None:
         """``balancer(losses).backward()``, named."""
@@ -169,107 +173,28 @@ class OnePassDBMTL(DBMTL):
             "of a forward pass of its own), or use DBMTL"
         )
 
-    @property
-    def _held(self) -> bool:
-        """Whether weights stay as they are: within a step, and where a backward is no update."""
-        return self._engine.steps.open or self._engine.frozen
-
-    def begin_pass(
-        self, now: Measurement, weighing: Weighing, factor: Tensor, finite: Mapping[int, Tensor], dead: Collection[int]
-    ) -> None:
-        """A backward pass begins: measure what is due, set the weights, unless they are held, and apply them.
-
-        Args:
-            now: knows the tasks that take part, and measures.
-            weighing: applies them.
-            factor: of the balanced loss.
-            finite: whose loss is, of those that only the device knows.
-            dead: the tasks whose loss is known not to be.
-        """
-        weighing.claim()
-        engine, steps, stats = self._engine, self._engine.steps, self._engine.rows.stats
-        mask: Tensor | None = None
-        if finite or dead:
-            mask = torch.ones_like(stats.nonfinite)
-            for task in dead:
-                mask[task] = False
-            for task, flag in finite.items():
-                mask[task] = flag.to(mask.device)
-        if not engine.frozen:
-            self._begin_step(now, mask)
-            if not engine.attached:
-                engine.end_step()
-        elif not steps.started:
-            raise RuntimeError("a backward that is no update needs the weights of a step before it: there was none yet")
-        weighing.arm(factor, mask, dead)
-
-    def _begin_step(self, now: Measurement, finite: Tensor | None) -> None:
-        """Of a step that is open already only what is missing: the norms and weights of tasks that come late."""
-        engine, levels = self._engine, self._levels
-        steps, stats = engine.steps, engine.rows.stats
-        held = steps.open
-        due = [] if self._sharded else levels.unknown(now.tasks) if held else levels.due(now.tasks)
-        compares = bool(due) and not held and levels.compares_next()
-        assumed = levels.weights(now.tasks, self.scale, self.eps, finite) if compares else stats.weights
-        self._refuse_capture(due)
-        shared = [p for p in engine.rows.parameters if p.requires_grad]
-        norms, gradients = now.measure(due if shared else [], shared, engine.ranks, levels.norms, compares)
-        if not held:
-            steps.begin(None)
-            levels.begin(now.tasks)
-            stats.nonfinite.zero_()
-        steps.changes += 1
-        self._exact_from = None
-        levels.observe(norms)
-        if finite is not None:
-            bad = ~finite & ~stats.nonfinite
-            stats.nonfinite_steps.add_(bad)
-            stats.nonfinite.logical_or_(bad)
-        self._set_weights(tuple(now.tasks), bool(due), finite, held)
-        if compares:
-            levels.compare(gradients, assumed, stats.weights)
-
-    def _set_weights(self, tasks: tuple[int, ...], measured: bool, finite: Tensor | None, held: bool) -> None:
-        """Of the tasks present; if ``held``, of those that had none in this step."""
-        levels, stats, eps = self._levels, self._engine.rows.stats, self.eps
-        if not measured and finite is None and tasks == self._weighed:
-            return
-        weights = levels.weights(tasks, self.scale, eps, finite)
-        if held:  # all have the length alpha
-            alpha = (stats.weights * (stats.norms + eps)).nan_to_num(0.0).amax()
-            late = torch.where(levels.norms.isfinite(), alpha / (levels.norms + eps), 1.0)
-            late = torch.where((weights > 0) & (alpha > 0), late, weights)
-            weights = torch.where(stats.weights > 0, stats.weights, late)
-        stats.weights.copy_(weights)
-        stats.norms.copy_(levels.norms)
-        self._weighed = None if finite is not None else tasks
-
-    def _refuse_capture(self, due: Sequence[int]) -> None:
-        if due and self._engine.rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "norms are due to be measured, and a CUDA graph is being captured: capture between measurements (they "
-                f"come in steps 1, 2, 4, ..., 64, and every {self.measure_every} steps)"
-            )
-
     def _find(self, losses: TaskLosses) -> Frontier:
         """The frontier; looked for in the whole graph if norms will be measured, or its structure is new."""
         rows = self._engine.rows
         roots = dict(zip(losses.tasks, losses.losses, strict=True))
-        whole = not self._known or (not self._held and self._levels.measures_next())
+        whole = not self._known or self._weigher.measures(losses.tasks)
         if not whole:
             found = find_frontier(roots, self._ids, whole=False)
-            whole = found.structure() not in self._known
+            whole = hash(found.structure()) not in self._known
         if whole:
-            self._ids = {id(p) for p in (dtensors.unsharded(rows.parameters) if self._sharded else rows.parameters)}
-            found = find_frontier(roots, self._ids, whole=True)
+            self._ids = {id(p) for p in rows.parameters}
+            if self._sharded:
+                self._ids |= {id(inside) for p, inside in dtensors.gathered_parameters() if id(p) in self._ids}
+            found = find_frontier(roots, self._ids, whole=True, held={id(p) for p in self._engine.stepped})
+            self._replicas.check_heads(found.leaves_of_heads())
         if found.hidden:
             raise RuntimeError(HIDDEN)
         if whole and not found.trains and any(p.requires_grad for p in rows.parameters):
             if self._engine.ranks.size > 1:
                 raise RuntimeError(NONE)
             self._engine.parts.notices.once("none", NONE)
-        if not found.strangers:
-            self._known.add(found.structure())
+        if whole and not found.strangers:
+            self._known = (self._known if len(self._known) < MOST_KNOWN else set()) | {hash(found.structure())}
         return found
 
     # --- steps of the exact form ------------------------------------------------------------------------------
@@ -282,25 +207,16 @@ class OnePassDBMTL(DBMTL):
         )
         if self.strict:
             raise ValueError(reason)
+        if self._engine.ranks.size > 1 and not self._sharded:
+            raise RuntimeError(f"{reason}. With DistributedDataParallel use DBMTL, within no_sync()")
         self._engine.parts.notices.once(
             "exact", f"{reason}. The exact form takes such steps, with a backward pass a task"
         )
 
     def _exactly(self, losses: Given, tasks: Sequence[int] | None, retain_graph: bool) -> Tensor:
         loss = super().__call__(losses, tasks=tasks, retain_graph=retain_graph)
-        self._exact_from = self._engine.steps.changes
+        self._weigher.expect_exact()
         return loss
-
-    def _read_exact(self) -> None:
-        """The norms that the last step of the exact form found."""
-        steps, stats = self._engine.steps, self._engine.rows.stats
-        if self._exact_from is None or steps.changes == self._exact_from:
-            return
-        seen = [task for task, seen in enumerate(steps.seen) if seen]
-        self._levels.begin(seen)
-        self._levels.observe({task: stats.norms[task].clone() for task in seen})
-        self._levels.passes -= 1  # one was the step's own
-        self._exact_from = self._weighed = None
 
     # --- what may change between steps ------------------------------------------------------------------------
 
@@ -317,7 +233,7 @@ class OnePassDBMTL(DBMTL):
         self._reindex(kept)
 
     def _reindex(self, tasks: list[int | None]) -> None:
-        self._levels.reindex_tasks(tasks)
+        self._weigher.levels.reindex_tasks(tasks)
         self._forget()
 
     def rebind(self, shared_parameters: Iterable[Tensor] | nn.Module) -> None:
@@ -329,20 +245,28 @@ class OnePassDBMTL(DBMTL):
         self._sharded = placement.is_distributed(self._engine.rows.parameters)
         self._forget()
 
+    def set_beta(self, beta: float, beta_sigma: float) -> None:
+        """There is no moving average.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("OnePassDBMTL has no moving average, and no beta: use DBMTL")
+
     # --- what it tells ----------------------------------------------------------------------------------------
 
     @property
     def audit(self) -> Audit:
         """How far the weights were off when tasks were measured; a sync."""
-        self._read_exact()
-        return self._levels.audit()
+        self._weigher.read_exact()
+        return self._weigher.levels.audit()
 
     # --- checkpoints and copies -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on bit for bit: K numbers of each kind, and the schedule."""
-        self._read_exact()
-        return {"version": VERSION, "levels": self._levels.state(), "engine": checkpoint.state_of(self._engine)}
+        self._weigher.read_exact()
+        return {"version": VERSION, "levels": self._weigher.levels.state(), "engine": checkpoint.state_of(self._engine)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave.
@@ -353,12 +277,12 @@ class OnePassDBMTL(DBMTL):
         """
         if state.get("version") != VERSION:
             raise ValueError(f"state_dict has version {state.get('version')!r}, this is version {VERSION!r}")
-        self._levels.check(state)
+        self._weigher.levels.check(state)
         self._engine.turns.refuse_inside("load_state_dict()")
         checkpoint.load(state["engine"], self._engine)
-        self._levels.load(state["levels"])
+        self._weigher.levels.load(state["levels"])
         self._engine.copied = False
-        self._weighed = self._exact_from = None
+        self._weigher.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: with its norms, and not attached."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
@@ -35,7 +35,6 @@ class Frontier(NamedTuple):
             tasks share.
         at_root: tasks whose loss is itself a node that another loss reaches too, or a shared parameter.
         heads: nodes above parameters that one task alone reaches and that are not shared.
-        stacked: by node of a ``torch.stack`` that losses were taken out of: the tasks of each place that any was.
         strangers: parameters that two losses or more reach, and that were not declared shared. Complete only of a walk
             of the whole graph.
         trains: whether any loss reaches a shared parameter. Complete only of a walk of the whole graph.
@@ -46,18 +45,22 @@ class Frontier(NamedTuple):
     entries: list[Entry]
     at_root: set[int]
     heads: list[Entry]
-    stacked: dict[Any, dict[int, list[int]]]
     strangers: list[Tensor]
     trains: bool
     walked: int
     hidden: bool
+
+    def leaves_of_heads(self) -> Iterator[Tensor]:
+        """The parameters of heads."""
+        for node, _, places in self.heads:
+            yield from (node.next_functions[place][0].variable for place in places)
 
     def structure(self) -> tuple[Any, ...]:
         """The same for two graphs whose frontiers look alike."""
         return tuple((entry.task, entry.node.name(), entry.places) for entry in self.entries), frozenset(self.at_root)
 
 
-def find_frontier(losses: Mapping[int, Tensor], shared: set[int], whole: bool) -> Frontier:
+def find_frontier(losses: Mapping[int, Tensor], shared: set[int], whole: bool, held: Collection[int] = ()) -> Frontier:
     """Walk down from the losses to where their graphs meet.
 
     Nodes are visited in the order of their sequence numbers, the latest first, so that a node's users come before it,
@@ -70,23 +73,23 @@ def find_frontier(losses: Mapping[int, Tensor], shared: set[int], whole: bool) -
         losses: of each task.
         shared: ids of the shared parameters.
         whole: go on to the end, and find strangers.
+        held: ids of leaves that an optimizer holds, so that they are parameters whatever their type.
     """
     edges = {task: torch.autograd.graph.get_gradient_edge(loss) for task, loss in losses.items()}
     tops = {task: _through(edge.node, edge.output_nr) for task, edge in edges.items()}
     roots: dict[int, Any] = {task: node for task, (node, _) in tops.items()}
-    stacked: dict[Any, dict[int, list[int]]] = {}
+    stacks = set()
     for task, top in tops.items():
         found = _stack_above(*top, losses[task])
         if found is not None:
-            stack, place = found
-            stacked.setdefault(stack, {}).setdefault(place, []).append(task)
-            following = stack.next_functions[place]
+            stacks.add(found[0])
+            following = found[0].next_functions[found[1]]
             roots[task] = None if following[0] is None else _through(*following)[0]
     walk = _Walk(roots, whole)
-    if any(stack in walk.masks for stack in stacked):
-        roots, stacked = {task: node for task, (node, _) in tops.items()}, {}
+    if stacks & walk.masks.keys():
+        roots = {task: node for task, (node, _) in tops.items()}
         walk = _Walk(roots, whole)
-    return walk.frontier(roots, shared, stacked)
+    return walk.frontier(roots, shared, held)
 
 
 class _Walk:
@@ -138,9 +141,7 @@ class _Walk:
         # One look further: what is left was reached in order only if what it leads to is.
         return whole or not any(_out_of_order(number, _below(node)) for number, _, node in heap)
 
-    def frontier(
-        self, roots: Mapping[int, Any], shared: set[int], stacked: dict[Any, dict[int, list[int]]]
-    ) -> Frontier:
+    def frontier(self, roots: Mapping[int, Any], shared: set[int], held: Collection[int]) -> Frontier:
         """What was found."""
         masks, leaves = self.masks, self.leaves
 
@@ -150,6 +151,9 @@ class _Walk:
                 return id(node.variable) in shared or mask & (mask - 1) != 0
             mask = masks[node]
             return mask & (mask - 1) != 0
+
+        def is_parameter(leaf: Tensor) -> bool:
+            return isinstance(leaf, torch.nn.Parameter) or id(leaf) in held
 
         entries, heads = list[Entry](), list[Entry]()
         for node, edges in self.edges.items():
@@ -166,10 +170,10 @@ class _Walk:
         strangers: list[Tensor] = [
             node.variable
             for node, mask in leaves.items()
-            if mask & (mask - 1) and id(node.variable) not in shared and isinstance(node.variable, torch.nn.Parameter)
+            if mask & (mask - 1) and id(node.variable) not in shared and is_parameter(node.variable)
         ]
         trains = any(id(node.variable) in shared for node in leaves)
-        return Frontier(entries, at_root, heads, stacked, strangers, trains, self.walked, self.hidden)
+        return Frontier(entries, at_root, heads, strangers, trains, self.walked, self.hidden)
 
 
 def _below(node: Any) -> list[tuple[int, Any]]:
@@ -182,9 +186,13 @@ def _below(node: Any) -> list[tuple[int, Any]]:
 
 
 def _through(node: Any, number: int) -> tuple[Any, int]:
-    """Past the node that DistributedDataParallel puts around all outputs with ``find_unused_parameters``."""
+    """Past the node that DistributedDataParallel puts around all outputs with ``find_unused_parameters``.
+
+    ``next_functions`` counts its inputs that are tensors, ``needs_input_grad`` all: the wrapper, then the outputs.
+    """
     while node.__class__.__name__ == SINK:
-        node, number = node.next_functions[number]
+        rank = sum(node.needs_input_grad[1 : number + 1])
+        node, number = [edge for edge in node.next_functions if edge[0] is not None][rank]
     return node, number
 
 

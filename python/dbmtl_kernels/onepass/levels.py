@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .weighing import may_look
 
-DENSE_STEPS = 64  # up to here all tasks are measured at each power of two: norms move fast at first
+DENSE_STEPS = 64  # of its steps up to here, a task is measured at each power of two: norms move fast at first
 KEPT = 32  # errors kept of each task
 FAR_OFF = 1.0  # of the 90th percentile of |log(measured / assumed)|: weights off by a factor of e
 
@@ -57,46 +58,39 @@ class Levels:
         self._wide = torch.float32 if device.type == "mps" else torch.float64
         self.norms = torch.full((num_tasks,), torch.nan, dtype=self._wide, device=device)
         self._errors = torch.full((num_tasks, KEPT), torch.nan, dtype=self._wide, device=device)
-        self._known: set[int] = set()
-        self._turn, self._counts = num_tasks - 1, [0] * num_tasks
+        # The task whose turn was last; in how many steps each was present, and how often measured.
+        self._turn, self._seen, self._counts = num_tasks - 1, [0] * num_tasks, [0] * num_tasks
         self.step = self.passes = self._possible = 0
         self.cosine: Tensor | None = None
         self._told = False
 
-    def begin(self, present: Sequence[int]) -> list[int]:
-        """A step begins, in which these tasks take part. Which of them to measure."""
-        due = self.due(present)
+    def begin(self, present: Sequence[int]) -> None:
+        """A step begins, in which these tasks take part."""
+        if self._has_turn(self.step + 1) and not self._measures_all(self.step + 1):
+            self._turn = self._next(present)
         self.step += 1
         self._possible += len(present)
-        if self._has_turn(self.step) and not self._measures_all(self.step):
-            self._turn = self._next(present)
-        return due
+        for task in present:
+            self._seen[task] += 1
 
     def due(self, present: Sequence[int]) -> list[int]:
         """Which of the tasks that take part to measure in the next step."""
         step = self.step + 1
         if self._measures_all(step):
             return list(present)
-        due = set(self.unknown(present))
-        if self._has_turn(step):
-            due.add(self._next(present))
-        return [task for task in present if task in due]
+        turn = self._next(present) if self._has_turn(step) else None
+        return [task for task in present if task == turn or _is_dense(self._seen[task] + 1)]
 
     def unknown(self, present: Sequence[int]) -> list[int]:
-        """Those of the tasks that were never measured."""
-        return [task for task in present if task not in self._known]
-
-    def measures_next(self) -> bool:
-        """Whether anything will be measured in the next step, but for tasks that were not seen so far."""
-        return self._measures_all(self.step + 1) or self._has_turn(self.step + 1)
+        """Those of the tasks that have no level yet, as far as the host can tell."""
+        tells = may_look(self.norms.device)
+        return [t for t in present if self._counts[t] == 0 or (tells and not bool(self.norms[t].isfinite()))]
 
     def compares_next(self) -> bool:
         """Whether in the next step all are measured, and compared with the exact gradient."""
         return self._full > 0 and (self.step + 1) % self._full == 0
 
     def _measures_all(self, step: int) -> bool:
-        if step <= DENSE_STEPS and step & (step - 1) == 0:
-            return True
         if self._together and step % (self._every * len(self._counts)) == 0:
             return True
         return self._full > 0 and step % self._full == 0
@@ -119,8 +113,6 @@ class Levels:
             self.norms[task] = torch.where(usable, norm, old)
             self._counts[task] += 1
             self.passes += 1
-            if norm.device.type != "cpu" or bool(norm.isfinite()):
-                self._known.add(task)
         if norms and not self._told and min(self._counts) >= KEPT // 2 and self.step % 16 == 0:
             self._warn()
 
@@ -134,7 +126,7 @@ class Levels:
                     new[index] = old[task]
             setattr(self, name, new)
         self._counts = [0 if task is None else self._counts[task] for task in tasks]
-        self._known = {index for index, task in enumerate(tasks) if task in self._known}
+        self._seen = [0 if task is None else self._seen[task] for task in tasks]
         self._turn = len(tasks) - 1
 
     def compare(self, gradients: Mapping[int, Tensor], assumed: Tensor, exact: Tensor) -> None:
@@ -177,7 +169,7 @@ class Levels:
             "step": self.step,
             "turn": self._turn,
             "counts": list(self._counts),
-            "known": sorted(self._known),
+            "seen": list(self._seen),
             "passes": self.passes,
             "possible": self._possible,
             "norms": self.norms,
@@ -200,13 +192,18 @@ class Levels:
                     raise ValueError(f"state_dict has levels.{key} that is not a tensor of shape {tuple(mine.shape)}")
             elif type(theirs) is not type(mine):
                 raise ValueError(f"state_dict has levels.{key} of type {type(theirs).__name__}")
-        if len(state["counts"]) != len(self._counts):
-            raise ValueError(f"state_dict has levels.counts of {len(state['counts'])} tasks, not {len(self._counts)}")
+        for key in ("counts", "seen"):
+            if len(state[key]) != len(self._counts):
+                raise ValueError(f"state_dict has levels.{key} of {len(state[key])} tasks, not {len(self._counts)}")
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` gave; it was checked."""
         self.step, self._turn, self.passes = int(state["step"]), int(state["turn"]), int(state["passes"])
         self._possible, self._counts = int(state["possible"]), [int(x) for x in state["counts"]]
-        self._known = {int(x) for x in state["known"]}
+        self._seen = [int(x) for x in state["seen"]]
         self.norms.copy_(state["norms"])
         self._errors.copy_(state["errors"])
+
+
+def _is_dense(step: int) -> bool:
+    return step <= DENSE_STEPS and step & (step - 1) == 0

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..engine.heads import synchronises
 from ..engine.step import Engine
-from ..rows import placement
+from ..rows import dtensors, placement
 
 
 class Replicas:
@@ -25,7 +28,8 @@ class Replicas:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = weakref.ref(engine)
-        self._idle = engine.ranks.size == 1 or placement.is_distributed(engine.rows.parameters)
+        self._sharded = placement.is_distributed(engine.rows.parameters)
+        self._idle = engine.ranks.size == 1 or self._sharded
         self._local = self._averaged = False  # what backwards the open step had
         if not self._idle:
             for register, after in (
@@ -38,19 +42,20 @@ class Replicas:
         """Before a backward.
 
         Raises:
-            RuntimeError: there is no wrapper; one with ``static_graph``; one inside ``no_sync()``, and no optimizer is
-                attached whose step would end a step of several backwards.
+            RuntimeError: no wrapper has them all; one with ``static_graph``; one inside ``no_sync()``, and no optimizer
+                is attached whose step would end a step of several backwards.
         """
         engine = self._engine()
         if self._idle or engine is None:
             return
-        wrappers = engine.heads.wrappers()
-        if not wrappers:
+        wrappers = engine.heads.wrappers() or engine.heads.wrappers(again=True)
+        held = _held(wrappers)
+        if not all(id(p) in held for p in engine.rows.parameters if p.requires_grad):
             raise RuntimeError(
-                "no DistributedDataParallel holds the shared parameters, and OnePassDBMTL leaves it to that to average "
-                "gradients over the ranks: wrap the model"
+                "no DistributedDataParallel holds all of the shared parameters, and OnePassDBMTL leaves it to that to "
+                "average gradients over the ranks: wrap the model"
             )
-        if any(wrapper.static_graph for wrapper in wrappers):
+        if any(x.static_graph for x in wrappers):
             raise RuntimeError(
                 "DistributedDataParallel(static_graph=True) expects one pass a step, and measuring takes more"
             )
@@ -61,6 +66,23 @@ class Replicas:
                 "is inside its no_sync(): leave that, or attach the balancer to the optimizer to accumulate"
             )
         self._averaged, self._local = self._averaged or averaged, True
+
+    def check_heads(self, heads: Iterable[Tensor]) -> None:
+        """Raise RuntimeError if nobody averages the gradients of one of these parameters, of a single task each."""
+        engine = self._engine()
+        if engine is None or engine.ranks.size == 1:
+            return
+        if self._sharded:
+            held = {id(inside) for _, inside in dtensors.gathered_parameters()}
+        else:
+            held = _held(engine.heads.wrappers() or engine.heads.wrappers(again=True))
+        what = "fully_shard" if self._sharded else "DistributedDataParallel"
+        for p in heads:
+            if isinstance(p, nn.Parameter) and id(p) not in held and not dtensors.is_dtensor(p):
+                raise RuntimeError(
+                    f"a head of shape {tuple(p.shape)} is in no {what}: nothing averages its gradient over the ranks. "
+                    "Wrap the whole model (DBMTL averages heads itself)"
+                )
 
     def at_step(self, optimizer: Optimizer) -> None:
         """The backwards of a step are over, if this optimizer is attached.
@@ -85,3 +107,8 @@ def _at_step(mine: weakref.ref[Replicas], after: bool, optimizer: Optimizer, arg
     replicas, closure = mine(), kwargs.get("closure", args[1] if len(args) > 1 else None)
     if replicas is not None and callable(closure) == after:
         replicas.at_step(optimizer)
+
+
+def _held(wrappers: Iterable[DistributedDataParallel]) -> set[int]:
+    """Ids of the parameters whose gradients they average."""
+    return {id(p) for x in wrappers for name, p in x.module.named_parameters() if name not in x.parameters_to_ignore}

@@ -25,7 +25,7 @@ class Measurement:
 
     Args:
         losses: of the tasks present.
-        slopes: by task, the gradient that its loss gets; without those whose loss is known not to be finite.
+        slopes: by task, the gradient that its loss gets.
         factor: of the balanced loss, which the slopes carry and norms must not.
         weighing: its hooks look on.
     """
@@ -106,9 +106,9 @@ def _in_memory_order(grad: Tensor) -> Tensor:
     return grad.permute(0, 2, 3, 1) if channels_last else grad
 
 
-def balanced_loss(owner: Any, losses: TaskLosses, weighing: Weighing, at_root: Collection[int]) -> Tensor:
+def balanced_loss(weigher: Any, losses: TaskLosses, weighing: Weighing, at_root: Collection[int]) -> Tensor:
     """A scalar in the graph of the losses, whose backward is one pass."""
-    out: Tensor = _OnePass.apply(owner, losses, weighing, at_root, losses.total(), *losses.losses)  # type: ignore[no-untyped-call]
+    out: Tensor = _OnePass.apply(weigher, losses, weighing, at_root, losses.total(), *losses.losses)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -118,7 +118,7 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        owner: Any,
+        weigher: Any,
         losses: TaskLosses,
         weighing: Weighing,
         at_root: Collection[int],
@@ -126,7 +126,7 @@ class _OnePass(torch.autograd.Function):
         *_: Tensor,
     ) -> Tensor:
         """The value; of several ranks the sum of the logs of the mean losses."""
-        ctx.work = owner, losses, weighing, at_root
+        ctx.work = weigher, losses, weighing, at_root
         return value.clone()
 
     @staticmethod
@@ -139,27 +139,29 @@ class _OnePass(torch.autograd.Function):
                 "create_graph=True is not supported by a balanced loss: norms and weights are not part of any graph. "
                 "For second derivatives use the sum of the losses"
             )
-        owner, losses, weighing, at_root = ctx.work
-        factor = grads[0]
-        slopes: dict[int, Tensor] = {}
-        finite: dict[int, Tensor] = {}  # whose loss is, where only the device knows
-        dead: set[int] = set()
-        passes = weighing.passes(factor)
+        weigher, losses, weighing, at_root = ctx.work
+        eps = losses.log_eps
+        factor, passes = grads[0], weighing.passes(grads[0])
         on_host = factor.item() if weighing.on_host else None
+        slopes: dict[int, Any] = {}
+        finite: dict[int, Any] = {}
         for task, loss, value in zip(losses.tasks, losses.losses, losses.values, strict=True):
             if on_host is not None:
-                number = on_host / (value.item() + owner.eps) if owner.log_transform else on_host
-                fits = abs(number) <= torch.finfo(loss.dtype).max
-                if not math.isfinite(value.item()) or not (passes or fits):
-                    dead.add(task)
-                    continue
-                slopes[task] = torch.full_like(loss, number if fits else math.copysign(math.inf, number))
+                number = value.item()
+                number, finite[task] = (
+                    on_host / (1.0 if eps is None else number + eps),
+                    math.isfinite(number),
+                )
+                if abs(number) > torch.finfo(loss.dtype).max:
+                    number, finite[task] = math.copysign(math.inf, number), finite[task] and passes
+                slopes[task] = torch.full_like(loss, number if finite[task] else 0.0)
                 continue
             wide = factor.to(value.device, value.dtype)
-            slope = (wide / (value + owner.eps) if owner.log_transform else wide).to(loss.dtype)
+            slope = (wide if eps is None else wide / (value + eps)).to(loss.dtype)
             finite[task] = value.isfinite() & (slope.isfinite() | passes.to(slope.device))
             slopes[task] = torch.where(finite[task], slope, 0.0).view_as(loss)
-        owner.begin_pass(Measurement(losses, slopes, factor, weighing), weighing, factor, finite, dead)
-        for task in slopes.keys() & at_root:
-            slopes[task] = slopes[task] * weighing.weight(task, slopes[task])
-        return None, None, None, None, None, *(slopes.get(task) for task in losses.tasks)
+        weigher.begin_pass(Measurement(losses, slopes, factor, weighing), weighing, factor, finite)
+        lost = on_host is not None and not all(finite.get(task, True) for task in at_root)
+        for task in at_root:  # there is no part of its own where NaN could be kept back: then none of them has any
+            slopes[task] = None if lost else slopes[task] * weighing.weight(task, slopes[task])
+        return None, None, None, None, None, *(slopes[task] for task in losses.tasks)

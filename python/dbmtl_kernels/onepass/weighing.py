@@ -5,7 +5,7 @@ from __future__ import annotations
 import cmath
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..engine.losses import NARROW
 from ..ops import Stats
 from .frontier import Frontier
 
@@ -24,7 +25,6 @@ OTHERS = (
     "regulariser of its head's output, or one of the losses once more?), and its share in the shared gradients was "
     "weighted as the task's is: add it to the loss of that task, or give it a backward of its own"
 )
-HALF = (torch.float16, torch.bfloat16)
 # The backward passes in which weights were applied last. Their numbers are never used again.
 _weighed: deque[int] = deque(maxlen=64)
 
@@ -42,33 +42,31 @@ class Weighing:
         stats: (K,) ``weights``, what the gradient of each task is multiplied with when it comes; ``nonfinite`` and
             ``nonfinite_steps``, updated where a gradient is not finite.
         propagate_above: gradients that are not finite pass under factors above this; otherwise zeros do.
+        clears: whether any loss may turn out not to be finite.
         others: () bool, set where something besides the losses given went through the part of the graph that is a
             task's own, and was weighted with it. Seen of tasks that were measured in the same backward.
 
     Attributes:
-        on_host: whether numbers may be looked at without a sync. Then nothing is run of a loss that is not finite.
+        on_host: whether numbers may be looked at without a sync.
+        stats: see above.
 
     Warns:
         RuntimeWarning: once, where ``others`` is set, and on the host.
     """
 
-    def __init__(self, frontier: Frontier, stats: Stats, propagate_above: float, others: Tensor) -> None:
-        self._stats, self._above, self._others = stats, propagate_above, others
+    def __init__(self, frontier: Frontier, stats: Stats, propagate_above: float, clears: bool, others: Tensor) -> None:
+        self.stats, self._above, self._others = stats, propagate_above, others
         self.on_host = may_look(stats.weights.device)
         self._weights: list[Any] = []
         self._finite: Tensor | None = None
-        self._dead: Collection[int] = ()
         self._passes: Any = False
         self._pass: int | None = None
         self._measured: int | None = None  # the task whose pass is run to measure
         self._lengths: dict[tuple[int, int], Tensor] = {}  # of what passed here when its task was measured
         for index, entry in enumerate(frontier.entries):
             entry.node.register_hook(partial(self._pass_on, self._weigh, entry.task, entry.places, index))
-        for stack, places in frontier.stacked.items():
-            stack.register_hook(partial(self._unstack, places))
-        if not self.on_host:
-            for entry in frontier.heads:
-                entry.node.register_hook(partial(self._pass_on, self._clear, entry.task, entry.places, -1))
+        for entry in frontier.heads if clears else ():
+            entry.node.register_hook(partial(self._pass_on, self._clear, entry.task, entry.places, -1))
 
     @contextmanager
     def measuring(self, task: int) -> Iterator[None]:
@@ -94,16 +92,15 @@ class Weighing:
         _weighed.append(number)
         self._pass, self._weights = number, []
 
-    def arm(self, factor: Tensor, finite: Tensor | None, dead: Collection[int]) -> None:
+    def arm(self, factor: Tensor, finite: Tensor | None) -> None:
         """Weigh from here on, by the weights as they are now.
 
         Args:
             factor: of the balanced loss.
-            finite: (K,) bool, whose loss is, where only the device knows.
-            dead: tasks whose loss is known not to be.
+            finite: (K,) bool, whose loss is; None for all.
         """
-        weights = self._stats.weights
-        self._passes, self._finite, self._dead = self.passes(factor), finite, dead
+        weights = self.stats.weights
+        self._passes, self._finite = self.passes(factor), finite
         self._weights = weights.tolist() if self.on_host else list(weights.unbind())
 
     def passes(self, factor: Tensor) -> Any:
@@ -112,7 +109,7 @@ class Weighing:
 
     def weight(self, task: int, like: Tensor) -> Tensor:
         """Of a task, where its loss itself is what several share."""
-        return self._stats.weights[task].to(like)
+        return self.stats.weights[task].to(like)
 
     @property
     def acts(self) -> bool:
@@ -142,29 +139,29 @@ class Weighing:
     def _weigh(self, grad: Tensor, task: int, key: tuple[int, int]) -> Tensor:
         """The gradient of a task times its weight; zeros where it is not finite, unless that must be passed on."""
         if self._measured is not None:
+            if self._measured != task:  # losses of one stack; 0 times NaN is NaN
+                return torch.zeros_like(grad)
             self._lengths[key] = _length(grad)
             return grad
         if key in self._lengths:
             self._compare(self._lengths.pop(key), _length(grad))
-        weight = self._weights[task]
+        out = _times(grad, self._weights[task])
+        counts = None if self._finite is None else self._finite[task]  # whether the loss is finite
         if self.on_host:
-            out = _times(grad, weight)
+            if counts is not None and not bool(counts):
+                return torch.zeros_like(grad)
             if _is_finite(out):
                 return out
             self._count(task)
             return out if self._passes else torch.zeros_like(grad)
-        weight = weight.to(grad.device)
-        out = _times(grad, weight)
         fine = _values(out).isfinite().all()
-        self._count(task, ~fine)
+        self._count(task, ~fine if counts is None else ~fine & counts.to(fine.device))
         keep = fine | self._passes.to(fine.device)
-        if self._finite is not None:
-            keep = keep & self._finite[task].to(fine.device)
-        return torch.where(keep, out, 0.0)
+        return torch.where(keep if counts is None else keep & counts.to(fine.device), out, 0.0)
 
     def _count(self, task: int, flag: Tensor | None = None) -> None:
         """A task is not finite in this step; counted once."""
-        bad, steps = self._stats.nonfinite, self._stats.nonfinite_steps
+        bad, steps = self.stats.nonfinite, self.stats.nonfinite_steps
         now = ~bad[task] if flag is None else flag.to(bad.device) & ~bad[task]
         steps[task] += now
         bad[task] |= now
@@ -176,18 +173,6 @@ class Weighing:
             warnings.warn(OTHERS, RuntimeWarning, stacklevel=2)
         self._others |= differs.to(self._others.device)
 
-    def _unstack(
-        self, places: Mapping[int, Sequence[int]], grad_inputs: Sequence[Tensor | None], _: Any
-    ) -> tuple[Tensor | None, ...] | None:
-        """Of stacked losses, only those that have a part in this pass get a gradient: 0 times NaN is NaN."""
-        if not self.acts:
-            return None
-        out: list[Tensor | None] = [None] * len(grad_inputs)
-        for place, tasks in places.items():
-            if any(task not in self._dead if self._measured is None else task == self._measured for task in tasks):
-                out[place] = grad_inputs[place]
-        return tuple(out)
-
     def _clear(self, grad: Tensor, task: int, _: tuple[int, int]) -> Tensor:
         """The gradient of a head; zeros if the loss of its task is not finite."""
         if self._finite is None or self._measured is not None:
@@ -197,26 +182,28 @@ class Weighing:
 
 def _times(grad: Tensor, weight: Any) -> Tensor:
     """In float32 where the gradient is narrower, whose largest number a weight may exceed."""
-    if grad.dtype in HALF:
+    if grad.dtype in NARROW:
         narrow: Tensor = (grad.float() * weight).to(grad.dtype)
         return narrow
     return grad * (weight if isinstance(weight, float) else weight.to(grad.dtype))
 
 
 def _values(grad: Tensor) -> Tensor:
-    values: Tensor = grad._values() if grad.layout != torch.strided else grad
-    return values
+    """All numbers of a gradient, also of a sparse or a nested one."""
+    if grad.layout == torch.sparse_coo:
+        grad = grad._values()
+    return grad.values() if grad.is_nested else grad
 
 
 def _is_finite(grad: Tensor) -> bool:
     """Of a tensor on the host: the sum tells, unless it overflows by itself."""
     values = _values(grad)
-    total = values.sum(dtype=torch.float32 if values.dtype in HALF else None)
+    total = values.sum(dtype=torch.float32 if values.dtype in NARROW else None)
     return cmath.isfinite(total.item()) or bool(values.isfinite().all())
 
 
 def _length(grad: Tensor) -> Tensor:
     """In float32 at least."""
     values = _values(grad)
-    length: Tensor = torch.linalg.vector_norm(values.float() if values.dtype in HALF else values)
+    length: Tensor = torch.linalg.vector_norm(values.float() if values.dtype in NARROW else values)
     return length

@@ -46,14 +46,12 @@ def local_gradient(parameter: Tensor, grad: Tensor) -> Tensor:
     return local(grad)
 
 
-def unsharded(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """``parameters``, and what ``fully_shard`` has in the place of each while it is gathered; looks for them all."""
+def gathered_parameters() -> list[tuple[Tensor, Tensor]]:
+    """All parameters of ``fully_shard``, and what takes the place of each in a graph. Takes 0.1 s."""
     module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
-    if module is None:
-        return list(parameters)
-    ours = {id(p) for p in parameters}
-    found = [x for x in gc.get_objects() if type(x) is module.FSDPParam and id(x.sharded_param) in ours]
-    return [*parameters, *(x._unsharded_param for x in found if hasattr(x, "_unsharded_param"))]
+    kind = () if module is None else module.FSDPParam
+    found: list[Any] = [x for x in gc.get_objects() if type(x) is kind]
+    return [(x.sharded_param, x._unsharded_param) for x in found if hasattr(x, "_unsharded_param")]
 
 
 def sharded_groups(parameter: Tensor) -> list[ProcessGroup]:

@@ -1,0 +1,168 @@
+"""Weigher: the weights of a step. What is measured for them, when they are set, and when they are held."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.losses import loss_scale_or_none
+from ..engine.step import Engine
+from ..rows import placement
+from .levels import Levels
+from .step import Measurement
+from .weighing import Weighing, may_look
+
+
+class Weigher:
+    """Sets ``stats.weights`` of an engine at the beginning of each backward, from norms measured now and then.
+
+    Args:
+        engine: its steps are counted; parameters, ranks, stats.
+        levels: the norms.
+        scale: alpha; see `reference.weights`.
+        eps: added to the norms.
+    """
+
+    def __init__(self, engine: Engine, levels: Levels, scale: str | float, eps: float) -> None:
+        self._engine, self.levels, self._scale, self._eps = engine, levels, scale, eps
+        self.forget()
+
+    def forget(self) -> None:
+        """The weights may be others by now than those set last."""
+        self._set: tuple[Any, int] | None = None  # whose weights these are, and `Steps.changes` then
+        self._exact_from: int | None = None  # `Steps.changes` before a step of the exact form, until its norms are read
+        self._left = False  # the last backward of the open step left a shared .grad
+
+    # --- before a backward ------------------------------------------------------------------------------------
+
+    def measures(self, tasks: Sequence[int]) -> bool:
+        """Whether a backward of these tasks would begin a step that measures."""
+        engine = self._engine
+        return not (engine.steps.open or engine.frozen) and bool(self.levels.due(tasks))
+
+    def end_if_dropped(self) -> None:
+        """End a step whose gradients were thrown away, as after one that a GradScaler skipped."""
+        engine = self._engine
+        left = self._left and engine.steps.open and not engine.frozen
+        if left and all(p.grad is None for p in engine.rows.parameters):
+            engine.end_step()
+
+    def expect_exact(self) -> None:
+        """The exact form takes the next backward. Within a step its norms would not be of that alone."""
+        steps = self._engine.steps
+        self._exact_from = None if steps.open else steps.changes
+
+    def read_exact(self) -> None:
+        """The norms that the last step of the exact form found."""
+        steps, stats, levels = self._engine.steps, self._engine.rows.stats, self.levels
+        if self._exact_from is None or steps.changes == self._exact_from:
+            return
+        self._exact_from = None
+        seen = [task for task, seen in enumerate(steps.seen) if seen]
+        levels.begin(seen)
+        levels.observe({task: stats.norms[task].clone() for task in seen})
+        levels.passes -= 1  # one was the step's own
+
+    # --- as it begins -----------------------------------------------------------------------------------------
+
+    def begin_pass(
+        self, now: Measurement, weighing: Weighing, factor: Tensor, finite: Mapping[int, bool | Tensor]
+    ) -> None:
+        """Measure what is due, set the weights, unless they are held, and apply them.
+
+        Args:
+            now: knows the tasks that take part, and measures.
+            weighing: applies them.
+            factor: of the balanced loss.
+            finite: whose loss is, as tensors where only the device knows.
+
+        Raises:
+            RuntimeError: the balancer has other parameters or tasks than when this loss was made; norms are due while a
+                CUDA graph is captured; two balanced losses in one backward.
+        """
+        engine, steps, stats = self._engine, self._engine.steps, self._engine.rows.stats
+        if weighing.stats is not stats:
+            raise RuntimeError("rebind(), add_task() or remove_task() between a balanced loss and its backward()")
+        weighing.claim()
+        mask: Tensor | None = None
+        if not all(flag is True for flag in finite.values()):
+            mask = torch.ones_like(stats.nonfinite)
+            for task, flag in finite.items():
+                mask[task] = flag
+        if not engine.frozen:
+            self._begin_step(now, loss_scale_or_none(factor), mask)
+            if engine.attached:
+                torch.autograd.Variable._execution_engine.queue_callback(partial(_look, weakref.ref(self)))
+            else:
+                engine.end_step()
+        elif not steps.started:
+            raise RuntimeError("a backward that is no update needs the weights of a step before it: there was none yet")
+        weighing.arm(factor, mask)
+
+    def _begin_step(self, now: Measurement, loss_scale: Tensor | None, finite: Tensor | None) -> None:
+        """Of a step that is open already only what is missing: the norms and weights of tasks that come late."""
+        engine, levels = self._engine, self.levels
+        steps, stats, held = engine.steps, engine.rows.stats, engine.steps.open
+        due = self._due(now.tasks, finite)
+        compares = bool(due) and not held and levels.compares_next()
+        assumed = levels.weights(now.tasks, self._scale, self._eps, finite) if compares else stats.weights
+        shared = [p for p in engine.rows.parameters if p.requires_grad]
+        norms, gradients = now.measure(due if shared else [], shared, engine.ranks, levels.norms, compares)
+        if not held:
+            steps.begin(loss_scale)
+            levels.begin(now.tasks)
+            stats.nonfinite.zero_()
+            self._left = False
+        levels.observe(norms)
+        if finite is not None:
+            bad = ~finite & ~stats.nonfinite
+            stats.nonfinite_steps.add_(bad)
+            stats.nonfinite.logical_or_(bad)
+        self._set_weights(tuple(now.tasks), bool(due), finite, held)
+        self._exact_from = None
+        if compares:
+            levels.compare(gradients, assumed, stats.weights)
+
+    def _due(self, tasks: Sequence[int], finite: Tensor | None) -> list[int]:
+        """Which of the tasks to measure now."""
+        engine, levels = self._engine, self.levels
+        if placement.is_distributed(engine.rows.parameters):  # by the exact form
+            return []
+        due = levels.unknown(tasks) if engine.steps.open else levels.due(tasks)
+        if finite is not None and may_look(finite.device):
+            due = [task for task in due if finite[task]]
+        if due and engine.rows.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "norms are due to be measured, and a CUDA graph is being captured: capture between measurements (they "
+                "come in a task's steps 1, 2, 4, ..., 64, and of one task in every `measure_every` steps)"
+            )
+        return due
+
+    def _set_weights(self, tasks: tuple[int, ...], measured: bool, finite: Tensor | None, held: bool) -> None:
+        """Of the tasks present; if ``held``, of those that had none in this step."""
+        levels, steps, stats, eps = self.levels, self._engine.steps, self._engine.rows.stats, self._eps
+        same = not measured and finite is None and (tasks, steps.changes) == self._set
+        steps.changes += 1
+        self._set = None if finite is not None else (tasks, steps.changes)
+        if same:
+            return
+        weights = levels.weights(tasks, self._scale, eps, finite)
+        if held:  # all have the length alpha
+            alpha = (stats.weights * (stats.norms + eps)).nan_to_num(0.0).amax()
+            late = torch.where(levels.norms.isfinite(), alpha / (levels.norms + eps), 1.0)
+            late = torch.where((weights > 0) & (alpha > 0), late, weights)
+            weights = torch.where(stats.weights > 0, stats.weights, late)
+        stats.weights.copy_(weights)
+        stats.norms.copy_(levels.norms)
+
+
+def _look(mine: weakref.ref[Weigher]) -> None:
+    """A backward is over: whether it left gradients, as `torch.autograd.grad` does not."""
+    weigher = mine()
+    if weigher is not None:
+        weigher._left = any(p.grad is not None for p in weigher._engine.rows.parameters)
