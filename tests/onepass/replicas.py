@@ -49,6 +49,72 @@ def sharded():
     }
 
 
+class Several(Model):
+    """Gives predictions among other things."""
+
+    def forward(self, x):
+        z = self.trunk(x)
+        first, second, third = [head(z) for head in self.heads]
+        return {"epoch": 3, "first": first, "none": None, "second": second, "third": (third, z.detach()), "z": z}
+
+
+def predictions_among_other_outputs():
+    """Of a wrapper that looks for unused parameters: the trunk's gradient, relative to that by the weights."""
+    model = Several()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    balancer = dbk.OnePassDBMTL(model.trunk, K, process_group=dist.group.WORLD)
+    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def losses(forward):
+        out = forward(x)
+        predictions = out["first"], out["second"], out["third"][0]
+        return [(y - t).square().mean() * 10**t + 0 * out["z"].sum() for t, y in enumerate(predictions)]
+
+    balancer(losses(wrapped)).backward()
+    expected = 0.0
+    for weight, loss in zip(balancer.weights, losses(model), strict=True):
+        grads = torch.autograd.grad((loss + 1e-8).log(), list(model.trunk.parameters()), retain_graph=True)
+        expected = expected + weight * torch.cat([grad.reshape(-1) for grad in grads])
+    found = torch.cat([p.grad.reshape(-1) for p in model.trunk.parameters()])
+    assert balancer.weights.max() > 1.2
+    return float((found - expected).norm() / expected.norm())
+
+
+def held_back():
+    """A sharded model told not to reduce but in the last backward of a step, against one that always does."""
+    found = []
+    for holds_back in (False, True):
+        model = Model()
+        for layer in (model.trunk[0], model.trunk[2], *model.heads, model):
+            fully_shard(layer)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        balancer = dbk.OnePassDBMTL(model.trunk, K, measure_every=1000)
+        balancer.attach(optimizer)
+        for step in range(7):
+            parts = 1 if step in (0, 1, 3) else 3  # norms are measured in steps 1, 2, 4
+            for part in range(parts):
+                model.set_requires_gradient_sync(part == parts - 1 or not holds_back)
+                generator = torch.Generator().manual_seed(10 * step + part)
+                x = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+                (balancer(model(mine(x))) / parts).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert balancer.step == 7
+        found.append(torch.cat([p.full_tensor().reshape(-1) for p in model.parameters()]))
+    return float((found[0] - found[1]).abs().max())
+
+
+def sharded_trunk(model):
+    for layer in (model.trunk[0], model.trunk[2]):
+        fully_shard(layer)
+    return model
+
+
+def part_of_the_trunk(model):
+    model.trunk[0] = DistributedDataParallel(model.trunk[0])
+    return model
+
+
 def block_of_one_task():
     """Of a sharded trunk, a layer that one task alone reaches: largest difference to the same model, not sharded."""
     found = []
@@ -73,10 +139,14 @@ def block_of_one_task():
 def refusal(call, some=None, group=dist.group.WORLD):
     model = Model()
     wrapped = call(model)
-    losses = wrapped(mine(torch.ones(8, 8, dtype=torch.float64)))
     try:
         balancer = dbk.OnePassDBMTL(model.trunk, K, process_group=group)
-        balancer(losses if some is None else some(losses))
+        losses = wrapped(mine(torch.ones(8, 8, dtype=torch.float64)))
+        for _ in range(3):
+            balancer(losses if some is None else some(losses))
+            balancer._engine.steps.begin(None)  # as if it had been backpropagated
+            balancer._engine.end_step()
+            balancer._weigher.levels.begin(range(K))
     except RuntimeError as error:
         return str(error)
     return "not refused"
@@ -90,6 +160,10 @@ result = {
     "trained": [trained(unused) for unused in (False, True)],
     "sharded": sharded(),
     "block": block_of_one_task(),
+    "predictions": predictions_among_other_outputs(),
+    "held back": held_back(),
+    "plain heads": refusal(sharded_trunk, group=None),
+    "part of the trunk": refusal(part_of_the_trunk),
     "unnamed group": refusal(DistributedDataParallel, group=None),
     "no wrapper": refusal(lambda model: model),
     "static graph": refusal(lambda model: DistributedDataParallel(model, static_graph=True)),

@@ -257,3 +257,167 @@ def test_measuring_is_refused_while_a_cuda_graph_is_captured(monkeypatch):
     with pytest.raises(RuntimeError, match="norms are due to be measured, and a CUDA graph is being captured"):
         setting.balancer(setting.losses(x)).backward()
     assert setting.balancer.step == 0
+
+
+# --- changes between ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["rebind", "add_task", "remove_task"])
+def test_a_balancer_that_changed_between_a_loss_and_its_backward_is_refused(change):
+    setting, x = Setting(), torch.randn(16, 8)
+    loss = setting.balancer(setting.losses(x))
+    if change == "rebind":
+        setting.balancer.rebind(setting.trunk)
+    else:
+        getattr(setting.balancer, change)(*([1] if change == "remove_task" else []))
+    with pytest.raises(RuntimeError, match="between a balanced loss and its backward"):
+        loss.backward()
+    assert all(p.grad is None for p in setting.all)
+
+
+def test_an_exact_step_whose_backward_comes_late_leaves_no_stale_weights():
+    setting, x = Setting(measure_every=1000), torch.randn(16, 8)
+    for _ in range(4):
+        setting.step(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = setting.balancer([None, *matrix_losses(setting, x)[1:]])
+    setting.balancer(setting.losses(x)).backward()
+    first.backward()
+    setting.optimizer.zero_grad()
+    setting.balancer(setting.losses(x)).backward()
+    assert (setting.balancer.weights > 0).all()
+    close(grads(setting.shared), weighted(setting.losses(x), setting.shared, setting.balancer.weights))
+
+
+def matrix_losses(setting, x):
+    """Those that cannot be told apart."""
+    return (torch.cat([head(setting.trunk(x)) for head in setting.heads], 1) - torch.arange(K)).square().mean(0)
+
+
+def test_an_exact_micro_batch_teaches_no_factor():
+    setting, x = Setting(measure_every=1000), torch.randn(16, 8)
+    for _ in range(5):
+        setting.step(x)
+    setting.balancer.attach(setting.optimizer)
+    setting.optimizer.zero_grad()
+    norms, factor = setting.balancer.norms, 1024.0
+    (setting.balancer(setting.losses(x)) * factor).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (setting.balancer([*matrix_losses(setting, x)[:2], None]) * factor).backward()
+    for p in setting.all:
+        p.grad /= factor
+    setting.optimizer.step()
+    setting.step(x)
+    assert torch.equal(setting.balancer.norms, norms)
+    assert setting.balancer.step == setting.balancer._weigher.levels.step == 7
+
+
+def test_there_is_no_moving_average():
+    with pytest.raises(RuntimeError, match="no moving average"):
+        Setting().balancer.set_beta(0.9, 0.0)
+
+
+def test_a_head_that_begins_with_zeros_and_comes_late():
+    setting, x = Setting(measure_every=1000), torch.randn(16, 8)
+    nn.init.zeros_(setting.heads[2].weight)
+    for _ in range(70):
+        setting.balancer([*setting.losses(x)[:2], None]).backward()
+    for _ in range(2):  # in its first step the gradient of what is shared is zero
+        setting.step(x)
+    assert setting.balancer.norms[2] > 0
+    weights, norms = setting.balancer.weights, setting.balancer.norms
+    torch.testing.assert_close(weights * norms, norms.amax().expand(K), rtol=1e-4, atol=0)
+
+
+# --- NaN where a gradient of zero does not help -------------------------------------------------------------------
+
+
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2 * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1024.0])
+def test_a_loss_that_is_not_finite_with_a_function_of_ones_own(factor):
+    setting, x = Setting(), torch.randn(16, 8)
+    targets = [0.0, float("nan"), 1.0]
+    seen = []
+    for _ in range(3):
+        z = setting.trunk(x)
+        outputs = [head(z) for head in setting.heads]
+        outputs[1].register_hook(lambda grad: seen.append(grad.shape) or grad.clamp(-1, 1))
+        losses = [Squared.apply(out - t).mean() for out, t in zip(outputs, targets, strict=True)]
+        (setting.balancer(losses) * factor).backward()
+    assert seen
+    assert all(p.grad.isfinite().all() for p in setting.all)
+    assert (setting.heads[1].weight.grad == 0).all()
+
+
+def test_no_loss_is_finite():
+    setting, x = Setting(measure_every=1), torch.randn(16, 8)
+    setting.step(x)
+    setting.optimizer.zero_grad()
+    setting.balancer([loss * float("inf") for loss in setting.losses(x)]).backward()
+    assert all((p.grad == 0).all() for p in setting.all)
+    assert setting.balancer.nonfinite_steps.tolist() == [1, 1, 1]
+
+
+def test_losses_of_one_node_one_of_which_is_not_finite():
+    shared = nn.Parameter(torch.randn(8, K))
+    balancer = dbk.OnePassDBMTL([shared], K)
+    x = torch.randn(16, 8)
+    balancer((x @ shared - torch.tensor([0.0, float("nan"), 2.0])).square().mean(0)).backward()
+    assert shared.grad is None or (shared.grad == 0).all()
+
+
+# --- other kinds of leaves ----------------------------------------------------------------------------------------
+
+
+def test_a_plain_tensor_that_tasks_share_and_the_optimizer_holds():
+    setting, x = Setting(), torch.randn(16, 8)
+    log_vars = torch.zeros(K, requires_grad=True)
+    optimizer = torch.optim.SGD([*setting.all, log_vars], lr=1e-3)
+    setting.balancer.attach(optimizer)
+
+    def losses():
+        return [loss * (-log_vars[t]).exp() + log_vars[t] + 1 for t, loss in enumerate(setting.losses(x))]
+
+    with pytest.warns(RuntimeWarning, match="The exact form takes such steps"):
+        setting.balancer(losses()).backward()
+    (expected,) = torch.autograd.grad(sum((loss + 1e-8).log() for loss in losses()), log_vars)
+    close([log_vars.grad], [expected])
+
+
+def test_gradients_asked_for_within_a_step_hold_the_weights():
+    setting = Setting(measure_every=1)
+    setting.balancer.attach(setting.optimizer)
+    held = []
+    for _ in range(3):
+        torch.autograd.grad(setting.balancer(setting.losses(setting.batch())), setting.all)
+        held.append(setting.balancer.weights)
+    assert setting.balancer.step == 1
+    assert torch.equal(held[0], held[2])
+
+
+def test_ragged_batches():
+    torch.manual_seed(0)
+    trunk, heads = nn.Linear(4, 4), nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
+    parts = [torch.randn(n, 4) for n in (2, 5, 3)]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    for _ in range(2):
+        trunk.zero_grad()
+        balancer = dbk.OnePassDBMTL(trunk, 2)
+        z = trunk(x).relu()
+        losses = [(head(z).values() - t).square().mean() for t, head in enumerate(heads)]
+        balancer(losses).backward()
+    shared, whole = list(trunk.parameters()), torch.cat(parts)
+    again = [(head(trunk(whole).relu()) - t).square().mean() for t, head in enumerate(heads)]
+    close(grads(shared), weighted(again, shared, balancer.weights))

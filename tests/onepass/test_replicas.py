@@ -63,6 +63,16 @@ def test_a_hundred_steps_of_a_sharded_model(ranks):
         assert (torch.tensor(run["parameters"], dtype=torch.float64) - expected).norm() <= 1e-8 * expected.norm()
 
 
+def test_predictions_among_other_outputs(ranks):
+    for result in ranks:
+        assert result["predictions"] <= 1e-12
+
+
+def test_a_sharded_model_that_is_told_not_to_reduce_every_backward(ranks):
+    for result in ranks:
+        assert result["held back"] <= 1e-12
+
+
 def test_a_sharded_layer_that_one_task_alone_reaches(ranks):
     for result in ranks:
         assert result["block"] <= 1e-12
@@ -74,6 +84,8 @@ def test_a_sharded_layer_that_one_task_alone_reaches(ranks):
         ("unnamed group", "was given none"),
         ("no wrapper", "no DistributedDataParallel holds all of the shared parameters"),
         ("static graph", "static_graph=True"),
+        ("plain heads", "is in no fully_shard"),
+        ("part of the trunk", "no DistributedDataParallel holds all"),
         ("absent on one rank", "the ranks give different tasks"),
     ],
 )

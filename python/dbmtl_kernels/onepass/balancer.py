@@ -145,11 +145,11 @@ class OnePassDBMTL(DBMTL):
         self._weigher.end_if_dropped()
         if self._sharded and self._weigher.measures(present.tasks):
             return self._exactly(losses, tasks, retain_graph)
+        self._replicas.check()
         frontier = self._find(present)
         if frontier.strangers:
             self._refuse_or_tell(frontier)
             return self._exactly(losses, tasks, retain_graph)
-        self._replicas.check()
         present.share(engine.ranks, engine.rows.device)
         present.check_logarithms()
         clears = any(finite is not True for finite in present.finite()) or any(
