@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .engine.step import Engine
 from .rows import dtensors
+from .rows.one_row import NO_ROWS
 
 VERSION = 3
 # What version 3 has had since later, and a state may lack.
@@ -17,7 +18,17 @@ OPTIONAL = {"steps.sitting_out", "left"}
 
 
 def state_of(engine: Engine) -> dict[str, Any]:
-    """Tensors are references to the live ones. Nothing in it depends on the number of ranks but how DTensors lie."""
+    """Tensors are references to the live ones. Nothing in it depends on the number of ranks but how DTensors lie.
+
+    Raises:
+        RuntimeError: tasks wait for a balance, their gradients being in one row.
+    """
+    if engine.steps.pending and engine.parts.balanced.one is not None:
+        raise RuntimeError(NO_ROWS.format(what=f"a state_dict while task(s) {sorted(engine.steps.pending)} wait"))
+    return _state(engine)
+
+
+def _state(engine: Engine) -> dict[str, Any]:
     engine.rows.settle()
     if engine.rows.local:  # of several ranks one alone may ask for its state
         engine.end_if_dropped()  # told by what is in .grad, which is not part of the state
@@ -62,12 +73,17 @@ def gathered(state: dict[str, Any], keep: bool = True) -> dict[str, Any]:
 def load(state: dict[str, Any], engine: Engine) -> None:
     """Copy a state into the live objects, if it is of the kind of theirs.
 
-    Compared are the version, the entries, the shared parameters, and the dtypes and shapes of all tensors.
+    Compared are the version, the entries, the shared parameters, and the dtypes and shapes of all tensors. Rows
+    that the state has and this balancer does not keep are left out, as beta = 0 reads none of an earlier step.
 
     Raises:
         ValueError: it is not. Nothing is changed then.
     """
-    _check(state, state_of(engine), engine.rows.signature())
+    _check(state, _state(engine), engine.rows.signature())
+    if state["steps"]["pending"] and engine.parts.balanced.one is not None:
+        raise ValueError(
+            NO_ROWS.format(what=f"a state in which task(s) {state['steps']['pending']} wait for a balance")
+        )
     _load_weighting(engine.weighting, state["weighting"])
     engine.rows.load(state["buffer"])
     engine.steps.load(state["steps"], engine.rows.device)
@@ -125,6 +141,11 @@ def _check_tensors(state: dict[str, Any], own: dict[str, Any], prefix: str) -> N
                 continue
             raise ValueError(f"state_dict lacks {name} (saved of replicas, of a sharded model, or the other way?)")
         theirs = state[key]
+        if key == "rows" and mine and not theirs:
+            raise ValueError(
+                f"state_dict lacks {name}: it is of a balancer that keeps one row for all tasks (beta=0 without "
+                "keep_rows=True), this one keeps one for each"
+            )
         if isinstance(mine, dict):
             _check_tensors(theirs, mine, f"{name}.")
         elif isinstance(mine, Tensor):
