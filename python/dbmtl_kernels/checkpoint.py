@@ -139,13 +139,11 @@ def _check_tensors(state: dict[str, Any], own: dict[str, Any], prefix: str) -> N
         if key not in state:
             if name in OPTIONAL:
                 continue
-            raise ValueError(f"state_dict lacks {name} (saved of replicas, of a sharded model, or the other way?)")
-        theirs = state[key]
-        if key == "rows" and mine and not theirs:
             raise ValueError(
-                f"state_dict lacks {name}: it is of a balancer that keeps one row for all tasks (beta=0 without "
-                "keep_rows=True), this one keeps one for each"
+                f"state_dict lacks {name} (saved of replicas, of a sharded model, or the other way? of one row for all "
+                "tasks, as beta=0 has without keep_rows=True?)"
             )
+        theirs = state[key]
         if isinstance(mine, dict):
             _check_tensors(theirs, mine, f"{name}.")
         elif isinstance(mine, Tensor):
