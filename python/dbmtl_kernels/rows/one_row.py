@@ -198,9 +198,11 @@ class ShardedOneRowBuffer(OneRowBuffer, ShardedTaskGradientBuffer):
     collector = ShardedTaskGradientBuffer.collector
 
     def _count(self, row: Underway, task: int, sumsq: Tensor, coefficients: Coefficients) -> None:
-        segments = self._measured_segments()
+        segments, before = self._measured_segments(), sumsq.clone()
         mine: list[Tensor | None] = [row.transit.mine]
         ops.accumulate_(None, sumsq, mine, segments, (0.0, 1.0), row.loss_scale, self.backend)
+        if row.nonzero is not None:  # of zeros, which do not count, nothing is told
+            sumsq.copy_(torch.where(self.fed[task : task + 1], sumsq, before))
         self.hold(Held(task, mine, segments, row.loss_scale))
 
 
@@ -231,16 +233,17 @@ class OneRowCollector(RowCollector):
     """Keeps the gradients of a pass. On a CPU each is measured while it is in cache; else all are, in one launch."""
 
     def __init__(self, buffer: OneRowBuffer, task: int, loss_scale: Tensor | None, zeros: Zeros | None) -> None:
-        sumsq, fed = buffer.stats.sumsq[task : task + 1], buffer.fed[task : task + 1]
-        super().__init__(
-            buffer.layout, sumsq, sumsq, (0.0, 1.0), loss_scale, buffer.backend, buffer.early, zeros=zeros, fed=fed
-        )
+        sumsq = buffer.stats.sumsq[task : task + 1]
+        super().__init__(buffer.layout, sumsq, sumsq, (0.0, 1.0), loss_scale, buffer.backend, buffer.early, zeros=zeros)
         self._buffer, self._task = buffer, task
         self._grads: dict[int, Tensor] = {}
+        self._before: Tensor | None = None  # sumsq, which stays where only the device knows that all is zero
 
     def finish(self, indices: list[int], grads: list[Tensor | None]) -> None:
         """The rest, and the pass is over: the buffer has its gradient now, for `OneRowBuffer.add`."""
         super().finish(indices, grads)
+        if self._before is not None:
+            self._sumsq.copy_(torch.where(self._buffer.fed[self._task], self._sumsq, self._before))
         if not self.empty:
             kept = [self._grads.get(index) for index in range(len(self._layout.parameters))]
             self._buffer.hold(Held(self._task, kept, self._layout.segments, self._loss_scale))
@@ -248,8 +251,8 @@ class OneRowCollector(RowCollector):
 
     def _defer(self, counts: Tensor) -> None:
         self.empty = None
-        assert self._was_fed is not None
-        self._was_fed.copy_(counts)
+        self._buffer.fed[self._task] = counts[0]
+        self._before = self._sumsq.clone()
 
     def _accumulate(self, indices: list[int], grads: list[Tensor | None], sumsq: Tensor, decayed: bool = False) -> None:
         """Keep some gradients, and measure them; if ``decayed``, add to what is kept, and measure all that is."""
