@@ -295,8 +295,9 @@ class Attempt:
         steps.undo(self._before)
         if self._stats is not None:  # a row that overflowed may be zeros by now: its sum of squares tells again
             rows.put_stats(self._stats)
-        lost = fed
-        if self._balanced.one is not None:  # what was added before cannot be told apart any more
+        lost, where = fed, "the moving average"
+        if self._balanced.one is not None:  # what tasks that wait have added cannot be told apart any more
+            where = "the one row, which has the gradients"
             lost = sorted(steps.pending) if self._balanced.writes != self._writes else []
         for task in {*fed, *lost}:
             rows.drop(task)
@@ -312,7 +313,7 @@ class Attempt:
             self._end_step()
         if lost and steps.started:
             warnings.warn(
-                f"a backward failed after it had fed the moving average of task(s) {sorted(lost)}: these begin anew",
+                f"a backward failed after it had fed {where} of task(s) {sorted(lost)}: these begin anew",
                 RuntimeWarning,
                 stacklevel=2,
             )
