@@ -7,18 +7,21 @@ import pytest
 import torch
 from buffers import defer
 from dbmtl_kernels import ops
+from dbmtl_kernels.rows.collect import FLUSH_BYTES
 from problems import state_of
 from torch import nn
 
-LAYERS, WIDTH = 6, 256
+LAYERS, WIDTH = 24, 256
 P = LAYERS * WIDTH * WIDTH
-SMALL = 150_000  # bytes of activations, heads and K numbers; the trunk has 1.6 MB
+SMALL = 300_000  # bytes of activations, heads and K numbers; the trunk has 6.3 MB
 
 
 class Net(nn.Module):
     def __init__(self, num_tasks, dtype):
         super().__init__()
         self.trunk = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype) for _ in range(LAYERS)))
+        for layer in self.trunk:
+            nn.init.eye_(layer.weight)
         self.heads = nn.ModuleList(nn.Linear(WIDTH, 1, dtype=dtype) for _ in range(num_tasks))
 
     def losses(self):
@@ -68,8 +71,9 @@ def test_one_row_and_one_gradient_whatever_the_number_of_tasks(device):
     most = {k: steps(k, one_row, device=device) for k in (2, 3, 11, 40)}
     for k, (peak, rest) in most.items():
         beyond = peak - plain_sum(k)
-        # The plain sum has the P numbers of .grad too; what is beyond is the gradient of one task beside.
-        assert 0.5 * 4 * P < beyond <= 4 * P + SMALL, k
+        # The plain sum has the P numbers of .grad too; what is beyond is the gradient of one task beside, and on a CPU
+        # what is on its way there.
+        assert 0.8 * 4 * P < beyond <= 4 * P + (0 if device else FLUSH_BYTES) + SMALL, k
         assert 4 * P <= rest <= 4 * P + SMALL, k  # .grad, and K numbers
     peaks = [peak for peak, _ in most.values()]
     assert max(peaks) - min(peaks) <= SMALL
@@ -101,7 +105,7 @@ def test_a_grad_that_was_there_is_added_to_from_a_row_that_goes_with_the_step():
         balancer(net.losses()).backward()
 
     most, rest = peak_and_rest(run)
-    assert most <= 2 * 4 * P + SMALL
+    assert most <= 2 * 4 * P + FLUSH_BYTES + SMALL
     assert rest <= SMALL
 
 
@@ -121,7 +125,7 @@ def test_frozen_gradients_take_a_row_for_as_long():
 @pytest.mark.parametrize("num_tasks", [3, 11])
 @pytest.mark.parametrize("device", [False, True], ids=["host", "device"])
 def test_calls_of_a_step(device, num_tasks, monkeypatch):
-    """For each task its squares and its addition, then alpha: 2 K + 1, and one of K numbers."""
+    """For each task its squares (with a copy on a CPU) and its addition, then alpha: 2 K + 1, and one of K numbers."""
     calls = []
 
     def spy(name, call, *args):
@@ -136,4 +140,4 @@ def test_calls_of_a_step(device, num_tasks, monkeypatch):
         balancer._engine.use(defer(balancer._engine.rows))
     z = net(torch.randn(4, 8))
     balancer([(z - t).square().mean() for t in range(num_tasks)]).backward()
-    assert calls == ["squares", "row"] * num_tasks + ["balance_rows_", "row"]
+    assert calls == ["squares" if device else "row", "row"] * num_tasks + ["balance_rows_", "row"]

@@ -274,6 +274,7 @@ class Attempt:
         fed stay fed.
         """
         steps, grads, rows, stash = self.steps, self.grads, self.rows, self.grads.aside
+        one = self._balanced.one
         grads.stop_collecting()
         if grads.due is not None:  # all was done but to leave it there
             self._commit()
@@ -290,15 +291,19 @@ class Attempt:
                 steps.undo(self._before)
             grads.restore_grads()
             self._end_step()
+            if one is not None:
+                one.start()
             return
         grads.touched[:] = self.touched
         steps.undo(self._before)
         if self._stats is not None:  # a row that overflowed may be zeros by now: its sum of squares tells again
             rows.put_stats(self._stats)
         lost, where = fed, "the moving average"
-        if self._balanced.one is not None:  # what tasks that wait have added cannot be told apart any more
+        if one is not None:  # what tasks that wait have added cannot be told apart any more
             where = "the one row, which has the gradients"
             lost = sorted(steps.pending) if self._balanced.writes != self._writes else []
+            if lost or not steps.pending:
+                one.start()
         for task in {*fed, *lost}:
             rows.drop(task)
             steps.seen[task] = False

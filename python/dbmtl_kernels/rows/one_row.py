@@ -40,8 +40,10 @@ class OneRowBuffer(TaskGradientBuffer):
         balanced gradient = alpha * u           alpha: of all norms, known at the end
 
     u lies where the balanced gradient will, if that is of one dtype, float32 at least and as wide as the state, and
-    nothing is there that must stay; else in a row of its own, which goes with the step. Till a pass is over and the
-    norm known, the gradients of its task are kept as they came.
+    nothing is there that must stay; else in a row of its own. Till a pass is over and the norm known, the gradients of
+    its task are kept as they came. On a CPU, with parameters of such a dtype, they go to a second row while they are in
+    cache: what autograd allocates is then used again, where fresh memory would cost more than the arithmetic. Rows
+    besides the balanced gradient go with the step.
 
     Attributes:
         in_flats: u lies where the balanced gradient will.
@@ -65,6 +67,7 @@ class OneRowBuffer(TaskGradientBuffer):
         self._row: Tensor | None = None
         self._any = self.in_flats = False  # _any: something was added
         self._held: Held | None = None
+        self._scratch: Tensor | None = None
 
     def collector(
         self,
@@ -77,7 +80,9 @@ class OneRowBuffer(TaskGradientBuffer):
         """What keeps the gradients of one backward pass for `add`; see its base."""
         if skip_zeros is True:
             skip_zeros = Zeros([self.spread] if self.spread.size > 1 else [], self.device, self.deferred)
-        return OneRowCollector(self, task, loss_scale, skip_zeros or None)
+        if self._scratch is None and self.early and self._dtypes == [self.layout.wide]:
+            self._scratch = ops.allocate(self._row_numel(), dtype=self.layout.wide, device=self.device)
+        return OneRowCollector(self, task, loss_scale, skip_zeros or None, self._scratch)
 
     def hold(self, held: Held) -> None:
         """Keep a gradient for `add`."""
@@ -230,12 +235,18 @@ class SplitOneRowBuffer(SplitTaskGradientBuffer):
 
 
 class OneRowCollector(RowCollector):
-    """Keeps the gradients of a pass. On a CPU each is measured while it is in cache; else all are, in one launch."""
+    """Keeps the gradients of a pass, in ``row`` if there is one, and measures them.
 
-    def __init__(self, buffer: OneRowBuffer, task: int, loss_scale: Tensor | None, zeros: Zeros | None) -> None:
+    On a CPU this is done while they are in cache, else in one launch.
+    """
+
+    def __init__(
+        self, buffer: OneRowBuffer, task: int, loss_scale: Tensor | None, zeros: Zeros | None, row: Tensor | None
+    ) -> None:
         sumsq = buffer.stats.sumsq[task : task + 1]
-        super().__init__(buffer.layout, sumsq, sumsq, (0.0, 1.0), loss_scale, buffer.backend, buffer.early, zeros=zeros)
-        self._buffer, self._task = buffer, task
+        state = sumsq if row is None else row
+        super().__init__(buffer.layout, state, sumsq, (0.0, 1.0), loss_scale, buffer.backend, buffer.early, zeros=zeros)
+        self._buffer, self._task, self._in_row = buffer, task, row
         self._grads: dict[int, Tensor] = {}
         self._before: Tensor | None = None  # sumsq, which stays where only the device knows that all is zero
 
@@ -244,8 +255,11 @@ class OneRowCollector(RowCollector):
         super().finish(indices, grads)
         if self._before is not None:
             self._sumsq.copy_(torch.where(self._buffer.fed[self._task], self._sumsq, self._before))
-        if not self.empty:
-            kept = [self._grads.get(index) for index in range(len(self._layout.parameters))]
+        if self._in_row is not None and not self.empty:  # padding may be anything, and adds to padding
+            whole = torch.tensor([[0, self._in_row.numel()]])
+            self._buffer.hold(Held(self._task, [self._in_row], whole, None))
+        elif not self.empty:
+            kept: list[Tensor | None] = [self._grads.get(index) for index in range(len(self._layout.parameters))]
             self._buffer.hold(Held(self._task, kept, self._layout.segments, self._loss_scale))
         self._grads = {}
 
@@ -256,6 +270,9 @@ class OneRowCollector(RowCollector):
 
     def _accumulate(self, indices: list[int], grads: list[Tensor | None], sumsq: Tensor, decayed: bool = False) -> None:
         """Keep some gradients, and measure them; if ``decayed``, add to what is kept, and measure all that is."""
+        if self._in_row is not None:
+            super()._accumulate(indices, grads, sumsq, decayed)
+            return
         self.fed = True
         layout, kept = self._layout, self._grads
         for index, grad in zip(indices, grads, strict=True):
