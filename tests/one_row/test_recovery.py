@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from dbmtl_kernels.rows import dtensors
 from lines import Interrupt
 from problems import assert_same_state, close, flat_gradients, leaf, make, quadratics
 
@@ -135,6 +136,15 @@ def test_an_interrupt_at_every_line(how, before):
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
 
+def split(*params, **options):
+    """A balancer in two parts: the first parameter counts as one on another device."""
+    key, dtensors.placement_key = dtensors.placement_key, lambda p: p is params[0]
+    try:
+        return one_row(*params, **options)
+    finally:
+        dtensors.placement_key = key
+
+
 def trained(balancer, p, steps):
     optimizer = sgd(balancer, p)
     for _ in range(steps):
@@ -184,6 +194,23 @@ def test_a_state_with_rows_is_taken_and_one_without_is_not():
         balancer = one
         balancer(quadratics(p)).backward()
         close(p.grad.numpy(), expected_of(quadratics(p), [p]))
+        p.grad = None
+    r = leaf(3, dtype=torch.float32)
+    one, several = split(p, r), split(p, r, keep_rows=True)
+    for balancer in (one, several):
+        balancer([loss + r.square().sum() for loss in quadratics(p)]).backward()
+    one.load_state_dict(several.state_dict())
+    with pytest.raises(
+        ValueError, match=r"state_dict lacks buffer.part0.rows.0 .*one row for all tasks.*keep_rows=True"
+    ):
+        several.load_state_dict(one.state_dict())
+
+
+def test_a_state_without_rows_is_refused_and_changes_nothing():
+    p = leaf(4)
+    one, rows, average = one_row(p), one_row(p, keep_rows=True), make(p, beta=0.5)
+    for balancer in (one, rows, average):
+        balancer(quadratics(p)).backward()
         p.grad = None
     for other in (rows, average):
         before = copy.deepcopy(other.state_dict())

@@ -45,6 +45,8 @@ class OneRowBuffer(TaskGradientBuffer):
     cache: what autograd allocates is then used again, where fresh memory would cost more than the arithmetic. Rows
     besides the balanced gradient go with the step.
 
+    float32 holds u and alpha: norms up to some 1e38, divided by the largest loss scale in use.
+
     Attributes:
         in_flats: u lies where the balanced gradient will.
     """
