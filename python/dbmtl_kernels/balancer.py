@@ -17,7 +17,7 @@ from .engine.losses import Given, TaskLosses
 from .monitor import Monitor
 from .ops import arguments
 from .recipe import NONFINITE, ZERO_GRADIENTS, Recipe, Shared, copied_attributes, kept_in, pickled
-from .weightings import Weighting, check_weighting
+from .weightings import MaxNorm, Weighting, check_weighting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -69,6 +69,12 @@ class GradientBalancer:
             of the loss is above 1, as that of a GradScaler is, which must see it; else the task sits out.
         zero_gradients: "absent": a task whose gradient is exactly zero over all shared parameters counts as absent from
             the step. "count": as the letter of the algorithm has it, its average is scaled to full length.
+        keep_rows: False, with ``beta=0`` and `MaxNorm` only: one row for all tasks, to which each gradient is added,
+            divided by its norm, when its pass is over; the same balanced gradient from P numbers, however many tasks
+            there are (for half-precision parameters they are float32 and live within a step). A step is then one
+            backward pass a task. A second `backward` within one (accumulation after `attach`), the Gramian and what is
+            made of it, and another beta raise an error that names ``keep_rows=True``; so does a state_dict while tasks
+            wait for a balance.
 
     Raises:
         ValueError: a value out of range, or parameters that are empty, repeated, not leaf or not requiring grad.
@@ -93,6 +99,7 @@ class GradientBalancer:
         capturable: bool = False,
         nonfinite: str | None = None,
         zero_gradients: str = "absent",
+        keep_rows: bool = True,
     ) -> None:
         num_tasks = arguments.check_num_tasks(num_tasks)
         self.beta, self.beta_sigma = arguments.check_beta(beta), arguments.check_beta_sigma(beta_sigma)
@@ -100,8 +107,11 @@ class GradientBalancer:
         check_weighting(weighting, num_tasks, capturable)
         self._recipe = Recipe(
             state_dtype, backend, process_group, capturable, arguments.check_choice("nonfinite", nonfinite, NONFINITE),
-            str(arguments.check_choice("zero_gradients", zero_gradients, ZERO_GRADIENTS)),
+            str(arguments.check_choice("zero_gradients", zero_gradients, ZERO_GRADIENTS)), keep_rows,
         )  # fmt: skip
+        if not keep_rows and (self.beta > 0.0 or type(weighting) is not MaxNorm):
+            what = f"beta={beta}" if self.beta > 0.0 else f"the weighting {type(weighting).__name__}"
+            raise ValueError(f"{what} needs a row for each task: keep_rows=True")
         self._begin(Shared.of(shared_parameters), num_tasks, weighting)
 
     def _begin(self, shared: Shared, num_tasks: int, weighting: Weighting, frozen_ok: bool = False) -> None:
@@ -331,9 +341,12 @@ class GradientBalancer:
         """Change the forgetting rate and its decay from the next step on; the count of steps goes on.
 
         Raises:
-            ValueError: as for the class.
+            ValueError: as for the class; a beta above 0 where there is one row for all tasks.
         """
-        self.beta, self.beta_sigma = arguments.check_beta(beta), arguments.check_beta_sigma(beta_sigma)
+        beta, beta_sigma = arguments.check_beta(beta), arguments.check_beta_sigma(beta_sigma)
+        if beta > 0.0 and not self._recipe.keep_rows:
+            raise ValueError(f"beta={beta} needs a row for each task: make the balancer with keep_rows=True")
+        self.beta, self.beta_sigma = beta, beta_sigma
         self._engine.steps.set_beta(self.beta, self.beta_sigma)
 
     # --- checkpoints ------------------------------------------------------------------------------------------
@@ -378,5 +391,5 @@ class GradientBalancer:
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__dict__.update(copied_attributes(self.__dict__, memo))
         twin._begin(self._shared.copied(memo), self.num_tasks, copy.deepcopy(self.weighting, memo), frozen_ok=True)
-        twin._engine.copied = self.step > 0
+        twin._engine.copied = self.step > 0 and self._recipe.keep_rows
         return twin

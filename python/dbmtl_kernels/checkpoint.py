@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .engine.step import Engine
 from .rows import dtensors
+from .rows.one_row import NO_ROWS
 
 VERSION = 3
 # What version 3 has had since later, and a state may lack.
@@ -17,7 +18,17 @@ OPTIONAL = {"steps.sitting_out", "left"}
 
 
 def state_of(engine: Engine) -> dict[str, Any]:
-    """Tensors are references to the live ones. Nothing in it depends on the number of ranks but how DTensors lie."""
+    """Tensors are references to the live ones. Nothing in it depends on the number of ranks but how DTensors lie.
+
+    Raises:
+        RuntimeError: tasks wait for a balance, their gradients being in one row.
+    """
+    if engine.steps.pending and engine.parts.balanced.one is not None:
+        raise RuntimeError(NO_ROWS.format(what=f"a state_dict while task(s) {sorted(engine.steps.pending)} wait"))
+    return _state(engine)
+
+
+def _state(engine: Engine) -> dict[str, Any]:
     engine.rows.settle()
     if engine.rows.local:  # of several ranks one alone may ask for its state
         engine.end_if_dropped()  # told by what is in .grad, which is not part of the state
@@ -62,12 +73,17 @@ def gathered(state: dict[str, Any], keep: bool = True) -> dict[str, Any]:
 def load(state: dict[str, Any], engine: Engine) -> None:
     """Copy a state into the live objects, if it is of the kind of theirs.
 
-    Compared are the version, the entries, the shared parameters, and the dtypes and shapes of all tensors.
+    Compared are the version, the entries, the shared parameters, and the dtypes and shapes of all tensors. Rows
+    that the state has and this balancer does not keep are left out, as beta = 0 reads none of an earlier step.
 
     Raises:
         ValueError: it is not. Nothing is changed then.
     """
-    _check(state, state_of(engine), engine.rows.signature())
+    _check(state, _state(engine), engine.rows.signature())
+    if state["steps"]["pending"] and engine.parts.balanced.one is not None:
+        raise ValueError(
+            NO_ROWS.format(what=f"a state in which task(s) {state['steps']['pending']} wait for a balance")
+        )
     _load_weighting(engine.weighting, state["weighting"])
     engine.rows.load(state["buffer"])
     engine.steps.load(state["steps"], engine.rows.device)
@@ -110,7 +126,7 @@ def check_signature(mine: list[list[Any]], theirs: list[list[Any]]) -> None:
 
 def _check_present(state: dict[str, Any], own: dict[str, Any], prefix: str) -> None:
     missing = sorted({prefix + str(key) for key in set(own) - set(state)} - OPTIONAL)
-    if missing and prefix != "buffer.rows.":  # their number follows from the parameters, which are checked next
+    if missing and not prefix.endswith(".rows."):  # their number follows from the parameters, which are checked next
         raise ValueError(f"state_dict lacks {', '.join(missing)}")
     for key, mine in own.items():
         if isinstance(mine, dict) and key in state:
@@ -123,7 +139,10 @@ def _check_tensors(state: dict[str, Any], own: dict[str, Any], prefix: str) -> N
         if key not in state:
             if name in OPTIONAL:
                 continue
-            raise ValueError(f"state_dict lacks {name} (saved of replicas, of a sharded model, or the other way?)")
+            raise ValueError(
+                f"state_dict lacks {name} (saved of replicas, of a sharded model, or the other way? of one row for all "
+                "tasks, as beta=0 has without keep_rows=True?)"
+            )
         theirs = state[key]
         if isinstance(mine, dict):
             _check_tensors(theirs, mine, f"{name}.")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .balancer import GradientBalancer
 from .engine.graphs import check_shared_parameters, find_shared_parameters
+from .ops import arguments
 from .weightings import MaxNorm
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class DBMTL(GradientBalancer):
         process_group: the ranks that hold replicas of these parameters; None or False as for `GradientBalancer`.
         capturable: keep the step count and the coefficients on the device, for a CUDA graph.
         nonfinite, zero_gradients: as for `GradientBalancer`.
+        keep_rows: with ``beta=0`` keep a row for each task all the same: K P numbers more; see `GradientBalancer`.
+            With another beta they are kept in any case.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `GradientBalancer`.
@@ -64,6 +67,7 @@ class DBMTL(GradientBalancer):
         capturable: bool = False,
         nonfinite: str | None = None,
         zero_gradients: str = "absent",
+        keep_rows: bool = False,
     ) -> None:
         super().__init__(
             shared_parameters,
@@ -79,6 +83,7 @@ class DBMTL(GradientBalancer):
             capturable=capturable,
             nonfinite=nonfinite,
             zero_gradients=zero_gradients,
+            keep_rows=keep_rows or arguments.check_beta(beta) > 0.0,
         )
         self.scale = scale
 

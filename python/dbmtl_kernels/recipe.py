@@ -64,12 +64,15 @@ class Recipe(NamedTuple):
     capturable: bool
     nonfinite: str | None
     zero_gradients: str
+    keep_rows: bool
 
     def engine(
         self, shared: Shared, num_tasks: int, weighting: Weighting, betas: tuple[float, float], frozen_ok: bool
     ) -> Engine:
         """One of these parameters that has done nothing yet; ``frozen_ok`` if they may be frozen."""
-        rows, ranks = placement.place(shared.parameters, num_tasks, *self._how(), shared.names, frozen_ok)
+        rows, ranks = placement.place(
+            shared.parameters, num_tasks, *self._how(), shared.names, frozen_ok, one_row=not self.keep_rows
+        )
         steps = Steps(num_tasks, *betas, rows.device if self.capturable else None)
         engine = Engine(
             rows, ranks, steps, weighting,
@@ -82,7 +85,9 @@ class Recipe(NamedTuple):
     def rebind(self, engine: Engine, shared: Shared, num_tasks: int) -> None:
         """Let the engine go on with these; parameters that stay keep their part of the rows."""
         engine.refuse_within("a change of parameters")
-        rows, ranks = placement.place(shared.parameters, num_tasks, *self._how(), shared.names)
+        rows, ranks = placement.place(
+            shared.parameters, num_tasks, *self._how(), shared.names, one_row=not self.keep_rows
+        )
         old = engine.rows
         rows.take_over(old)
         touched = {id(p) for p, seen in zip(old.parameters, engine.grads.touched, strict=True) if seen}
@@ -105,6 +110,7 @@ def pickled(attributes: dict[str, Any], engine: Engine) -> dict[str, Any]:
     if engine.ranks.size > 1 or not engine.rows.local:
         raise RuntimeError("a balancer of several ranks cannot be pickled: save its state_dict (docs/training.md)")
     shared: Shared = attributes["_shared"]
+    has_run = engine.rows.allocated or engine.parts.balanced.one is not None
     return {
         "attributes": {name: value for name, value in attributes.items() if name not in OWN},
         "parameters": shared.parameters,
@@ -112,7 +118,7 @@ def pickled(attributes: dict[str, Any], engine: Engine) -> dict[str, Any]:
         "module": None if shared.module is None else shared.module(),
         "num_tasks": engine.steps.num_tasks,
         "copied": engine.copied,
-        "kept": _bytes_of((engine.weighting, checkpoint.state_of(engine) if engine.rows.allocated else None)),
+        "kept": _bytes_of((engine.weighting, checkpoint.state_of(engine) if has_run else None)),
     }
 
 

@@ -1,4 +1,8 @@
-"""Two ranks; the second fails in the second micro-batch of a step. Each writes the error that it saw."""
+"""Two ranks; the second fails in the second micro-batch of a step, or with one row in the second step. Each writes the
+error that it saw.
+
+    failing.py FOLDER "rows" | "one row"
+"""
 
 import os
 import sys
@@ -11,9 +15,12 @@ from job import Job, batches
 
 
 def main():
-    job = Job("ddp")
+    one_row = sys.argv[2] == "one row"
+    job = Job("ddp", **({"beta": 0.0} if one_row else {}))
     job.balancer.attach(job.optimizer)
     for n, x in enumerate(batches(0, 2)):
+        if one_row:
+            job.optimizer.zero_grad()
         with job.no_sync():
             losses = job.forward(job.part(x))
             if n == 1 and dist.get_rank() == 1:

@@ -182,11 +182,12 @@ def test_a_checkpoint_goes_from_four_ranks_to_fewer_and_back(four, folder, ranks
         assert max(results.values()) <= 1e-5, results
 
 
-def test_a_failure_of_one_rank_is_not_hidden_by_a_collective(tmp_path):
+@pytest.mark.parametrize("rows", ["rows", "one row"])
+def test_a_failure_of_one_rank_is_not_hidden_by_a_collective(tmp_path, rows):
     port = str(free_port())
     ranks = [
         subprocess.Popen(
-            [sys.executable, RUN, str(HERE / "failing.py"), str(tmp_path)],
+            [sys.executable, RUN, str(HERE / "failing.py"), str(tmp_path), rows],
             env=environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
         )
         for rank in range(2)
@@ -218,7 +219,7 @@ def finished(folder, processes):
     return results[0]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "ddp, one row", "fsdp, one row"])
 def test_a_killed_rank_stops_the_others_and_the_restarted_run_has_the_same_bits(tmp_path, kind):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir()

@@ -3,7 +3,8 @@
     worker.py FOLDER KILL_AT [KIND]
 
 Rank 2 kills itself with SIGKILL after the forward pass of step KILL_AT (-1: never). A run that finds a checkpoint goes
-on from the newest. Each rank writes the bits of its parameters, or the error it stopped with.
+on from the newest. With a KIND that ends with ", one row" there is one row for all tasks. Each rank writes the bits of
+its parameters, or the error it stopped with.
 """
 
 import os
@@ -24,7 +25,7 @@ def main(folder, kill_at, kind):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=TIMEOUT)
     rank = dist.get_rank()
-    job = Job(kind)
+    job = Job(kind.removesuffix(", one row"), **({"beta": 0.0} if kind.endswith("one row") else {}))
     saved = sorted(int(path.name) for path in folder.glob("checkpoints/*"))
     first = saved[-1] if saved else 0
     if saved:

@@ -19,9 +19,9 @@ KINDS = 57  # of moves and their forms, at least, in `stepping.RAN`
 DICE = st.integers(0, 9999)  # what a move draws from: random.Random(dice)
 
 
-def play(backend, start, sequence):
+def play(backend, start, sequence, one_row=False):
     """A loop, and these moves: (name, dice) each. To look at one that failed, call this with what is printed."""
-    loop = Loop(random.Random(start), backend)
+    loop = Loop(random.Random(start), backend, one_row)
     with warnings.catch_warnings(record=True) as loop.said:
         warnings.simplefilter("always")
         for name, dice in sequence:
@@ -29,12 +29,13 @@ def play(backend, start, sequence):
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["after the pass", "as they come"])
+@pytest.mark.parametrize("one_row", [False, True], ids=["rows", "one row"])
 @pytest.mark.parametrize(
     ("backend", "examples", "steps"),
     [("native", 500 if CI else 60, 40)]
     + [pytest.param(name, 5, 15, marks=pytest.mark.slow) for name in ("eager", "triton", "cuda")],
 )
-def test_any_sequence(backend, examples, steps, early, monkeypatch):
+def test_any_sequence(backend, examples, steps, one_row, early, monkeypatch):
     """Gradients go to their rows after a pass, or each as it comes, as large ones do."""
     if early:
         monkeypatch.setattr(gradients, "FLUSH_BYTES", 1)
@@ -49,9 +50,10 @@ def test_any_sequence(backend, examples, steps, early, monkeypatch):
     )  # fmt: skip
     @given(DICE, sequences)
     def any_sequence(start, sequence):
-        play(backend, start, sequence)
+        play(backend, start, sequence, one_row)
 
     any_sequence()
     if backend == "native":  # each was really tried
         assert min(stepping.RAN[name] for name in moves.MOVES) >= (50 if CI else 1)
         assert not CI or len(stepping.RAN) >= KINDS
+        assert bool(stepping.RAN["refused: one row"]) == one_row

@@ -48,7 +48,7 @@ def test_against_numpy(num_tasks):
 
 def test_conflicts_and_a_zero_gradient():
     p = leaf(2)
-    balancer = make(p, num_tasks=4, beta=0.0)
+    balancer = make(p, num_tasks=4, beta=0.0, keep_rows=True)
     monitor = balancer.monitor()
     balancer(opposed(p, [(1.0, 0.0), (-1.0, 0.1), (0.0, 0.0), (0.0, -2.0)])).backward()
     cosine = monitor.cosine
@@ -66,7 +66,7 @@ def test_conflicts_and_a_zero_gradient():
 def test_float32_rows_of_great_and_small_norms():
     """Norms whose product float32 could not hold; beyond, the Gramian itself overflows and says so."""
     p = leaf(2, dtype=torch.float32)
-    balancer = dbk.DBMTL([p], 3, beta=0.0, log_transform=False)
+    balancer = dbk.DBMTL([p], 3, beta=0.0, log_transform=False, keep_rows=True)
     monitor = balancer.monitor()
     balancer([(p * s).sum() for s in (1e-15, -1e18, 3e18)]).backward()
     close(monitor.cosine.numpy(), np.array([[1, -1, 1], [-1, 1, -1], [1, -1, 1.0]]), rtol=1e-6)

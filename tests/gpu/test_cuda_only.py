@@ -70,11 +70,16 @@ def test_launches(gpu, tmp_path, monkeypatch):
     net.backward("plain", balancer, x, y)
     names = launched(lambda: net.backward("plain", balancer, x, y), trace)
     assert [n for n in names if n in (row, end)] == [row] * 3 + [end]
+    one = dbk.DBMTL(net.trunk.parameters(), 3, beta=0.0, backend=gpu)
+    net.backward("plain", one, x, y)
+    names = launched(lambda: net.backward("plain", one, x, y), trace)
+    assert [n for n in names if n in (row, end)] == [row] * 6 + [end, row]
 
 
-def test_the_host_waits_for_nothing(gpu):
+@pytest.mark.parametrize("beta", [0.9, 0.0])
+def test_the_host_waits_for_nothing(gpu, beta):
     net, x, y = network()
-    balancer = dbk.DBMTL(net.trunk.parameters(), 3, backend=gpu)
+    balancer = dbk.DBMTL(net.trunk.parameters(), 3, backend=gpu, beta=beta)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     grads, ema = torch.randn(2, 3, LARGE, device=DEVICE)
 
@@ -95,8 +100,9 @@ def test_the_host_waits_for_nothing(gpu):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_memory_held_beside_the_model(gpu):
-    """(K + 1) P elements, to 5 %."""
+@pytest.mark.parametrize("beta", [0.9, 0.0])
+def test_memory_held_beside_the_model(gpu, beta):
+    """(K + 1) P elements, to 5 %; without an average P."""
     K, parameters = 4, [torch.zeros(1 << 20, device=DEVICE, requires_grad=True) for _ in range(8)]
 
     def clear():
@@ -119,9 +125,9 @@ def test_memory_held_beside_the_model(gpu):
             clear()
 
     before = peak(bare)
-    balancer = dbk.DBMTL(parameters, K, backend=gpu)
+    balancer = dbk.DBMTL(parameters, K, backend=gpu, beta=beta)
     grown = peak(lambda: [balancer.backward(losses()) for _ in range(3)]) - before
-    assert grown <= 1.05 * 4 * sum(p.numel() for p in parameters) * (K + 1)
+    assert grown <= 1.05 * 4 * sum(p.numel() for p in parameters) * (K + 1 if beta else 1)
 
 
 def test_two_streams_at_once(form):

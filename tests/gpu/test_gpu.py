@@ -284,11 +284,12 @@ def flat(grads):
 
 
 @pytest.mark.parametrize("mode", ["plain", "scaled", "partial"])
-@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
-def test_training_as_on_the_cpu(gpu, dtype, mode):
+@pytest.mark.parametrize(("dtype", "beta"), [(F64, 0.9), (F32, 0.9), (F64, 0.0), (F32, 0.0)], ids=str)
+def test_training_as_on_the_cpu(gpu, dtype, beta, mode):
+    """With a beta of 0, one row against rows."""
     ours, exact = Net().to(DEVICE, dtype), Net().double()
-    balancer = dbk.DBMTL(ours.trunk.parameters(), 3, state_dtype=dtype, backend=gpu)
-    reference = dbk.DBMTL(exact.trunk.parameters(), 3, state_dtype=F64)
+    balancer = dbk.DBMTL(ours.trunk.parameters(), 3, state_dtype=dtype, backend=gpu, beta=beta)
+    reference = dbk.DBMTL(exact.trunk.parameters(), 3, state_dtype=F64, beta=beta, keep_rows=True)
     optimizer = torch.optim.SGD(exact.parameters(), lr=0.1 / 1024 if mode == "scaled" else 0.1)
     tolerance = 1e-9 if dtype == F64 else 1e-2  # cuDNN multiplies float32 as TF32
     for _ in range(20 if ON_GPU else 3):

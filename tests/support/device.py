@@ -94,6 +94,9 @@ def assert_accumulates_as_native(
     ops.accumulate_(actual, sumsq, on_device, segments, coefficients, there(loss_scale), backend)
     assert_same_bits([actual], [expected])
     torch.testing.assert_close(sumsq.cpu(), total, rtol=1e-12, atol=0)
+    ops.accumulate_(None, total, grads, segments, (decay, gain), loss_scale, "native")
+    ops.accumulate_(None, sumsq, on_device, segments, coefficients, there(loss_scale), backend)
+    torch.testing.assert_close(sumsq.cpu(), total, rtol=1e-12, atol=0)
 
 
 def stats(num_tasks, device=DEVICE):

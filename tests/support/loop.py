@@ -42,6 +42,7 @@ class Simulation(oracle.Training):
         self.blind = False  # zeroed in place since: what is added now would not be noticed (docs/gradients.md)
         self.complete = False  # balance() has been done by the last task()
         self.copied = False  # a copy without its averages, that has not trained; None: perhaps
+        self.balanced_once = False  # something was balanced in the open step
 
     def parts(self, flat):
         return np.split(flat, np.cumsum(self.sizes)[:-1])
@@ -65,7 +66,7 @@ class Simulation(oracle.Training):
     def begin(self, factor):
         if not self.open:
             self.feed({}, factor)
-            self.out, self.counted = set(), set()
+            self.out, self.counted, self.balanced_once = set(), set(), False
         self.complete = False
         self.lengths = {}
 
@@ -104,7 +105,7 @@ class Simulation(oracle.Training):
             self.weights[used] = 1.0 if only else oracle.alpha(norms, self.scale) / (norms + self.eps)
         wanted = [seen and not cold for seen, cold in zip(self.touched, self.frozen, strict=True)]
         self.ours = [part if want else None for part, want in zip(parts, wanted, strict=True)]
-        self.written, self.pending = True, set()
+        self.written, self.pending, self.balanced_once = True, set(), True
         if not attached:
             self.end()
 
@@ -233,19 +234,24 @@ class Several(torch.optim.Optimizer):
 
 
 class Loop:
-    """Shared parameters of which some take part in no loss, or only in some; a head for each task, and one for all."""
+    """Shared parameters of which some take part in no loss, or only in some; a head for each task, and one for all.
 
-    def __init__(self, dice: random.Random, backend):
+    With ``one_row`` the balancer has one row for all tasks, and refuses a second backward in a step.
+    """
+
+    def __init__(self, dice: random.Random, backend, one_row=False):
+        self.one_row = one_row
         torch.manual_seed(dice.randrange(100))
         self.params = [torch.nn.Parameter(leaf(6).detach()), leaf(3), leaf(40)]
         self.uses = ["all", "none", "wide"]
         self.heads = [leaf(2) for _ in range(MOST_TASKS)] + [leaf(3)]
         beta, sigma, scale = dice.choice([0.5, 0.0, 0.9]), dice.choice([0.0, 0.5]), dice.choice(["max", "max", "mean"])
+        beta = 0.0 if one_row else beta
         nonfinite, zeros = dice.choice([None, None, "skip", "propagate"]), dice.choice(["absent", "absent", "count"])
         tasks = dice.randint(1, 4)
         self.options = {
             "beta": beta, "beta_sigma": sigma, "state_dtype": torch.float64, "backend": backend,
-            "nonfinite": nonfinite, "zero_gradients": zeros, "scale": scale,
+            "nonfinite": nonfinite, "zero_gradients": zeros, "scale": scale, "keep_rows": not one_row,
         }  # fmt: skip
         self.balancer = dbk.DBMTL(self.params, tasks, **self.options)
         sizes = [p.numel() for p in self.params]
@@ -332,7 +338,9 @@ class Loop:
         heads = [torch.zeros_like(h) if h.grad is None else h.grad for h in self.heads]
         close(torch.cat(heads).detach().numpy(), model.heads, 1e-7, "heads")
         buffer = state_of(self.balancer)
-        if buffer.allocated:
+        if self.one_row:
+            assert not buffer.allocated
+        elif buffer.allocated:
             segments = [buffer.rows[:, o : o + n] for o, n in buffer.layout.segments.tolist()]
             close(torch.cat(segments, dim=1).numpy(), model.rows, 1e-9, "rows")
         else:
@@ -342,8 +350,9 @@ class Loop:
         assert self.balancer.step == model.step, "step"
         assert self.balancer.num_tasks == len(model.rows)
         close(self.balancer.weights.numpy(), model.weights, 1e-9, "weights")
-        norms = np.where(np.isfinite(model.norms), model.norms, np.inf)  # of -inf or NaN in a row too
-        close(np.where(np.isfinite(ours := self.balancer.norms.numpy()), ours, np.inf), norms, 1e-9, "norms")
+        ours, norms = (np.where(np.isfinite(x), x, np.inf) for x in (self.balancer.norms.numpy(), model.norms))
+        used = (model.weights > 0) | (not self.one_row)  # without rows there is nothing to measure anew
+        close(ours[used], norms[used], 1e-9, "norms")  # -inf or NaN in a row are inf
         assert self.balancer.nonfinite_steps.tolist() == model.nonfinite_steps.tolist(), "nonfinite_steps"
         assert not self.balancer._engine.busy
         assert self.balancer._engine.turns._turn == {}, "locked"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from lines import Interrupt
 from problems import leaf
-from stepping import FACTORS, KINDS, RAN, drawn, enter, refused, some_tasks, waiting
+from stepping import FACTORS, KINDS, RAN, drawn, enter, needs_rows, refused, some_tasks, waiting
 
 LOST = "an interrupt came when the .grad of"
 
@@ -35,18 +35,20 @@ def failure(loop, dice):
         return
     passes[at].loss.register_hook(lambda _: 1 / 0)
     losses = [one.loss for one in passes]
+    if needs_rows(loop, lambda: loop.balancer.backward(losses, tasks=tasks)):
+        return
     refused(lambda: loop.balancer.backward(losses, tasks=tasks), ZeroDivisionError, "division by zero")
     counts = [one for one in passes[:at] if one.kind != "nan" and (one.row.any() or not loop.model.absent)]
     fed = sorted(one.task for one in counts)
     loop.model.fail(fed)
     loop.model.copied = False
-    assert named_tasks(loop.warned("begin anew")) == (fed if loop.model.step else [])
+    assert named_tasks(loop.warned("begin anew")) == (fed if loop.model.step and not loop.one_row else [])
 
 
 def failure_in_task(loop, dice):
     """Raised by the body of task(): nothing was fed yet."""
     one = loop.passes(dice, [dice.randrange(loop.tasks)])[0]
-    if one.task in loop.model.pending:
+    if one.task in loop.model.pending or needs_rows(loop, loop.balancer.task(one.task).__enter__):
         return
 
     def call():
@@ -68,6 +70,8 @@ def interrupted(call, line):
 
 def interrupt(loop, dice):
     """At any line of the package: what comes of it is nothing, or the whole."""
+    if needs_rows(loop, loop.balancer.task(0).__enter__):
+        return
     stages = [loop.model, copy.deepcopy(loop.model)]
     model, whole = stages
     if model.pending and dice.random() < 0.5:
@@ -148,11 +152,21 @@ def detached(loop):
     return was
 
 
+def waits_in_one_row(loop, call):
+    """Whether the call is refused, as the gradients of tasks that wait for a balance are not in a state."""
+    wanted = loop.one_row and bool(loop.model.pending)
+    if wanted:
+        refused(call, RuntimeError, "a state_dict while task.s. .* wait needs a row for each task.* keep_rows=True")
+    return wanted
+
+
 def resume(loop, dice):
     """Between steps or within one, in this balancer or in another."""
     how = dice.choice(("deepcopy", "file", "itself"))
     RAN[f"resume: {how}"] += 1
     present = [p.grad is not None for p in loop.params]
+    if waits_in_one_row(loop, loop.balancer.state_dict):
+        return
     state = loop.balancer.state_dict()
     if how == "itself":
         loop.balancer.load_state_dict(state)
@@ -181,6 +195,8 @@ def resume(loop, dice):
 
 def pickled(loop, dice):
     """With its parameters, whose .grad a pickle does not keep."""
+    if waits_in_one_row(loop, lambda: pickle.dumps((loop.balancer, loop.params))):
+        return
     file = pickle.dumps((loop.balancer, loop.params))
     attached = detached(loop)
     loop.balancer, loop.params = pickle.loads(file)
@@ -195,7 +211,7 @@ def copied(loop, dice):
     twin, params = copy.deepcopy((loop.balancer, loop.params))
     assert all(mine is p for mine, p in zip(twin.shared_parameters, params, strict=True))
     present = [p.grad is not None for p in params]
-    kept = dice.random() < 0.5
+    kept = dice.random() < 0.5 and not waits_in_one_row(loop, loop.balancer.state_dict)
     if kept:
         RAN["copied: state loaded"] += 1
         twin.load_state_dict(loop.balancer.state_dict())
@@ -206,7 +222,7 @@ def copied(loop, dice):
         model, fresh = loop.model, copy.deepcopy(loop.model)
         options = model.beta, model.sigma, model.scale, model.propagate_above, model.absent
         fresh.__init__(model.sizes, loop.tasks, *options)
-        fresh.frozen, fresh.heads, fresh.copied = model.frozen, model.heads, model.step > 0
+        fresh.frozen, fresh.heads, fresh.copied = model.frozen, model.heads, model.step > 0 and not loop.one_row
         fresh.others = [grad if has else None for grad, has in zip(model.grads(), present, strict=True)]
         loop.model = fresh
     attached = detached(loop)

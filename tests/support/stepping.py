@@ -26,6 +26,15 @@ def waiting(loop, what):
     return f"{what} while task.s. {re.escape(str(sorted(loop.model.pending)))}.* wait"
 
 
+def needs_rows(loop, call):
+    """Whether the call is refused, as one row for all tasks takes no second gradient in a step."""
+    wanted = loop.one_row and loop.model.open and loop.model.balanced_once
+    if wanted:
+        RAN["refused: one row"] += 1
+        refused(call, RuntimeError, "a second backward within a step .* keep_rows=True")
+    return wanted
+
+
 # --- backward ---------------------------------------------------------------------------------------------------
 
 
@@ -55,6 +64,8 @@ def backward(loop, dice):
     form, call, passes, factor = drawn(loop, dice)
     if loop.model.pending:
         return refused(call, RuntimeError, waiting(loop, "backward.."))
+    if needs_rows(loop, call):
+        return None
     RAN[f"backward: {form}"] += 1
     RAN.update(f"a task: {one.kind}" for one in passes)
     call()
@@ -78,6 +89,8 @@ def task(loop, dice):
     if one.task in loop.model.pending:
         call = loop.balancer.task(one.task).__enter__
         return refused(call, RuntimeError, f"task {one.task} was entered already")
+    if needs_rows(loop, loop.balancer.task(one.task).__enter__):
+        return None
     enter(loop, one, factor, times)
     loop.model.passes([one], factor, times)
     trained(loop)

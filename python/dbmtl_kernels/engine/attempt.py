@@ -12,11 +12,17 @@ from torch import Tensor
 
 from ..ops import Stats
 from ..rows.placement import Buffer
+from ..rows.rows import Flats
 from .balance import BalancedGradient
 from .bookkeeping import Steps, is_zero
 from .gradients import SharedGradients
 from .heads import HeadGradients
 from .notices import Notices
+
+OVERWRITTEN = (
+    "between two tasks a .grad was set to a balanced gradient of an earlier step, whose memory has that of the open "
+    "step by now: clone what is to be kept, or make the balancer with keep_rows=True"
+)
 
 
 class Parts(NamedTuple):
@@ -43,7 +49,7 @@ class Attempt:
         self.rows, self.steps, self._balanced, self.grads, self.heads, self._notices = parts
         self.frozen, self._ends = frozen, ends
         self.touched = list(self.grads.touched)
-        self._before = self.steps.snapshot()
+        self._before, self._writes = self.steps.snapshot(), self._balanced.writes
         self._collectors: dict[int, Any] = {}  # by task
         self._spoilt: list[int] = []  # whose loss is not finite
         self._counts: dict[int, int] = {}  # of tasks that sit out, their `nonfinite_steps` when this is over
@@ -82,6 +88,13 @@ class Attempt:
             self._zero.append(task)
         else:
             self.steps.seen[task] = True
+            if self._balanced.one is not None and task not in self._spoilt:
+                self._balanced.add(task, self._free())
+
+    def _free(self) -> Flats | None:
+        """Where the balanced gradient will be, unless something is there that was set aside."""
+        assert self.grads.aside is not None
+        return self.grads.flat.free(self.grads.aside.grads)
 
     def _weigh(self, task: int, loss_scale: Tensor | None) -> None:
         """Add the gradient with the weight that the task had last, and the length of its average; not if not finite.
@@ -198,6 +211,8 @@ class Attempt:
             self._counts[task] = int(stats.nonfinite_steps[task]) + (fresh or not bool(stats.nonfinite[task]))
         try:
             self.heads.average(self.grads.touched, self._out)
+            if self._balanced.one is not None and self._balanced.one.in_flats and self._free() is None:
+                raise RuntimeError(OVERWRITTEN)
             self.grads.compute_grads(self._sums, named)
         except Exception:
             self.heads.restore()
@@ -259,6 +274,7 @@ class Attempt:
         fed stay fed.
         """
         steps, grads, rows, stash = self.steps, self.grads, self.rows, self.grads.aside
+        one = self._balanced.one
         grads.stop_collecting()
         if grads.due is not None:  # all was done but to leave it there
             self._commit()
@@ -275,12 +291,20 @@ class Attempt:
                 steps.undo(self._before)
             grads.restore_grads()
             self._end_step()
+            if one is not None:
+                one.start()
             return
         grads.touched[:] = self.touched
         steps.undo(self._before)
         if self._stats is not None:  # a row that overflowed may be zeros by now: its sum of squares tells again
             rows.put_stats(self._stats)
-        for task in fed:
+        lost, where = fed, "the moving average"
+        if one is not None:  # what tasks that wait have added cannot be told apart any more
+            where = "the one row, which has the gradients"
+            lost = sorted(steps.pending) if self._balanced.writes != self._writes else []
+            if lost or not steps.pending:
+                one.start()
+        for task in {*fed, *lost}:
             rows.drop(task)
             steps.seen[task] = False
             steps.pending.discard(task)
@@ -292,9 +316,9 @@ class Attempt:
             grads.restore_grads()
         if stash.dropped:
             self._end_step()
-        if fed and steps.started:
+        if lost and steps.started:
             warnings.warn(
-                f"a backward failed after it had fed the moving average of task(s) {sorted(fed)}: these begin anew",
+                f"a backward failed after it had fed {where} of task(s) {sorted(lost)}: these begin anew",
                 RuntimeWarning,
                 stacklevel=2,
             )

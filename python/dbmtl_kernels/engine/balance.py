@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
-from ..rows.placement import Buffer
+from ..rows.placement import Buffer, OneRow
 from ..rows.ranks import Ranks
 from ..rows.rows import Flats
 from ..weightings import MaxNorm, Weighting
@@ -27,6 +27,10 @@ class BalancedGradient:
         propagate_above: the factor above which a nonfinite task makes the balanced gradient NaN.
         skip_zeros: a task whose gradient is zero everywhere has no say; `TaskGradientBuffer.fed` tells where the host
             does not know.
+
+    Attributes:
+        one: ``rows``, if they are one for all tasks, else None.
+        writes: how often that one was written to.
     """
 
     def __init__(
@@ -41,6 +45,8 @@ class BalancedGradient:
         self._rows, self._steps, self._weighting, self._ranks = rows, steps, weighting, ranks
         self.propagate_above = propagate_above
         self._asks_rows = skip_zeros and rows.deferred
+        self.one = rows if isinstance(rows, OneRow) else None
+        self.writes = 0
 
     def compute(self, flats: Flats, accumulate: bool, sums: Tensor | None = None) -> None:
         """Norms, weights, stats, and the balanced gradient into ``flats``, added to what is there if ``accumulate``.
@@ -48,6 +54,7 @@ class BalancedGradient:
         ``sums``: (K,) what `TaskGradientBuffer.sums` gives, where it is known.
         """
         steps, weighting = self._steps, self._weighting
+        self.writes += 1
         if type(weighting) is MaxNorm:  # exactly: a subclass may weigh otherwise
             self._rows.balance(
                 flats, weighting.eps, weighting.scale, active=self._active(), loss_scale=steps.loss_scale,
@@ -57,6 +64,14 @@ class BalancedGradient:
             self._weigh(sums)
             self._rows.combine(self._scaled_weights(), flats, accumulate)
         steps.fresh = False
+
+    def add(self, task: int, flats: Flats | None) -> None:
+        """The gradient just collected into the one row; see `OneRowBuffer.add`."""
+        assert self.one is not None
+        assert isinstance(self._weighting, MaxNorm)
+        finite = self._steps.finite
+        self.writes += 1
+        self.one.add(task, self._weighting.eps, flats, None if finite is None else finite[task : task + 1])
 
     def recompute(self) -> list[Tensor]:
         """Once more what `compute` gave last, as a new tensor for each parameter."""

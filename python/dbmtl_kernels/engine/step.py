@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..ops.arguments import check_task
 from ..rows import placement
+from ..rows.one_row import NO_ROWS
 from ..rows.placement import Buffer
 from ..rows.ranks import Ranks
 from ..weightings import Weighting
@@ -136,6 +137,8 @@ class Engine:
         grads.hook()
         self._find_heads(losses, look_around=not attempt.frozen)
         finite = losses.finite()
+        if None in finite and not attempt.frozen:
+            steps.note_finite(losses.tasks, losses.values)
         last = len(finite) - 1
         while last >= 0 and finite[last] is False:
             last -= 1
@@ -149,8 +152,6 @@ class Engine:
             losses.backward(index, loss_scale, retain_graph or index < last, leaves)
             attempt.collected(task, loss_scale)
         if not attempt.frozen:
-            if None in finite:
-                steps.note_finite(losses.tasks, losses.values)
             ran = losses.tasks if False not in finite else attempt.ran
             self.parts.notices.no_gradient(ran, attempt.touched, grads.collected, whole=True)
 
@@ -256,6 +257,13 @@ class Engine:
             self.optimizers = []
             self.end_step()
             self.parts.notices.optimizer_gone()
+        one = self.parts.balanced.one
+        if one is not None and not self.frozen:
+            self.end_if_dropped()
+            if self.steps.open and not self.steps.fresh:
+                raise RuntimeError(NO_ROWS.format(what="a second backward within a step"))
+            if not self.steps.pending:
+                one.start()
         if self.frozen and not self.steps.started:
             raise RuntimeError("a backward that is no update needs the weights of a step before it: there was none yet")
         return Attempt(self.parts, self.frozen, ends=not self.attached)

@@ -268,6 +268,11 @@ class FlatGradient:
         grad = dtensors.local(grad)
         return grad.layout is torch.strided and grad.untyped_storage().data_ptr() in self._storages
 
+    def free(self, grads: Iterable[Tensor | None]) -> dict[Any, Tensor] | None:
+        """`flats`, allocated if need be; None if any of ``grads`` lies there."""
+        self.views()
+        return None if any(grad is not None and self.holds(grad) for grad in grads) else self.flats
+
     def kept(self, grad: Tensor | None) -> Tensor | None:
         """The same numbers where the next balance does not overwrite them."""
         return grad.clone() if grad is not None and self.holds(grad) else grad

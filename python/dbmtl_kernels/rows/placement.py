@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import dtensors
 from .layout import ParameterLayout, check_parameters
+from .one_row import OneRowBuffer, ShardedOneRowBuffer, SplitOneRowBuffer
 from .ranks import Ranks
 from .rows import TaskGradientBuffer
 from .sharded import ShardedTaskGradientBuffer
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Buffer = TaskGradientBuffer | SplitTaskGradientBuffer
+OneRow = OneRowBuffer | SplitOneRowBuffer
 
 UNNAMED = (
     "a process group of {size} ranks is initialised and this DBMTL was given none: its replicas would train apart. "
@@ -47,6 +49,7 @@ def place(
     process_group: ProcessGroup | bool | None,
     names: Sequence[str | None] | None = None,
     frozen_ok: bool = False,
+    one_row: bool = False,
 ) -> tuple[Buffer, Ranks]:
     """The buffer for these parameters, and the ranks whose losses and gradients are averaged.
 
@@ -61,6 +64,7 @@ def place(
         process_group: the ranks that hold replicas; False for none, None if nobody said.
         names: of each parameter, for messages; None where it has none.
         frozen_ok: parameters need not require grad.
+        one_row: one for all tasks.
 
     Raises:
         ValueError, TypeError: parameters that cannot be balanced (see `ParameterLayout`).
@@ -81,13 +85,14 @@ def place(
     for index, p in enumerate(given):
         members.setdefault(dtensors.placement_key(p), []).append(index)
     parts = [
-        _part([given[i] for i in indices], [named[i] for i in indices], num_tasks, state_dtype, backend, ranks)
+        _part([given[i] for i in indices], [named[i] for i in indices], num_tasks, state_dtype, backend, ranks, one_row)
         for indices in members.values()
     ]
     if len(parts) == 1:
         return parts[0], ranks
     members_of = {i: (n, own) for n, indices in enumerate(members.values()) for own, i in enumerate(indices)}
-    return SplitTaskGradientBuffer(parts, [members_of[i] for i in range(len(given))]), ranks
+    split = SplitOneRowBuffer if one_row else SplitTaskGradientBuffer
+    return split(parts, [members_of[i] for i in range(len(given))]), ranks
 
 
 def _ranks(parameters: list[Tensor], process_group: ProcessGroup | bool | None) -> Ranks:
@@ -119,10 +124,12 @@ def _part(
     state_dtype: torch.dtype,
     backend: str,
     ranks: Ranks,
+    one_row: bool,
 ) -> TaskGradientBuffer:
     if dtensors.is_dtensor(parameters[0]) or ranks.size == 1:
         spread = Ranks(dtensors.sharded_groups(parameters[0]))
-        return TaskGradientBuffer(ParameterLayout(parameters, state_dtype, names=names), num_tasks, backend, spread)
+        plain = OneRowBuffer if one_row else TaskGradientBuffer
+        return plain(ParameterLayout(parameters, state_dtype, names=names), num_tasks, backend, spread)
     if len(ranks.groups) > 1:
         raise ValueError(
             f"shared_parameters has {len(parameters)} plain tensors among DTensors of a mesh of several dimensions; "
@@ -131,4 +138,5 @@ def _part(
     layout = ParameterLayout(parameters, state_dtype, ranks.size, names)
     mine = f"{num_tasks} tasks, a state of {state_dtype}, parameters {layout.signature()}"
     ranks.check_same(mine, layout.device, f"the ranks make different balancers (this one: {mine})")
-    return ShardedTaskGradientBuffer(layout, num_tasks, backend, ranks.groups[0])
+    sharded = ShardedOneRowBuffer if one_row else ShardedTaskGradientBuffer
+    return sharded(layout, num_tasks, backend, ranks.groups[0])

@@ -185,10 +185,14 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
             sumsq = self.stats.sumsq[task : task + 1]
             coefficients = self._coefficients_of(row, task, sumsq)
             if coefficients is not None:
-                segments = self._measured_segments()
-                mine: list[Tensor | None] = [row.transit.mine]
-                ops.accumulate_(self.rows[task], sumsq, mine, segments, coefficients, row.loss_scale, self.backend)
+                self._count(row, task, sumsq, coefficients)
         self._free.append(row.transit)
+
+    def _count(self, row: Underway, task: int, sumsq: Tensor, coefficients: Coefficients) -> None:
+        """Add a row that has come to the state."""
+        segments = self._measured_segments()
+        mine: list[Tensor | None] = [row.transit.mine]
+        ops.accumulate_(self.rows[task], sumsq, mine, segments, coefficients, row.loss_scale, self.backend)
 
     def _coefficients_of(self, row: Underway, task: int, like: Tensor) -> Coefficients | None:
         """How a row counts, now that it has come; None if all ranks had zeros."""
