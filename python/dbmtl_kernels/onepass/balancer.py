@@ -214,6 +214,11 @@ class OnePassDBMTL(DBMTL):
         )
 
     def _exactly(self, losses: Given, tasks: Sequence[int] | None, retain_graph: bool) -> Tensor:
+        steps = self._engine.steps
+        if steps.open and not (steps.fresh or self._engine.frozen):
+            raise RuntimeError(
+                "losses that cannot be told apart, in a second backward of one step: use DBMTL(..., keep_rows=True)"
+            )
         loss = super().__call__(losses, tasks=tasks, retain_graph=retain_graph)
         self._weigher.expect_exact()
         return loss
