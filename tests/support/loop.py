@@ -150,6 +150,7 @@ class Simulation(oracle.Training):
             self.rows[task] = 0.0
         self.seen -= set(fed)
         self.pending -= set(fed)
+        self.nonfinite -= set(fed) - self.counted  # what no balance has found yet is gone
         if written:
             self.write(attached=True)
 
