@@ -17,7 +17,10 @@ from .sharded import ShardedTaskGradientBuffer, Underway
 from .split import SplitTaskGradientBuffer
 from .zeros import Zeros
 
-NO_ROWS = "{what} needs a row for each task, and this balancer keeps one for all, as beta is 0: take DBMTL with keep_rows=True"
+NO_ROWS = (
+    "{what} needs a row for each task, and this balancer keeps one for all, as beta is 0: "
+    "take DBMTL with keep_rows=True"
+)
 
 
 class Held(NamedTuple):
