@@ -1,0 +1,7 @@
+"""The tables."""
+
+from pathlib import Path
+
+
+def print_tables(path: Path) -> None:
+    """Print."""
