@@ -34,8 +34,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     show = commands.add_parser("report", help="print the tables")
     for command in (run, show):
         command.add_argument("--out", type=Path, default=OUT, help="results file (default: %(default)s)")
+        command.add_argument("--smoke", action="store_true", help="generated data, one seed, one rate, few steps")
     run.add_argument("--resume", action="store_true", help="go on with the results file")
-    run.add_argument("--smoke", action="store_true", help="generated data, one seed, one rate, some steps: seconds")
     run.add_argument("--settings", nargs="+", default=list(SETTINGS), metavar="NAME", help=", ".join(SETTINGS))
     run.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME", help=", ".join(EVERY_METHOD))
     run.add_argument("--jobs", type=int, default=1, help="processes, of one thread each (default: %(default)s)")
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         if args.command == "report":
-            report.print_tables(args.out)
+            report.print_tables(args.out, args.smoke)
             return 0
         settings = known(args.settings, dict(SETTINGS), "setting")
         methods = known(args.methods, dict(EVERY_METHOD), "method")
