@@ -130,6 +130,13 @@ def test_missing_or_truncated_data_is_told_before_training(tmp_path, capsys):
     assert not out.exists()
 
 
+def test_a_spoiled_cache_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "checked", lambda wheel, folder: folder / wheel.file)
+    (tmp_path / f"qm9_every_{tables.QM9_EVERY}.npz").write_bytes(b"PK\x03\x04")
+    with pytest.raises(TrialError, match="cannot be read .* delete it"):
+        tables.qm9(tmp_path)
+
+
 def test_coulomb_matrices_of_water():
     charges = np.array([[1.0, 8.0, 1.0, 0.0]])
     places = np.array([[[0.0, 0.0, 1.8], [0.0, 0.0, 0.0], [1.7, 0.0, -0.6], [1e3, 0.0, 0.0]]])

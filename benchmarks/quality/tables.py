@@ -153,8 +153,11 @@ def qm9(folder: Path) -> tuple[Array, Array]:
         half = kept.with_suffix(".part.npz")
         np.savez(half, features=features, targets=targets)
         half.replace(kept)
-    with np.load(kept) as arrays:
-        return arrays["features"], arrays["targets"]
+    try:
+        with np.load(kept) as arrays:
+            return arrays["features"], arrays["targets"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise TrialError(f"{kept} cannot be read ({error}): delete it, and it is made anew") from error
 
 
 def _read_qm9(wheel: Path) -> tuple[Array, Array]:
