@@ -133,7 +133,7 @@ def test_missing_or_truncated_data_is_told_before_training(tmp_path, capsys):
 def test_a_spoiled_cache_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "checked", lambda wheel, folder: folder / wheel.file)
     (tmp_path / f"qm9_every_{tables.QM9_EVERY}.npz").write_bytes(b"PK\x03\x04")
-    with pytest.raises(TrialError, match="cannot be read .* delete it"):
+    with pytest.raises(TrialError, match=r"cannot be read .* delete it"):
         tables.qm9(tmp_path)
 
 
