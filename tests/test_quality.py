@@ -85,7 +85,8 @@ def test_a_run_that_diverges_is_never_chosen():
     [
         (("--settings", "mnits"), "no setting 'mnits'"),
         (("--methods", "PCGrad"), "no method 'PCGrad'"),
-        (("--jobs", "0"), "at least 1, got 0"),
+        (("--jobs", "0"), "--jobs must be at least 1, got 0"),
+        (("--seeds", "0"), "--seeds must be at least 1, got 0"),
         ((), "give --resume"),
     ],
 )
@@ -211,9 +212,9 @@ def sweeps(*, one_pass=1.0, settings=NAMES):
         for rates in [SETTINGS[name].rates]
         for method, better in (("exact", 1.0), ("one pass", one_pass))
         for lr in rates
-        for seed in SEEDS
+        for seed in range(SEEDS)
     ]
-    return report.complete(rows, False)[0]
+    return report.complete(rows, SEEDS, False)[0]
 
 
 def test_changes_are_signed_relative_and_paired():
@@ -232,11 +233,12 @@ def test_changes_are_signed_relative_and_paired():
 
 
 def test_a_sweep_that_lacks_a_run_is_left_out():
-    rows = [row("adult", "exact", lr, seed, 10.0) for lr in ADULT.rates for seed in SEEDS]
-    found, lacking = report.complete(rows[1:], False)
+    rows = [row("adult", "exact", lr, seed, 10.0) for lr in ADULT.rates for seed in range(SEEDS)]
+    found, lacking = report.complete(rows[1:], SEEDS, False)
     assert not found
     assert lacking == ["adult, exact: 11 of 12 runs"]
-    assert list(report.complete(rows, False)[0]) == [("adult", "exact")]
+    assert list(report.complete(rows, SEEDS, False)[0]) == [("adult", "exact")]
+    assert not report.complete(rows, SEEDS + 1, False)[0]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 from . import report, trial
 from .errors import TrialError
 from .methods import EVERY_METHOD, METHODS
-from .settings import SETTINGS
+from .settings import SEEDS, SETTINGS
 
 OUT = Path(__file__).parents[1] / "results" / "quality.csv"
 
@@ -34,6 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     show = commands.add_parser("report", help="print the tables")
     for command in (run, show):
         command.add_argument("--out", type=Path, default=OUT, help="results file (default: %(default)s)")
+        command.add_argument("--seeds", type=int, default=SEEDS, help="how many (default: %(default)s)")
         command.add_argument("--smoke", action="store_true", help="generated data, one seed, one rate, few steps")
     run.add_argument("--resume", action="store_true", help="go on with the results file")
     run.add_argument("--settings", nargs="+", default=list(SETTINGS), metavar="NAME", help=", ".join(SETTINGS))
@@ -48,14 +49,19 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 where the trial cannot be run."""
     args = parse(argv)
     try:
+        if args.seeds < 1:
+            raise TrialError(f"--seeds must be at least 1, got {args.seeds}")
         if args.command == "report":
-            report.print_tables(args.out, args.smoke)
+            report.print_tables(args.out, args.seeds, args.smoke)
             return 0
         settings = known(args.settings, dict(SETTINGS), "setting")
         methods = known(args.methods, dict(EVERY_METHOD), "method")
         if args.jobs < 1:
             raise TrialError(f"--jobs must be at least 1, got {args.jobs}")
-        trial.run_all(args.out, args.data, settings, methods, resume=args.resume, small=args.smoke, jobs=args.jobs)
+        trial.run_all(
+            args.out, args.data, settings, methods, args.seeds,
+            resume=args.resume, small=args.smoke, jobs=args.jobs,
+        )  # fmt: skip
     except TrialError as error:
         print(f"{Path(__file__).parent.name}: {error}", file=sys.stderr)
         return 2

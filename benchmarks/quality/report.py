@@ -44,14 +44,14 @@ def change(setting: Setting, metrics: dict[str, float], reference: dict[str, flo
     return 100 * sum(changes) / len(changes)
 
 
-def complete(rows: Sequence[Row], small: bool) -> tuple[Sweeps, list[str]]:
+def complete(rows: Sequence[Row], seeds: int, small: bool) -> tuple[Sweeps, list[str]]:
     """The sweeps of which all runs are there, and of those begun what is there."""
     found = {row.run: row for row in rows}
     sweeps: Sweeps = {}
     lacking = []
     for name in SETTINGS:
         for method in EVERY_METHOD:
-            runs = plan([name], [method], small)
+            runs = plan([name], [method], seeds, small)
             there = [found[run] for run in runs if run in found]
             if len(there) == len(runs):
                 rates = choose_setting(name, small).rates
@@ -119,7 +119,7 @@ def verdict(by_setting: dict[str, list[float]]) -> list[str]:
     ]
 
 
-def print_tables(path: Path, small: bool) -> None:
+def print_tables(path: Path, seeds: int, small: bool) -> None:
     """Print what the results file holds.
 
     Raises:
@@ -127,7 +127,7 @@ def print_tables(path: Path, small: bool) -> None:
     """
     if not path.exists():
         raise TrialError(f"{path} does not exist: python -m benchmarks.quality run --out {path}")
-    sweeps, lacking = complete(results.read(path), small)
+    sweeps, lacking = complete(results.read(path), seeds, small)
     names = [name for name in SETTINGS if (name, EXACT) in sweeps]
     methods = [method for method in EVERY_METHOD if any((name, method) in sweeps for name in names)]
     if not names:

@@ -19,7 +19,7 @@ from .tasks import Task
 sys.path.append(str(Path(__file__).parents[2] / "examples"))  # whose MultiMNIST this is
 import multi_mnist_data as mnist
 
-SEEDS = (0, 1, 2)
+SEEDS = 3
 MNIST_SIZES = (6000, 2000, 4000)
 MNIST_TASKS = (Task("left digit", "class", 10), Task("right digit", "class", 10), Task("reconstruction", "image"))
 RF1_SITES = ("CHSI2", "NASI2", "EADM7", "SCLM7", "CLKM7", "VALI2", "NAPM7", "DLDI4")

@@ -20,7 +20,7 @@ from . import results
 from .errors import TrialError
 from .methods import EVERY_METHOD, FAMO
 from .results import Row, Run
-from .settings import SEEDS, SETTINGS, Network, Part, Setting, Splits, smoke
+from .settings import SETTINGS, Network, Part, Setting, Splits, smoke
 from .tasks import KINDS, Task
 
 
@@ -122,28 +122,35 @@ def package_commit() -> str:
     return said.stdout.strip() or "unknown"
 
 
-def plan(settings: Iterable[str], methods: Iterable[str], small: bool) -> list[Run]:
+def plan(settings: Iterable[str], methods: Iterable[str], seeds: int, small: bool) -> list[Run]:
     """All runs, a setting after the other, so that those begun first are complete first."""
     methods = list(methods)
-    seeds = SEEDS[:1] if small else SEEDS
     return [
         (name, method, lr, seed)
         for name in settings
-        for seed in seeds
+        for seed in range(1 if small else seeds)
         for lr in choose_setting(name, small).rates
         for method in methods
     ]
 
 
 def run_all(
-    out: Path, folder: Path, settings: Sequence[str], methods: Sequence[str], *, resume: bool, small: bool, jobs: int
+    out: Path,
+    folder: Path,
+    settings: Sequence[str],
+    methods: Sequence[str],
+    seeds: int,
+    *,
+    resume: bool,
+    small: bool,
+    jobs: int,
 ) -> None:
     """Run what ``out`` lacks, and append it there.
 
     Raises:
         TrialError: before anything is trained, where data or ``out`` are not as they should be.
     """
-    todo = plan(settings, methods, small)
+    todo = plan(settings, methods, seeds, small)
     if out.exists():
         if not resume:
             raise TrialError(f"{out} exists: give --resume to go on with it, or another --out")
@@ -154,7 +161,7 @@ def run_all(
         done = {row.run for row in rows}
         todo = [run for run in todo if run not in done]
     for name in dict.fromkeys(run[0] for run in todo):
-        load(name, folder, SEEDS[0], small)
+        load(name, folder, 0, small)
     commit = package_commit()
     with tqdm(total=len(todo), unit="run") as progress:
         for row in _rows(todo, folder, small, commit, jobs):
