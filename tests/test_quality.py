@@ -57,6 +57,9 @@ def test_a_run_resumes_and_is_reported(tmp_path, capsys):
     assert main(["report", "--smoke", "--out", str(out)]) == 0
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| pooled"))
     assert line.count("|") == len(METHODS) + 1  # but exact, and the name of the row
+    assert main(["report", "--smoke", "--out", str(out), "--reference", "one row"]) == 0
+    assert "| setting | exact | one pass | equal" in " ".join(capsys.readouterr().out.split())
+    assert main(["report", "--smoke", "--out", str(out), "--reference", "PCGrad"]) == 2
 
 
 def test_networks_learn_more_than_a_constant():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import report, trial
 from .errors import TrialError
-from .methods import EVERY_METHOD, METHODS
+from .methods import EVERY_METHOD, EXACT, METHODS
 from .settings import SEEDS, SETTINGS
 
 OUT = Path(__file__).parents[1] / "results" / "quality.csv"
@@ -36,6 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--out", type=Path, default=OUT, help="results file (default: %(default)s)")
         command.add_argument("--seeds", type=int, default=SEEDS, help="how many (default: %(default)s)")
         command.add_argument("--smoke", action="store_true", help="generated data, one seed, one rate, few steps")
+    show.add_argument("--reference", default=EXACT, metavar="METHOD", help="compared with (default: %(default)s)")
     run.add_argument("--resume", action="store_true", help="go on with the results file")
     run.add_argument("--settings", nargs="+", default=list(SETTINGS), metavar="NAME", help=", ".join(SETTINGS))
     run.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME", help=", ".join(EVERY_METHOD))
@@ -52,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.seeds < 1:
             raise TrialError(f"--seeds must be at least 1, got {args.seeds}")
         if args.command == "report":
-            report.print_tables(args.out, args.seeds, args.smoke)
+            (reference,) = known([args.reference], dict(EVERY_METHOD), "method")
+            report.print_tables(args.out, args.seeds, args.smoke, reference)
             return 0
         settings = known(args.settings, dict(SETTINGS), "setting")
         methods = known(args.methods, dict(EVERY_METHOD), "method")

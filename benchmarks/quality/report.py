@@ -66,20 +66,23 @@ def choose(setting: Setting, sweep: Sweep) -> float:
     return max(sweep, key=lambda lr: sum(score(setting, row.validation) for row in sweep[lr]))
 
 
-def differences(sweeps: Sweeps, method: str, rate: Callable[[str], float]) -> dict[str, list[float]]:
-    """Of each setting, a change a seed, to exact DB-MTL at its own rate.
+def differences(
+    sweeps: Sweeps, method: str, rate: Callable[[str], float], reference: str = EXACT
+) -> dict[str, list[float]]:
+    """Of each setting, a change a seed, to the reference at its own rate.
 
     Args:
         sweeps: of all methods.
         method: which.
         rate: of a setting.
+        reference: a method.
     """
     found = {}
     for name, setting in SETTINGS.items():
-        if (name, method) in sweeps and (name, EXACT) in sweeps:
-            reference = sweeps[name, EXACT][choose(setting, sweeps[name, EXACT])]
-            pairs = zip(sweeps[name, method][rate(name)], reference, strict=True)
-            found[name] = [change(setting, row.test, exact.test) for row, exact in pairs]
+        if (name, method) in sweeps and (name, reference) in sweeps:
+            other = sweeps[name, reference]
+            pairs = zip(sweeps[name, method][rate(name)], other[choose(setting, other)], strict=True)
+            found[name] = [change(setting, row.test, to.test) for row, to in pairs]
     return found
 
 
@@ -119,31 +122,32 @@ def verdict(by_setting: dict[str, list[float]]) -> list[str]:
     ]
 
 
-def print_tables(path: Path, seeds: int, small: bool) -> None:
-    """Print what the results file holds.
+def print_tables(path: Path, seeds: int, small: bool, reference: str = EXACT) -> None:
+    """Print what the results file holds, the changes to those of the method ``reference``.
 
     Raises:
-        TrialError: no such file, another schema, or no setting of which all runs of exact DB-MTL are there.
+        TrialError: no such file, another schema, or no setting of which all runs of the reference are there.
     """
     if not path.exists():
         raise TrialError(f"{path} does not exist: python -m benchmarks.quality run --out {path}")
     sweeps, lacking = complete(results.read(path), seeds, small)
-    names = [name for name in SETTINGS if (name, EXACT) in sweeps]
+    names = [name for name in SETTINGS if (name, reference) in sweeps]
     methods = [method for method in EVERY_METHOD if any((name, method) in sweeps for name in names)]
     if not names:
         raise TrialError(
-            f"{path} has no setting of which all runs of {EXACT!r} are there: {'; '.join(lacking) or 'no runs'}"
+            f"{path} has no setting of which all runs of {reference!r} are there: {'; '.join(lacking) or 'no runs'}"
         )
     chosen = {key: choose(SETTINGS[key[0]], sweep) for key, sweep in sweeps.items()}
-    own = {m: differences(sweeps, m, lambda name, m=m: chosen[name, m]) for m in methods if m != EXACT}
-    same = {m: differences(sweeps, m, lambda name: chosen[name, EXACT]) for m in methods if m != EXACT}
+    others = [method for method in methods if method != reference]
+    own = {m: differences(sweeps, m, lambda name, m=m: chosen[name, m], reference) for m in others}
+    same = {m: differences(sweeps, m, lambda name: chosen[name, reference], reference) for m in others}
 
     console = Console(width=400, highlight=False)
-    _print_differences(console, "Test, relative to exact DB-MTL, %: each at the rate of its own choice", names, own)
-    _print_differences(console, "The same, all at the rate that exact DB-MTL chose", names, same)
+    _print_differences(console, f"Test, relative to {reference}, %: each at the rate of its own choice", names, own)
+    _print_differences(console, f"The same, all at the rate that {reference} chose", names, same)
     _print_rates(console, names, methods, chosen, sweeps)
-    _print_levels(console, names, sweeps, chosen)
-    if ONE_PASS in own:
+    _print_levels(console, names, sweeps, chosen, reference)
+    if reference == EXACT and ONE_PASS in own:
         console.print(*verdict(own[ONE_PASS]), sep="\n")
     for line in lacking:
         console.print(f"Left out, not complete: {line}.")
@@ -179,19 +183,21 @@ def _print_rates(
         return f"{rate:g}" + ("*" if rate in (rates[0], rates[-1]) else "")
 
     rows = [
-        [name, ", ".join(f"{lr:g}" for lr in sweeps[name, EXACT]), *(cell(name, method) for method in methods)]
+        [name, ", ".join(f"{lr:g}" for lr in SETTINGS[name].rates), *(cell(name, method) for method in methods)]
         for name in names
     ]
     console.print(_table("Learning rates chosen; * at an end of the sweep", ["setting", "sweep", *methods], rows), "")
 
 
-def _print_levels(console: Console, names: list[str], sweeps: Sweeps, chosen: dict[tuple[str, str], float]) -> None:
-    """That networks learn: what exact DB-MTL reaches beside a constant prediction."""
+def _print_levels(
+    console: Console, names: list[str], sweeps: Sweeps, chosen: dict[tuple[str, str], float], method: str
+) -> None:
+    """That networks learn: what a method reaches beside a constant prediction."""
     rows = []
     for name in names:
-        runs = sweeps[name, EXACT][chosen[name, EXACT]]
+        runs = sweeps[name, method][chosen[name, method]]
         for task, sign in signs(SETTINGS[name]).items():
             reached, idle = (float(np.mean([getattr(r, x)[task] for r in runs])) for x in ("test", "constant"))
             unit = "accuracy, %" if sign > 0 else "error"
             rows.append([f"{name}, {task}", unit, f"{reached:.3g}", f"{idle:.3g}"])
-    console.print(_table("Test metrics, mean over the seeds", ["task", "metric", EXACT, "constant"], rows), "")
+    console.print(_table("Test metrics, mean over the seeds", ["task", "metric", method, "constant"], rows), "")
