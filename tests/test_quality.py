@@ -258,6 +258,13 @@ def test_the_verdict_says_what_is_not_met(changes, pooled, worst):
     assert ("NOT met" not in second) == worst
 
 
+def test_the_verdict_says_where_the_error_is_wider_than_the_goal():
+    wide, _ = report.verdict({"a": [3.0, -3.0, 0.1]})
+    narrow, _ = report.verdict({"a": [0.1, -0.1, 0.0]})
+    assert "wider" in wide
+    assert "wider" not in narrow
+
+
 def test_a_setting_that_diverged_is_no_goal_met():
     first, second = report.verdict({"a": [math.nan], "b": [0.0]})
     assert "NOT met" in first
