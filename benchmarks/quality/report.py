@@ -114,7 +114,7 @@ def verdict(by_setting: dict[str, list[float]]) -> list[str]:
     worst = min(means, key=lambda name: means[name])
     met = {True: "met", False: "NOT met"}
     low = [name for name in means if not means[name] >= -WORST_GOAL]
-    unsure = f", by an error that is wider than {POOLED_GOAL}" if error > POOLED_GOAL else ""
+    unsure = f", though the error is wider than {POOLED_GOAL}" if error > POOLED_GOAL else ""
     near = abs(pooled) <= POOLED_GOAL
     return [
         f"Goal, pooled within {POOLED_GOAL} points of exact: {pooled:+.2f} ± {error:.2f}, {met[near]}{unsure}.",
