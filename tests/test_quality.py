@@ -244,6 +244,23 @@ def test_a_sweep_that_lacks_a_run_is_left_out():
     assert not report.complete(rows, SEEDS + 1, False)[0]
 
 
+def test_a_method_that_lacks_a_setting_is_not_pooled(tmp_path, capsys):
+    out = tmp_path / "rows.csv"
+    for name, method in (
+        ("adult", "exact"),
+        ("qm9", "exact"),
+        ("adult", "one pass"),
+        ("adult", "one row"),
+        ("qm9", "one row"),
+    ):
+        for lr in SETTINGS[name].rates:
+            for seed in range(2):
+                results.append(out, row(name, method, lr, seed, 10.0, 1.1 if method == "one row" else 1.0))
+    report.print_tables(out, 2, False)
+    shown = [x.split("|")[1:-1] for x in capsys.readouterr().out.splitlines() if x.startswith("| pooled")]
+    assert [cell.strip() for cell in shown[0]] == ["pooled", "-", "+9.3 ± 0.1"]
+
+
 @pytest.mark.parametrize(
     ("changes", "pooled", "worst"),
     [

@@ -154,24 +154,25 @@ def print_tables(path: Path, seeds: int, small: bool, reference: str = EXACT) ->
         console.print(f"Left out, not complete: {line}.")
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=MARKDOWN)
+def _print(console: Console, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(box=MARKDOWN)
     for i, column in enumerate(head):
         table.add_column(column, justify="right" if i else "left")
     for row in rows:
         table.add_row(*row)
-    return table
+    console.print(title, table)
 
 
 def _print_differences(
     console: Console, title: str, names: list[str], by_method: dict[str, dict[str, list[float]]]
 ) -> None:
-    """A row a setting, a column a method, and the pairs of all settings at the end."""
+    """A row a setting, a column a method, and at the end the pairs of all settings, of methods that have them all."""
     rows = [[name, *(shown(found.get(name, [])) for found in by_method.values())] for name in names]
-    rows.append(["pooled", *(shown(pool(found)) for found in by_method.values())])
+    whole = [found if len(found) == len(names) else {} for found in by_method.values()]
+    rows.append(["pooled", *(shown(pool(found)) for found in whole)])
     if WITHOUT in names:
-        rows.append([f"without {WITHOUT}", *(shown(pool(found, WITHOUT)) for found in by_method.values())])
-    console.print(_table(title, ["setting", *by_method], rows), "")
+        rows.append([f"without {WITHOUT}", *(shown(pool(found, WITHOUT)) for found in whole)])
+    _print(console, title, ["setting", *by_method], rows)
 
 
 def _print_rates(
@@ -187,7 +188,7 @@ def _print_rates(
         [name, ", ".join(f"{lr:g}" for lr in SETTINGS[name].rates), *(cell(name, method) for method in methods)]
         for name in names
     ]
-    console.print(_table("Learning rates chosen; * at an end of the sweep", ["setting", "sweep", *methods], rows), "")
+    _print(console, "Learning rates chosen; * at an end of the sweep", ["setting", "sweep", *methods], rows)
 
 
 def _print_levels(
@@ -201,4 +202,4 @@ def _print_levels(
             reached, idle = (float(np.mean([getattr(r, x)[task] for r in runs])) for x in ("test", "constant"))
             unit = "accuracy, %" if sign > 0 else "error"
             rows.append([f"{name}, {task}", unit, f"{reached:.3g}", f"{idle:.3g}"])
-    console.print(_table("Test metrics, mean over the seeds", ["task", "metric", method, "constant"], rows), "")
+    _print(console, "Test metrics, mean over the seeds", ["task", "metric", method, "constant"], rows)
