@@ -14,7 +14,6 @@ from .weighing import may_look
 
 DENSE_STEPS = 64  # of its steps up to here, a task is measured at each power of two: norms move fast at first
 KEPT = 32  # errors kept of each task
-MOST_MOVED = 2.0  # by what factor a level moves at a measurement, later
 FAR_OFF = 1.0  # of the 90th percentile of |log(measured / assumed)|: weights off by a factor of e
 
 
@@ -103,32 +102,19 @@ class Levels:
         count = len(self._counts)
         return min(present, key=lambda task: (task - self._turn - 1) % count)
 
-    def observe(self, norms: Mapping[int, Tensor]) -> Tensor:
-        """What was measured. Norms of 0, or not finite, tell nothing: the old level stays.
-
-        After a task's first 64 steps its level moves by a factor of 2 at the most: a batch that is an outlier would
-        give a weight that is far off, and held till the next measurement.
-
-        Returns:
-            (K,) the norms of this step: the levels, and what was measured as it was.
-        """
-        now = self.norms.clone()
+    def observe(self, norms: Mapping[int, Tensor]) -> None:
+        """What was measured. Norms of 0, or not finite, tell nothing: the old level stays."""
         for task, norm in norms.items():
-            old = self.norms[task].clone()
+            old = self.norms[task]
             norm = norm.to(old)
             usable = norm.isfinite() & (norm > 0)
             error = torch.where(usable & old.isfinite(), (norm / old).log().abs(), torch.nan)
             self._errors[task, self._counts[task] % KEPT] = error
-            now[task] = torch.where(usable, norm, old)
-            self.norms[task] = now[task]
-            if self._seen[task] > DENSE_STEPS:
-                moved = torch.minimum(torch.maximum(norm, old / MOST_MOVED), old * MOST_MOVED)
-                self.norms[task] = torch.where(old.isfinite(), torch.where(usable, moved, old), now[task])
+            self.norms[task] = torch.where(usable, norm, old)
             self._counts[task] += 1
             self.passes += 1
         if norms and not self._told and min(self._counts) >= KEPT // 2 and self.step % 16 == 0:
             self._warn()
-        return now
 
     def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
         """Let the tasks be these of the former ones, None being a new one."""
@@ -152,29 +138,13 @@ class Levels:
             other.add_(grad * exact[task].to(grad.dtype))
         self.cosine = torch.nn.functional.cosine_similarity(one, other, dim=0)
 
-    def weights(
-        self,
-        present: Sequence[int],
-        scale: str | float,
-        eps: float,
-        finite: Tensor | None = None,
-        norms: Tensor | None = None,
-    ) -> Tensor:
-        """(K,) scale(n) / (n_t + eps); 1 where nothing is known yet, 0 of tasks that are absent.
-
-        Args:
-            present: the tasks that take part.
-            scale: alpha.
-            eps: added to the norms.
-            finite: (K,) bool, whose loss is; None for all.
-            norms: (K,) n; by default the levels.
-        """
-        norms = self.norms if norms is None else norms
-        here = torch.zeros_like(norms, dtype=torch.bool)
+    def weights(self, present: Sequence[int], scale: str | float, eps: float, finite: Tensor | None = None) -> Tensor:
+        """(K,) scale(n) / (n_t + eps); 1 where nothing is known yet, 0 of tasks that are absent."""
+        here = torch.zeros_like(self.norms, dtype=torch.bool)
         here[list(present)] = True
         here = here if finite is None else here & finite
-        known = norms.isfinite()
-        return torch.where(here & ~known, 1.0, reference.weights(norms, eps, scale, here & known))
+        known = self.norms.isfinite()
+        return torch.where(here & ~known, 1.0, reference.weights(self.norms, eps, scale, here & known))
 
     def audit(self) -> Audit:
         """See `Audit`; a sync."""
@@ -188,7 +158,7 @@ class Levels:
             self._told = True
             warnings.warn(
                 f"the gradients of task(s) {far} changed in length by more than a factor of e between measurements: "
-                "their weights are far off at times (balancer.audit). DBMTL(..., beta=0.0) measures all in every step",
+                "weights are far off. Lower measure_every, or use DBMTL, which measures all in every step",
                 RuntimeWarning,
                 stacklevel=2,
             )

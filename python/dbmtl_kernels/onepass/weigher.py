@@ -118,12 +118,12 @@ class Weigher:
             levels.begin(now.tasks)
             stats.nonfinite.zero_()
             self._left = False
-        measured = levels.observe(norms)
+        levels.observe(norms)
         if finite is not None:
             bad = ~finite & ~stats.nonfinite
             stats.nonfinite_steps.add_(bad)
             stats.nonfinite.logical_or_(bad)
-        self._set_weights(tuple(now.tasks), measured if due else None, finite, held)
+        self._set_weights(tuple(now.tasks), bool(due), finite, held)
         self._exact_from = None
         if compares:
             levels.compare(gradients, assumed, stats.weights)
@@ -143,23 +143,22 @@ class Weigher:
             )
         return due
 
-    def _set_weights(self, tasks: tuple[int, ...], measured: Tensor | None, finite: Tensor | None, held: bool) -> None:
-        """Of the tasks present; if ``held``, of those that had none in this step. By levels, or what was measured."""
+    def _set_weights(self, tasks: tuple[int, ...], measured: bool, finite: Tensor | None, held: bool) -> None:
+        """Of the tasks present; if ``held``, of those that had none in this step."""
         levels, steps, stats, eps = self.levels, self._engine.steps, self._engine.rows.stats, self._eps
-        same = measured is None and finite is None and (tasks, steps.changes) == self._set
+        same = not measured and finite is None and (tasks, steps.changes) == self._set
         steps.changes += 1
-        self._set = (tasks, steps.changes) if measured is None and finite is None else None
+        self._set = None if finite is not None else (tasks, steps.changes)
         if same:
             return
-        norms = levels.norms if measured is None else measured
-        weights = levels.weights(tasks, self._scale, eps, finite, norms)
+        weights = levels.weights(tasks, self._scale, eps, finite)
         if held:  # all have the length alpha
             alpha = (stats.weights * (stats.norms + eps)).nan_to_num(0.0).amax()
-            late = torch.where(norms.isfinite(), alpha / (norms + eps), 1.0)
+            late = torch.where(levels.norms.isfinite(), alpha / (levels.norms + eps), 1.0)
             late = torch.where((weights > 0) & (alpha > 0), late, weights)
             weights = torch.where(stats.weights > 0, stats.weights, late)
         stats.weights.copy_(weights)
-        stats.norms.copy_(norms)
+        stats.norms.copy_(levels.norms)
 
 
 def _look(mine: weakref.ref[Weigher]) -> None:
