@@ -158,7 +158,7 @@ class Levels:
             self._told = True
             warnings.warn(
                 f"the gradients of task(s) {far} changed in length by more than a factor of e between measurements: "
-                "weights are far off. Lower measure_every, or use DBMTL, which measures all in every step",
+                "their weights are far off at times (balancer.audit). DBMTL(..., beta=0.0) measures all in every step",
                 RuntimeWarning,
                 stacklevel=2,
             )
