@@ -1,5 +1,7 @@
 """Steps with one row, and what needs a row for each task: refused by name."""
 
+import warnings
+
 import dbmtl_kernels as dbk
 import numpy as np
 import oracle
@@ -119,12 +121,40 @@ def test_the_gramian_and_what_is_made_of_it():
     }
 
 
-def test_a_grad_of_an_earlier_step_put_back_between_two_tasks():
-    """Its memory has the sum of the open step by now."""
+def test_a_grad_of_an_earlier_step_that_is_kept_stays_till_the_balance():
     p = leaf(4)
     balancer = one_row(p)
     balancer(quadratics(p)).backward()
     earlier, p.grad = p.grad, None
+    before, seen = earlier.clone(), []
+    handle = p.register_hook(lambda grad: seen.append(earlier.clone()))
+    balancer(quadratics(p)).backward()
+    handle.remove()
+    assert len(seen) == len(quadratics(p))
+    assert all(torch.equal(one, before) for one in seen)
+    close(p.grad.numpy(), expected_of(quadratics(p), [p]))
+
+
+def test_a_grad_of_an_earlier_step_put_back_between_two_tasks_is_added_to():
+    p = leaf(4)
+    balancer = one_row(p)
+    balancer(quadratics(p)).backward()
+    earlier, p.grad = p.grad, None
+    before = earlier.clone()
+    for task, loss in enumerate(quadratics(p)):
+        with balancer.task(task):
+            dbk.log_transform(loss).backward()
+        if task == 0:
+            p.grad = earlier
+    close(p.grad.numpy(), before.numpy() + expected_of(quadratics(p), [p]))
+
+
+def test_what_shares_memory_with_a_grad_of_an_earlier_step_put_back_between_two_tasks():
+    """It has the sum of the open step by now."""
+    p = leaf(4)
+    balancer = one_row(p)
+    balancer(quadratics(p)).backward()
+    earlier, p.grad = p.grad.detach(), None
     with balancer.task(0):
         dbk.log_transform(quadratics(p)[0]).backward()
     p.grad = earlier
@@ -133,6 +163,22 @@ def test_a_grad_of_an_earlier_step_put_back_between_two_tasks():
     p.grad = None
     balancer(quadratics(p)).backward()
     close(p.grad.numpy(), expected_of(quadratics(p), [p]))
+
+
+def test_a_step_of_which_nothing_came_is_over():
+    p = leaf(4)
+    balancer = one_row(p)
+    optimizer = torch.optim.SGD([p], lr=0.0)
+    balancer.attach(optimizer)
+    for number in range(3):
+        optimizer.zero_grad()
+        losses = [loss * (float("nan") if number == 0 else 1.0) for loss in quadratics(p)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no gradient from any task
+            balancer(losses).backward()
+        if number:
+            close(p.grad.numpy(), expected_of(quadratics(p), [p]))
+            optimizer.step()
 
 
 # --- steps --------------------------------------------------------------------------------------------------------

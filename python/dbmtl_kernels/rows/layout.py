@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -246,6 +247,7 @@ class FlatGradient:
         self._locals: list[Tensor] = []  # of DTensors what is here
         self._addresses: list[int] = []
         self._storages: set[int] = set()
+        self._references: list[int] = []
         self.flats: dict[Any, Tensor] = {}
 
     def views(self) -> list[Tensor]:
@@ -262,6 +264,11 @@ class FlatGradient:
 
     def _take(self, views: list[Tensor]) -> None:
         self._views, self._locals = views, list(map(dtensors.local, views))
+        self._references = self._count()
+
+    def _count(self) -> list[int]:
+        """How many references there are to each view; one more than ours where somebody keeps a former ``.grad``."""
+        return [sys.getrefcount(view) for view in self._views]
 
     def holds(self, grad: Tensor) -> bool:
         """Whether a tensor lies in this memory, as one of the views or as another object."""
@@ -269,9 +276,11 @@ class FlatGradient:
         return grad.layout is torch.strided and grad.untyped_storage().data_ptr() in self._storages
 
     def free(self, grads: Iterable[Tensor | None]) -> dict[Any, Tensor] | None:
-        """`flats`, allocated if need be; None if any of ``grads`` lies there."""
+        """`flats`, allocated if need be; None if any of ``grads`` lies there, or somebody keeps a view."""
         self.views()
-        return None if any(grad is not None and self.holds(grad) for grad in grads) else self.flats
+        if any(grad is not None and self.holds(grad) for grad in grads) or self._count() != self._references:
+            return None
+        return self.flats
 
     def kept(self, grad: Tensor | None) -> Tensor | None:
         """The same numbers where the next balance does not overwrite them."""

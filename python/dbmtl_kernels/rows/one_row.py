@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -218,6 +218,12 @@ class SplitOneRowBuffer(SplitTaskGradientBuffer):
     """The same in parts, each with a row of its own."""
 
     parts: list[OneRowBuffer]  # type: ignore[assignment]
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a state. Norms are those of whole gradients: the first part has them."""
+        super().load(state)
+        for part in self.parts[1:]:
+            part.stats.sumsq.zero_()
 
     @property
     def in_flats(self) -> bool:
