@@ -102,7 +102,7 @@ def make_objective(method: str, model: MultiTaskNet) -> Objective:
         return dbk.DBMTL(model.trunk.parameters(), num_tasks=NUM_TASKS)
     if method == MAX_NORM_ONLY:
         # beta 0: each step's own gradients are balanced, so that neither the log nor the average helps
-        return dbk.DBMTL(model.trunk.parameters(), num_tasks=NUM_TASKS, log_transform=False, beta=0.0)
+        return dbk.DBMTL(model.trunk.parameters(), num_tasks=NUM_TASKS, log_transform=False, beta=0.0, keep_rows=True)
     if method == LOG_ONLY:
         return lambda losses: torch.stack([dbk.log_transform(loss) for loss in losses]).sum()
     if method in (EQUAL_WEIGHTING, SINGLE_TASK):

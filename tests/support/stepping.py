@@ -28,7 +28,11 @@ def waiting(loop, what):
 
 def needs_rows(loop, call):
     """Whether the call is refused, as one row for all tasks takes no second gradient in a step."""
-    wanted = loop.one_row and loop.model.open and loop.model.balanced_once
+    model = loop.model
+    wanted = loop.one_row and model.open and model.balanced_once
+    if wanted and not (model.seen - model.out) and all(part is None for part in model.ours):
+        model.end()  # nothing came of it: the next backward begins another
+        return False
     if wanted:
         RAN["refused: one row"] += 1
         refused(call, RuntimeError, "a second backward within a step .* keep_rows=True")
