@@ -6,7 +6,7 @@ import torch
 import torch._functorch.config
 from zoo import ZOO, K
 
-DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-12)], ids=str)
+DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
 
 
 @pytest.fixture

@@ -247,7 +247,7 @@ class OnePassDBMTL(DBMTL):
         See `GradientBalancer.rebind` for errors.
         """
         super().rebind(shared_parameters)
-        self._sharded = placement.is_distributed(self._engine.rows.parameters)
+        self._sharded = self._weigher.levels.together = placement.is_distributed(self._engine.rows.parameters)
         self._forget()
 
     def set_beta(self, beta: float, beta_sigma: float) -> None:

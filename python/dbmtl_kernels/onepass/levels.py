@@ -43,18 +43,19 @@ class Levels:
         num_tasks: K.
         measure_every: in every how many steps one task is measured, in turn.
         full_every: in every how many steps all are; 0 for never.
-        together: in place of turns all are measured, in every K * ``measure_every`` steps.
+        together: in place of turns all are measured, in every K * ``measure_every`` steps, by the exact form.
         device: where the norms are kept, in float64 (float32 where there is none).
 
     Attributes:
         norms: (K,) as last measured, without the factor of the loss; NaN before.
         cosine: see `Audit`.
+        together: see above.
     """
 
     def __init__(
         self, num_tasks: int, measure_every: int, full_every: int, together: bool, device: torch.device
     ) -> None:
-        self._every, self._full, self._together = measure_every, full_every, together
+        self._every, self._full, self.together = measure_every, full_every, together
         self._wide = torch.float32 if device.type == "mps" else torch.float64
         self.norms = torch.full((num_tasks,), torch.nan, dtype=self._wide, device=device)
         self._errors = torch.full((num_tasks, KEPT), torch.nan, dtype=self._wide, device=device)
@@ -91,12 +92,12 @@ class Levels:
         return self._full > 0 and (self.step + 1) % self._full == 0
 
     def _measures_all(self, step: int) -> bool:
-        if self._together and step % (self._every * len(self._counts)) == 0:
+        if self.together and step % (self._every * len(self._counts)) == 0:
             return True
         return self._full > 0 and step % self._full == 0
 
     def _has_turn(self, step: int) -> bool:
-        return not self._together and step % self._every == 0
+        return not self.together and step % self._every == 0
 
     def _next(self, present: Sequence[int]) -> int:
         count = len(self._counts)

@@ -31,6 +31,7 @@ class Replicas:
         self._sharded = placement.is_distributed(engine.rows.parameters)
         self._idle = engine.ranks.size == 1 or self._sharded
         self._local = self._averaged = False  # what backwards the open step had
+        self._covered = False  # the wrappers hold all shared parameters; looked at once
         if not self._idle:
             for register, after in (
                 (register_optimizer_step_pre_hook, False),
@@ -49,12 +50,13 @@ class Replicas:
         if self._idle or engine is None:
             return
         wrappers = engine.heads.wrappers() or engine.heads.wrappers(again=True)
-        held = _held(wrappers)
-        if not all(id(p) in held for p in engine.rows.parameters if p.requires_grad):
+        self._covered = self._covered and bool(wrappers)
+        if not self._covered and not {id(p) for p in engine.rows.parameters if p.requires_grad} <= _held(wrappers):
             raise RuntimeError(
                 "no DistributedDataParallel holds all of the shared parameters, and OnePassDBMTL leaves it to that to "
                 "average gradients over the ranks: wrap the model"
             )
+        self._covered = True
         if any(x.static_graph for x in wrappers):
             raise RuntimeError(
                 "DistributedDataParallel(static_graph=True) expects one pass a step, and measuring takes more"

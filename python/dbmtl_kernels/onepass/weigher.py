@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..engine.losses import loss_scale_or_none
 from ..engine.step import Engine
-from ..rows import placement
 from .levels import Levels
 from .step import Measurement
 from .weighing import Weighing, may_look
@@ -111,7 +110,7 @@ class Weigher:
         due = self._due(now.tasks, finite)
         compares = bool(due) and not held and levels.compares_next()
         assumed = levels.weights(now.tasks, self._scale, self._eps, finite) if compares else stats.weights
-        shared = [p for p in engine.rows.parameters if p.requires_grad]
+        shared = [p for p in engine.rows.parameters if p.requires_grad] if due else []
         norms, gradients = now.measure(due if shared else [], shared, engine.ranks, levels.norms, compares)
         if not held:
             steps.begin(loss_scale)
@@ -131,7 +130,7 @@ class Weigher:
     def _due(self, tasks: Sequence[int], finite: Tensor | None) -> list[int]:
         """Which of the tasks to measure now."""
         engine, levels = self._engine, self.levels
-        if placement.is_distributed(engine.rows.parameters):  # by the exact form
+        if levels.together:
             return []
         due = levels.unknown(tasks) if engine.steps.open else levels.due(tasks)
         if finite is not None and may_look(finite.device):

@@ -159,9 +159,10 @@ class OneRowBuffer(TaskGradientBuffer):
         """Norms, weights and alpha by the kernel that works on rows, here of K numbers; alpha times the row."""
         total = self.sums() if sums is None else sums
         name, constant = (scale, 0.0) if isinstance(scale, str) else ("constant", scale)
-        mask = active
-        if not (mask is None or isinstance(mask, Tensor)):
-            mask = ops.upload(mask, torch.bool, self.device)
+        if active is None or isinstance(active, Tensor):
+            mask = active
+        else:
+            mask = None if all(active) else ops.upload(active, torch.bool, self.device)
         # The weight of a task is alpha / (norm + eps): of these rows it makes alpha, times the loss scale, of each task
         # that has a say, zero of the others, and NaN of all where one is to be passed on.
         rows = (total.sqrt() + eps).diag()
