@@ -43,7 +43,7 @@ class Levels:
         num_tasks: K.
         measure_every: in every how many steps one task is measured, in turn.
         full_every: in every how many steps all are; 0 for never.
-        together: in place of turns all are measured, in every K * ``measure_every`` steps, by the exact form.
+        together: in place of turns all are measured, in every K * ``measure_every`` steps.
         device: where the norms are kept, in float64 (float32 where there is none).
 
     Attributes:

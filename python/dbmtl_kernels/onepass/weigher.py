@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..engine.losses import loss_scale_or_none
 from ..engine.step import Engine
+from ..rows import placement
 from .levels import Levels
 from .step import Measurement
 from .weighing import Weighing, may_look
@@ -36,6 +37,7 @@ class Weigher:
         self._set: tuple[Any, int] | None = None  # whose weights these are, and `Steps.changes` then
         self._exact_from: int | None = None  # `Steps.changes` before a step of the exact form, until its norms are read
         self._left = False  # the last backward of the open step left a shared .grad
+        self._sharded = placement.is_distributed(self._engine.rows.parameters)
 
     # --- before a backward ------------------------------------------------------------------------------------
 
@@ -130,7 +132,7 @@ class Weigher:
     def _due(self, tasks: Sequence[int], finite: Tensor | None) -> list[int]:
         """Which of the tasks to measure now."""
         engine, levels = self._engine, self.levels
-        if levels.together:
+        if self._sharded:  # by the exact form
             return []
         due = levels.unknown(tasks) if engine.steps.open else levels.due(tasks)
         if finite is not None and may_look(finite.device):
