@@ -254,3 +254,24 @@ def test_a_state_within_a_step_goes_on_with_grad():
     optimizer.zero_grad()
     other(quadratics(p)).backward()
     close(p.grad.numpy(), expected_of(quadratics(p), [p]))
+
+
+def test_a_task_that_sits_out_stays_out_of_a_step_whose_balance_was_interrupted(monkeypatch):
+    """Found by tests/engine/test_fuzz.py: its next gradient in the open step was added to the one row."""
+    p = leaf(5)
+    balancer = one_row(p, num_tasks=3, nonfinite="skip")
+    optimizer = sgd(balancer, p)
+    with balancer.task(1):
+        dbk.log_transform(quadratics(p, num_tasks=3)[1] * float("nan")).backward()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), pytest.warns(RuntimeWarning, match="begin anew"):
+        patch.setattr(type(balancer._engine.rows), "balance", interrupted)
+        balancer.balance()
+    losses = quadratics(p, num_tasks=3)
+    balancer(losses, retain_graph=True).backward()
+    close(p.grad.numpy(), expected_of([losses[0], losses[2]], [p]))
+    optimizer.step()
+    assert not balancer._engine.steps.open

@@ -88,7 +88,7 @@ class Attempt:
             self._zero.append(task)
         else:
             self.steps.seen[task] = True
-            if self._balanced.one is not None and task not in self._spoilt:
+            if self._balanced.one is not None and task not in (*self._spoilt, *self.steps.sitting_out):
                 self._balanced.add(task, self._free())
 
     def _free(self) -> Flats | None:
