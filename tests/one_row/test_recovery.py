@@ -265,10 +265,11 @@ def test_a_task_that_sits_out_stays_out_of_a_step_whose_balance_was_interrupted(
         dbk.log_transform(quadratics(p, num_tasks=3)[1] * float("nan")).backward()
 
     def interrupted(*_, **__):
+        monkeypatch.undo()
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), pytest.warns(RuntimeWarning, match="begin anew"):
-        patch.setattr(type(balancer._engine.rows), "balance", interrupted)
+    monkeypatch.setattr(type(balancer._engine.rows), "balance", interrupted)
+    with pytest.raises(KeyboardInterrupt), pytest.warns(RuntimeWarning, match="begin anew"):
         balancer.balance()
     losses = quadratics(p, num_tasks=3)
     balancer(losses, retain_graph=True).backward()
