@@ -146,7 +146,7 @@ class _Closure:
                 engine.frozen = before
         finally:  # once more, should an interrupt have come just there
             engine.frozen = before
-            self._fed = self._fed or engine.steps.changes > count
+            self._fed = self._fed or (engine.steps.changes > count and any(engine.steps.active()))
 
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:

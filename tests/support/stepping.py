@@ -235,7 +235,7 @@ def closure(loop, dice, calls=1):
             loop.model.passes(passes, factor)
             loop.model.write(loop.attached)
             trained(loop)
-            fed = True
+            fed = bool(loop.model.seen - loop.model.out)
         loop.check()
         return passes[0].loss
 
