@@ -75,6 +75,24 @@ def test_who_would_have_sat_out_of_a_micro_batch_is_forgotten_with_it():
     assert balancer.nonfinite_steps.tolist() == [0, 0, 0]
 
 
+def test_sums_are_those_of_rows_that_a_balance_has_cleared_before_it_was_interrupted():
+    """The row of a task that was not finite earlier in the step: found by tests/engine/test_fuzz.py."""
+    p = leaf(3)
+    balancer, optimizer = make(p, num_tasks=3), torch.optim.SGD([p], lr=0.1)
+    balancer.attach(optimizer)
+    losses = quadratics(p, num_tasks=3)
+    balancer.backward([losses[0], overflowing(losses[1])], tasks=[0, 1], retain_graph=True)
+    with balancer.task(1):
+        dbk.log_transform(losses[1]).backward()
+    with interrupted_when_computed(balancer):
+        balancer.balance()
+    stats = balancer._engine.rows.stats
+    close(stats.sumsq, (rows_of(balancer) ** 2).sum(1))
+    assert stats.sumsq[1] == 0
+    balancer.balance()
+    assert balancer.nonfinite_steps.tolist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_what_others_added_to_the_flat_tensor_is_kept_or_named(frozen):
     """Interrupted where it was added to: nobody knows what is there. Of a frozen parameter it was a copy that was."""

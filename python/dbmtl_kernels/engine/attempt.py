@@ -298,6 +298,9 @@ class Attempt:
         steps.undo(self._before)
         if self._stats is not None:  # a row that overflowed may be zeros by now: its sum of squares tells again
             rows.put_stats(self._stats)
+            if not (steps.fresh or rows.deferred):  # rows that a balance clears, and may have cleared
+                for task in rows.stats.nonfinite.nonzero().flatten().tolist():
+                    rows.drop(task)
         lost, where = fed, "the moving average"
         if one is not None:  # what tasks that wait have added cannot be told apart any more
             where = "the one row, which has the gradients"
