@@ -360,6 +360,7 @@ class Loop:
         steps = self.balancer._engine.steps
         assert steps.pending == model.pending, "pending"
         assert steps.complete == model.complete, "complete"
+        assert not (model.open and steps.open) or steps.fresh != model.balanced_once, "balanced"
 
 
 def close(actual, expected, rtol, what):
