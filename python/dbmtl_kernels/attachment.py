@@ -146,7 +146,8 @@ class _Closure:
                 engine.frozen = before
         finally:  # once more, should an interrupt have come just there
             engine.frozen = before
-            self._fed = self._fed or (engine.steps.changes > count and any(engine.steps.active()))
+            steps = engine.steps  # balanced, and of nothing: no task had a gradient
+            self._fed = self._fed or (steps.changes > count and (steps.fresh or any(steps.active())))
 
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:

@@ -26,18 +26,13 @@ def waiting(loop, what):
     return f"{what} while task.s. {re.escape(str(sorted(loop.model.pending)))}.* wait"
 
 
-def nothing_came(loop):
-    """With one row the next backward begins another step, where nothing came of the open one."""
-    model = loop.model
-    balanced = loop.one_row and model.open and model.balanced_once
-    if balanced and not (model.seen - model.out) and all(part is None for part in model.ours):
-        model.end()
-
-
 def needs_rows(loop, call):
     """Whether the call is refused, as one row for all tasks takes no second gradient in a step."""
-    nothing_came(loop)
-    wanted = loop.one_row and loop.model.open and loop.model.balanced_once
+    model = loop.model
+    wanted = loop.one_row and model.open and model.balanced_once
+    if wanted and not (model.seen - model.out) and all(part is None for part in model.ours):
+        model.end()  # nothing came of it: the next backward begins another
+        return False
     if wanted:
         RAN["refused: one row"] += 1
         refused(call, RuntimeError, "a second backward within a step .* keep_rows=True")
@@ -227,11 +222,12 @@ def closure(loop, dice, calls=1):
         nonlocal fed, again
         again = (loop.zero_grad(none) and fed and loop.attached) or again
         _, make, passes, factor = drawn(loop, dice, form="list")
+        if not again and needs_rows(loop, make):  # nothing that zero_grad took was ours: the step is still open
+            return passes[0].loss
         make()
         if again:
             loop.model.evaluate(passes, factor)
         else:
-            nothing_came(loop)
             loop.model.passes(passes, factor)
             loop.model.write(loop.attached)
             trained(loop)
