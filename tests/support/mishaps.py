@@ -112,9 +112,9 @@ def failed(loop, stages):
         yield (nothing := copy.deepcopy(stage))
         nothing.fail(fed)
         nothing.others = [None if lost else x for lost, x in zip(gone, nothing.others, strict=True)]
-        if nothing.nonfinite:  # rows that the next balance clears: one that was half done may have
+        if bad := nothing.nonfinite | nothing.out:  # rows that the next balance clears: one that was half done may have
             yield (cleared := copy.deepcopy(nothing))
-            cleared.rows[sorted(nothing.nonfinite)] = 0.0
+            cleared.rows[sorted(bad & set(range(len(cleared.rows))))] = 0.0
 
 
 def agree(loop, models, where):
