@@ -220,7 +220,8 @@ def closure(loop, dice, calls=1):
 
     def call():
         nonlocal fed, again
-        again = (loop.zero_grad(none) and fed and loop.attached) or again
+        loop.zero_grad(none)
+        again = (fed and loop.attached) or again
         _, make, passes, factor = drawn(loop, dice, form="list")
         if not again and needs_rows(loop, make):  # nothing that zero_grad took was ours: the step is still open
             return passes[0].loss
