@@ -232,6 +232,28 @@ def test_the_second_call_of_a_closure_is_no_update(form, micro):
     assert balancer.step == 3
 
 
+def test_a_closure_whose_first_call_fed_nothing_is_an_update_at_its_second():
+    p = leaf(4)
+
+    class Calls(torch.optim.SGD):
+        def step(self, closure):
+            closure()
+            closure()
+            return super().step()
+
+    optimizer, balancer, factors = Calls([p], lr=0.0), make(p, beta=0.5), [0.0, 1.0]
+    balancer.attach(optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        factor = factors.pop(0)  # of the first call all gradients are zero: the tasks count as absent
+        balancer([loss * factor + 1.0 - factor for loss in quadratics(p)]).backward()
+
+    with pytest.warns(RuntimeWarning, match="zero"):
+        optimizer.step(closure)
+    close(flat_grad([p]), expected(p, beta=0.5))
+
+
 def test_every_call_of_a_closure_is_an_update_if_asked_for():
     p, q = leaf(4), leaf(3)
     optimizer = Twice([p, q], lr=0.1)

@@ -152,6 +152,23 @@ def refusal(call, some=None, group=dist.group.WORLD):
     return "not refused"
 
 
+def thawed():
+    """A layer that the wrapper leaves out, frozen in the first step only."""
+    layers, frozen = [], iter([True, False, False])
+
+    def wrapped(model):
+        layers.append(model.trunk[0])
+        names = ["trunk.0.weight", "trunk.0.bias"]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+        return DistributedDataParallel(model)
+
+    def given(losses):
+        layers[0].requires_grad_(not next(frozen))
+        return losses
+
+    return refusal(wrapped, given)
+
+
 def absent(losses):
     return [None, *losses[1:]] if rank == 0 else losses
 
@@ -164,6 +181,7 @@ result = {
     "held back": held_back(),
     "plain heads": refusal(sharded_trunk, group=None),
     "part of the trunk": refusal(part_of_the_trunk),
+    "thawed": thawed(),
     "unnamed group": refusal(DistributedDataParallel, group=None),
     "no wrapper": refusal(lambda model: model),
     "static graph": refusal(lambda model: DistributedDataParallel(model, static_graph=True)),

@@ -86,6 +86,7 @@ def test_a_sharded_layer_that_one_task_alone_reaches(ranks):
         ("static graph", "static_graph=True"),
         ("plain heads", "is in no fully_shard"),
         ("part of the trunk", "no DistributedDataParallel holds all"),
+        ("thawed", "no DistributedDataParallel holds all"),
         ("absent on one rank", "the ranks give different tasks"),
     ],
 )

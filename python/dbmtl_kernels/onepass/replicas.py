@@ -31,7 +31,7 @@ class Replicas:
         self._sharded = placement.is_distributed(engine.rows.parameters)
         self._idle = engine.ranks.size == 1 or self._sharded
         self._local = self._averaged = False  # what backwards the open step had
-        self._covered = False  # the wrappers hold all shared parameters; looked at once
+        self._looked: tuple[list[Any], set[int]] = [], set()  # wrappers, and ids of what they average
         if not self._idle:
             for register, after in (
                 (register_optimizer_step_pre_hook, False),
@@ -50,13 +50,12 @@ class Replicas:
         if self._idle or engine is None:
             return
         wrappers = engine.heads.wrappers() or engine.heads.wrappers(again=True)
-        self._covered = self._covered and bool(wrappers)
-        if not self._covered and not {id(p) for p in engine.rows.parameters if p.requires_grad} <= _held(wrappers):
+        held = self._held_by(wrappers)
+        if not all(id(p) in held for p in engine.rows.parameters if p.requires_grad):
             raise RuntimeError(
                 "no DistributedDataParallel holds all of the shared parameters, and OnePassDBMTL leaves it to that to "
                 "average gradients over the ranks: wrap the model"
             )
-        self._covered = True
         if any(x.static_graph for x in wrappers):
             raise RuntimeError(
                 "DistributedDataParallel(static_graph=True) expects one pass a step, and measuring takes more"
@@ -77,7 +76,7 @@ class Replicas:
         if self._sharded:
             held = {id(inside) for _, inside in dtensors.gathered_parameters()}
         else:
-            held = _held(engine.heads.wrappers() or engine.heads.wrappers(again=True))
+            held = self._held_by(engine.heads.wrappers() or engine.heads.wrappers(again=True))
         what = "fully_shard" if self._sharded else "DistributedDataParallel"
         for p in heads:
             if isinstance(p, nn.Parameter) and id(p) not in held and not dtensors.is_dtensor(p):
@@ -85,6 +84,13 @@ class Replicas:
                     f"a head of shape {tuple(p.shape)} is in no {what}: nothing averages its gradient over the ranks. "
                     "Wrap the whole model (DBMTL averages heads itself)"
                 )
+
+    def _held_by(self, wrappers: Iterable[DistributedDataParallel]) -> set[int]:
+        """Ids of the parameters whose gradients they average; walking through a model is not for every step."""
+        refs = [weakref.ref(x) for x in wrappers]
+        if refs != self._looked[0]:
+            self._looked = refs, _held(wrappers)
+        return self._looked[1]
 
     def at_step(self, optimizer: Optimizer) -> None:
         """The backwards of a step are over, if this optimizer is attached.
