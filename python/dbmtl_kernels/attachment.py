@@ -146,8 +146,7 @@ class _Closure:
                 engine.frozen = before
         finally:  # once more, should an interrupt have come just there
             engine.frozen = before
-            steps = engine.steps  # balanced, and of nothing: no task had a gradient
-            self._fed = self._fed or (steps.changes > count and (steps.fresh or any(steps.active())))
+            self._fed = self._fed or (engine.steps.changes > count and not engine.steps.empty)
 
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:

@@ -182,6 +182,11 @@ class Steps:
             return self.seen
         return [seen and task not in self.sitting_out for task, seen in enumerate(self.seen)]
 
+    @property
+    def empty(self) -> bool:
+        """Balanced, and of nothing: no task had a say."""
+        return not (self.fresh or any(self.active()))
+
     def balanced(self, at_once: bool) -> None:
         """The balanced gradient has been written, ``at_once`` by the last task."""
         self.changes += 1

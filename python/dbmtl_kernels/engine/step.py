@@ -260,8 +260,8 @@ class Engine:
         one = self.parts.balanced.one
         if one is not None and not self.frozen:
             self.end_if_dropped()
-            if self.steps.open and not self.steps.fresh and not (any(self.grads.left) or any(self.steps.active())):
-                self.end_step()  # nothing came of it, as where no loss was finite
+            if self.steps.open and self.steps.empty and not any(self.grads.left):
+                self.end_step()  # as where no loss was finite
             if self.steps.open and not self.steps.fresh:
                 raise RuntimeError(NO_ROWS.format(what="a second backward within a step"))
             if not self.steps.pending:
