@@ -89,9 +89,11 @@ class Loop(NamedTuple):
 
     body: list[Instruction]
 
-    @property
-    def in_flight(self) -> int:
-        """Bytes that a thread has asked of global memory at most before it waits for the first of them."""
+    def in_flight(self, least: int = 4) -> int:
+        """Bytes that a thread has asked of global memory at most before it waits for the first of them.
+
+        ``least``: only by loads of as many bytes, which leaves out weights and tables.
+        """
         most = 0
         waited: list[tuple[set[int], int]] = []  # for whose results: registers, bytes
         for one in self.body * 2:  # what is asked for in one round may be used in the next
@@ -99,15 +101,14 @@ class Loop(NamedTuple):
             # Results come in order: with one, those that were asked for before it.
             used = max((i + 1 for i, (registers, _) in enumerate(waited) if registers & touched), default=0)
             del waited[:used]
-            if one.loads:
+            if one.loads >= least:
                 waited.append((one.written(), one.loads))
                 most = max(most, sum(size for _, size in waited))
         return most
 
-    @property
-    def loaded(self) -> int:
-        """Bytes of global loads in one round."""
-        return sum(one.loads for one in self.body)
+    def loaded(self, least: int = 4) -> int:
+        """Bytes of such loads in one round."""
+        return sum(one.loads for one in self.body if one.loads >= least)
 
     def count(self, what: str) -> int:
         """Instructions whose name matches."""
