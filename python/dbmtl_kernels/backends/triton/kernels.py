@@ -82,7 +82,7 @@ def square_block(grad, mask, has_grad, gain):
 
 
 @triton.jit
-def weights_of(sumsq, active, eps, constant, K: tl.constexpr, K_PAD: tl.constexpr, SCALE: tl.constexpr):
+def weights_of(sumsq, active, eps, constant, num_tasks, K_PAD: tl.constexpr, SCALE: tl.constexpr):
     """(K_PAD,) norms and weights ``alpha / (norm + eps)``, fp64; 0 for a task not active or not finite."""
     norms = tl.sqrt(sumsq)
     use = active & (norms < INF)
@@ -102,32 +102,50 @@ def weights_of(sumsq, active, eps, constant, K: tl.constexpr, K_PAD: tl.constexp
         high = tl.sum(tl.where(index == count // 2, ordered, 0.0))
         alpha = 0.5 * (low + high)
     weights = tl.minimum(alpha / (norms + eps), LARGEST)
-    if K == 1 and SCALE != "constant":
-        weights = weights * 0.0 + 1.0
+    if SCALE != "constant":
+        weights = tl.where(tl.zeros([K_PAD], tl.int32) + num_tasks == 1, 1.0, weights)
     return norms, tl.where(use, weights, 0.0)
 
 
 @triton.jit
+def load_row(rows, row_stride, t, lane, mask, num_tasks):
+    """Numbers of row ``t``, which nobody reads again; zeros if there is no such row."""
+    return tl.load(rows + t * row_stride + lane, mask=mask & (t < num_tasks), other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def add_row(total, x, weights, t, num_tasks):
+    """``total`` and the weight of row ``t`` times its numbers; a row whose weight is 0 is left out."""
+    weight = widen(tl.load(weights + t, mask=t < num_tasks, other=0.0), total.dtype)
+    return tl.where(weight != 0, total + weight * widen(x, total.dtype), total)
+
+
+@triton.jit
 def combine_tile(
-    rows, row_stride, weights, out, column, bound, accumulate, clear,
-    K: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    rows, row_stride, weights, out, column, bound, accumulate, clear, num_tasks, BLOCK: tl.constexpr
+):
     """One tile of ``out <- (out if accumulate else 0) + sum_t weights[t] * rows[t]``.
 
-    A row whose weight is 0 is left out. If ``clear``, the rows that ``weights[K:2 K]`` marks are set to zero.
+    Four rows are asked for before any of them is used. If ``clear``, the rows that ``weights[K:2 K]`` marks are set to
+    zero.
     """
     wide: tl.constexpr = tl.float64 if rows.dtype.element_ty == tl.float64 else tl.float32
     lane = column + tl.arange(0, BLOCK)
     mask = lane < bound
     total = widen(tl.load(out + lane, mask=mask & (tl.zeros([BLOCK], tl.int32) + accumulate != 0), other=0.0), wide)
-    for t in tl.range(0, K, loop_unroll_factor=UNROLL):
-        weight = widen(tl.load(weights + t), wide)
-        x = tl.load(rows + t * row_stride + lane, mask=mask, other=0.0, eviction_policy="evict_first")
-        total += tl.where(weight != 0, weight * widen(x, wide), 0.0)
+    for t in range(0, num_tasks, 4):
+        x0 = load_row(rows, row_stride, t, lane, mask, num_tasks)
+        x1 = load_row(rows, row_stride, t + 1, lane, mask, num_tasks)
+        x2 = load_row(rows, row_stride, t + 2, lane, mask, num_tasks)
+        x3 = load_row(rows, row_stride, t + 3, lane, mask, num_tasks)
+        total = add_row(total, x0, weights, t, num_tasks)
+        total = add_row(total, x1, weights, t + 1, num_tasks)
+        total = add_row(total, x2, weights, t + 2, num_tasks)
+        total = add_row(total, x3, weights, t + 3, num_tasks)
     tl.store(out + lane, narrow(total, out.dtype.element_ty), mask=mask, cache_modifier=".cs")
     if clear:
-        for t in range(K):
-            if tl.load(weights + K + t) != 0:
+        for t in range(num_tasks):
+            if tl.load(weights + num_tasks + t) != 0:
                 zero = tl.zeros([BLOCK], rows.dtype.element_ty)
                 tl.store(rows + t * row_stride + lane, zero, mask=mask)
 

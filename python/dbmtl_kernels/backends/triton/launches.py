@@ -121,8 +121,7 @@ def _dense_plan(
     if size == 8 or vec == 1:  # float64, and elements one by one, take more registers
         tuning = tuning._replace(block=tuning.block // 2)
     meta = {
-        "K": num_tasks, "K_PAD": _pad(num_tasks), "VEC": vec, "BLOCK": tuning.block, "SCALE": scale,
-        "UNROLL": tuning.unroll,
+        "K_PAD": _pad(num_tasks), "VEC": vec, "BLOCK": tuning.block, "SCALE": scale,
     }  # fmt: skip
     return _DensePlan(tuning, -(-num_params // tuning.block), num_params // vec, grad_stride // vec, meta)
 
@@ -159,7 +158,7 @@ def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, co
         args = (
             grads, ema, out, norms, space.scratch("slots", most * plan.meta["K_PAD"]),
             space.scratch("weights", most * 2 * num_tasks), space.barrier, plan.units, plan.grad_units, _bits(beta),
-            _bits(1.0 - beta), _bits(eps), _bits(constant),
+            _bits(1.0 - beta), _bits(eps), _bits(constant), num_tasks,
         )  # fmt: skip
         if driver.launches(device)[0] == 1:
             grid = _cooperative_programs(device, plan, args)
@@ -206,7 +205,7 @@ def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) ->
     with driver.current(device):
         _launch(
             row_kernels.combine_out_kernel, grid, rows, weights.contiguous(), out, num_params // vec, stride // vec,
-            int(accumulate), K=num_tasks, VEC=vec, BLOCK=tuning.block, UNROLL=tuning.unroll, tuning=tuning,
+            int(accumulate), num_tasks, VEC=vec, BLOCK=tuning.block, tuning=tuning,
         )  # fmt: skip
 
 
@@ -230,7 +229,7 @@ def balance_rows_(step: BalanceRows) -> None:
             None if active is None else active.view(torch.uint8), None if loss_scale is None else loss_scale.to(device),
             space.scratch("weights", grid * 2 * num_tasks), space.ticket, *groups, rows.stride(0) // vec,
             _bits(step.propagate_above), _bits(step.eps), _bits(step.constant), int(step.fresh), int(step.accumulate),
-            K=num_tasks, K_PAD=_pad(num_tasks), VEC=vec, BLOCK=tuning.block, SCALE=step.scale, UNROLL=tuning.unroll,
+            num_tasks, K_PAD=_pad(num_tasks), VEC=vec, BLOCK=tuning.block, SCALE=step.scale,
             tuning=tuning,
         )  # fmt: skip
 

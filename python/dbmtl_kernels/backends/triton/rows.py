@@ -116,34 +116,36 @@ def accumulate_kernel(
         tl.store(sumsq, tl.sum(sum_slots(slots, tl.num_programs(0), 1, SLOTS_AT_ONCE)))
 
 
-@triton.jit(do_not_specialize=["units", "stride_units", "accumulate"], do_not_specialize_on_alignment=["weights"])
+@triton.jit(
+    do_not_specialize=["units", "stride_units", "accumulate", "num_tasks"], do_not_specialize_on_alignment=["weights"]
+)
 def combine_out_kernel(
-    rows, weights, out, units: tl.int64, stride_units: tl.int64, accumulate: tl.int32,
-    K: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    rows, weights, out, units: tl.int64, stride_units: tl.int64, accumulate: tl.int32, num_tasks: tl.int32,
+    VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``out <- (out if accumulate else 0) + sum_t weights[t] * rows[t]``."""
     bound = units.to(tl.int64) * VEC
     stride = stride_units.to(tl.int64) * VEC
     for tile in range(tl.program_id(0), tl.cdiv(bound, BLOCK).to(tl.int32), tl.num_programs(0)):
-        combine_tile(rows, stride, weights, out, offset(tile, BLOCK), bound, accumulate, False, K, BLOCK, UNROLL)
+        combine_tile(rows, stride, weights, out, offset(tile, BLOCK), bound, accumulate, False, num_tasks, BLOCK)
 
 
 @triton.jit
 def combine_group(
-    rows, stride, weights, out, first, units, accumulate, clear,
-    K: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    rows, stride, weights, out, first, units, accumulate, clear, num_tasks,
+    VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The columns of one parameter dtype: ``units`` of them from ``first`` on, both in units of VEC."""
     bound = units.to(tl.int64) * VEC
     start = rows + first.to(tl.int64) * VEC
     for tile in range(tl.program_id(0), tl.cdiv(bound, BLOCK).to(tl.int32), tl.num_programs(0)):
-        combine_tile(start, stride, weights, out, offset(tile, BLOCK), bound, accumulate, clear, K, BLOCK, UNROLL)
+        combine_tile(start, stride, weights, out, offset(tile, BLOCK), bound, accumulate, clear, num_tasks, BLOCK)
 
 
 @triton.jit(
     do_not_specialize=[
         "first0", "units0", "first1", "units1", "first2", "units2", "first3", "units3",
-        "stride_units", "above_bits", "eps_bits", "constant_bits", "fresh", "accumulate",
+        "stride_units", "above_bits", "eps_bits", "constant_bits", "fresh", "accumulate", "num_tasks",
     ],
     do_not_specialize_on_alignment=[
         "sumsq", "norms", "weights", "nonfinite", "nonfinite_steps", "active", "loss_scale", "scratch", "ticket",
@@ -154,13 +156,12 @@ def balance_rows_kernel(
     out0, first0: tl.int64, units0: tl.int64, out1, first1: tl.int64, units1: tl.int64,
     out2, first2: tl.int64, units2: tl.int64, out3, first3: tl.int64, units3: tl.int64,
     stride_units: tl.int64, above_bits: tl.int64, eps_bits: tl.int64, constant_bits: tl.int64, fresh: tl.int32,
-    accumulate: tl.int32,
-    K: tl.constexpr, K_PAD: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr,
-    UNROLL: tl.constexpr,
+    accumulate: tl.int32, num_tasks: tl.int32,
+    K_PAD: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """Sums of squares to weights to up to four outputs, one a parameter dtype; rows that are not finite are cleared."""
     index = tl.arange(0, K_PAD)
-    task = index < K
+    task = index < num_tasks
     squares = tl.load(sumsq + index, mask=task, other=0.0)
     before = (tl.load(nonfinite + index, mask=task, other=0) != 0) & (tl.zeros([K_PAD], tl.int32) + fresh == 0)
     use = task
@@ -168,24 +169,24 @@ def balance_rows_kernel(
         use = use & (tl.load(active + index, mask=task, other=0) != 0)
     now = task & not_finite(squares)
     bad = before | now
-    found, w = weights_of(squares, use & (bad == 0), double(eps_bits), double(constant_bits), K, K_PAD, SCALE)
+    found, w = weights_of(squares, use & (bad == 0), double(eps_bits), double(constant_bits), num_tasks, K_PAD, SCALE)
     factor = tl.full([K_PAD], 1.0, tl.float64)
     if loss_scale is not None:
         factor *= tl.load(loss_scale).to(tl.float64)
     carried = tl.where(bad & use & (factor > double(above_bits)), float("nan"), w * factor)
-    scratch += tl.program_id(0) * 2 * K
+    scratch += tl.program_id(0) * 2 * num_tasks
     tl.store(scratch + index, carried, mask=task)
-    tl.store(scratch + K + index, bad.to(tl.float64), mask=task)
+    tl.store(scratch + num_tasks + index, bad.to(tl.float64), mask=task)
     tl.debug_barrier()
     clear = tl.sum(bad.to(tl.int32)) > 0
     stride = stride_units.to(tl.int64) * VEC
-    combine_group(rows, stride, scratch, out0, first0, units0, accumulate, clear, K, VEC, BLOCK, UNROLL)
+    combine_group(rows, stride, scratch, out0, first0, units0, accumulate, clear, num_tasks, VEC, BLOCK)
     if out1 is not None:
-        combine_group(rows, stride, scratch, out1, first1, units1, accumulate, clear, K, VEC, BLOCK, UNROLL)
+        combine_group(rows, stride, scratch, out1, first1, units1, accumulate, clear, num_tasks, VEC, BLOCK)
     if out2 is not None:
-        combine_group(rows, stride, scratch, out2, first2, units2, accumulate, clear, K, VEC, BLOCK, UNROLL)
+        combine_group(rows, stride, scratch, out2, first2, units2, accumulate, clear, num_tasks, VEC, BLOCK)
     if out3 is not None:
-        combine_group(rows, stride, scratch, out3, first3, units3, accumulate, clear, K, VEC, BLOCK, UNROLL)
+        combine_group(rows, stride, scratch, out3, first3, units3, accumulate, clear, num_tasks, VEC, BLOCK)
     # Only when every program has read the stats may they be changed.
     if is_last(ticket):
         tl.store(norms + index, found, mask=task)
