@@ -88,8 +88,10 @@ def workspace(device: torch.device) -> Workspace:
     return found
 
 
-def _tuning(kernel: str, device: torch.device, size: int) -> Tuning:
+def _tuning(kernel: str, device: torch.device, size: int, element_size: int = 4) -> Tuning:
+    """The line of the table, its block as many bytes of a row in every dtype."""
     tuning = choose(kernel, driver.capability(device), size)
+    tuning = tuning._replace(block=tuning.block * 4 // element_size)
     if INTERPRETED:  # every block costs the same there, however long: at most a dozen or so a row
         block = min(1 << 16, int(triton.next_power_of_2(size // 16 + 1)))
         tuning = tuning._replace(block=max(tuning.block, block))
@@ -117,8 +119,8 @@ def _dense_plan(
     device: torch.device, num_tasks: int, num_params: int, grad_stride: int, scale: str, size: int
 ) -> _DensePlan:
     vec = _vector(num_params, grad_stride)
-    tuning = _tuning("balance", device, num_params)
-    if size == 8 or vec == 1:  # float64, and elements one by one, take more registers
+    tuning = _tuning("balance", device, num_params, size)
+    if vec == 1:  # elements one by one take more registers
         tuning = tuning._replace(block=tuning.block // 2)
     meta = {
         "K_PAD": _pad(num_tasks), "VEC": vec, "BLOCK": tuning.block, "SCALE": scale,
@@ -151,7 +153,9 @@ def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, co
     device = ema.device
     out = torch.empty(num_params, dtype=grads.dtype, device=device)
     norms = torch.empty(num_tasks, dtype=torch.float64 if ema.dtype == torch.float64 else torch.float32, device=device)
-    plan = _dense_plan(device, num_tasks, num_params, _stride(grads), scale, ema.element_size())
+    plan = _dense_plan(
+        device, num_tasks, num_params, _stride(grads), scale, max(grads.element_size(), ema.element_size())
+    )
     with driver.current(device):
         space = workspace(device)
         most = _programs(device, plan.tuning.programs, plan.tiles)
@@ -199,7 +203,7 @@ def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) ->
     """One launch."""
     num_tasks, num_params = rows.shape
     device, stride = rows.device, _stride(rows)
-    tuning = _tuning("combine", device, num_params)
+    tuning = _tuning("combine", device, num_params, rows.element_size())
     vec = _vector(num_params, stride)
     grid = _programs(device, tuning.programs, -(-num_params // tuning.block))
     with driver.current(device):
@@ -214,7 +218,7 @@ def balance_rows_(step: BalanceRows) -> None:
     rows, stats, active, loss_scale = step.rows, step.stats, step.active, step.loss_scale
     num_tasks, num_params = rows.shape
     device = rows.device
-    tuning = _tuning("combine", device, num_params)
+    tuning = _tuning("combine", device, num_params, rows.element_size())
     vec = _vector(rows.stride(0), *step.starts, *(out.numel() for out in step.outs))
     groups: list[Any] = []
     for out, start in zip(step.outs, step.starts, strict=True):
