@@ -7,12 +7,16 @@ elements, so that the compiler knows what divides them and loads 128 bits.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
 # No weight is larger: times the zeros of a task without gradient it still gives zero.
 LARGEST = tl.constexpr(3.4028234663852886e38)
 INF = tl.constexpr(float("inf"))
+# Triton's interpreter rounds to bfloat16 wrongly: there that goes through the bits.
+BY_BITS = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -35,7 +39,7 @@ def not_finite(x):
 
 @triton.jit
 def widen(x, wide: tl.constexpr):
-    """``x`` in the arithmetic dtype. bfloat16 goes through its bits: Triton's interpreter gets some casts wrong."""
+    """``x`` in the arithmetic dtype; of a bfloat16 the bits are its upper half."""
     if x.dtype == tl.bfloat16:
         x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(wide)
@@ -44,7 +48,7 @@ def widen(x, wide: tl.constexpr):
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
     """``x`` rounded to nearest, ties to even; NaN stays NaN."""
-    if dtype == tl.bfloat16:
+    if BY_BITS and dtype == tl.bfloat16:
         single = x.to(tl.float32)
         bits = single.to(tl.uint32, bitcast=True)
         upper = tl.where(single == single, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000) >> 16
