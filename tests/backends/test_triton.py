@@ -209,7 +209,8 @@ def test_the_second_phase_walks_backwards(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", ["balance_kernel", "balance_rows_kernel"])
-def test_every_program_keeps_its_weights_to_itself(launches, launched, kernel, monkeypatch):
+def test_weights_are_formed_once_or_by_every_program_for_itself(launches, launched, kernel, monkeypatch):
+    """The dense op's by the last program of phase one, and no other writes there."""
     monkeypatch.setenv(LAUNCHES, "2")
     rows, scratch = torch.randn(3, 60000), launches.workspace(CPU).scratch("weights", 1000)
     traffic = Traffic(monkeypatch)
@@ -221,7 +222,7 @@ def test_every_program_keeps_its_weights_to_itself(launches, launched, kernel, m
     assert name == kernel
     assert programs > 1
     written = np.concatenate([inside(at, scratch) for at, _ in traffic.stores])
-    assert len(written) == len(set(written.tolist())) == programs * 2 * 3
+    assert len(written) == len(set(written.tolist())) == (1 if kernel == "balance_kernel" else programs) * 2 * 3
 
 
 # --- the same bits as the CPU kernels -----------------------------------------------------------------------------
@@ -345,12 +346,11 @@ def test_scratch_may_hold_anything_and_counters_come_back_to_zero(launches, monk
         ops.accumulate_(mine, sumsq, grads, segments, (0.9, 0.1), None, "triton")
         return [*results, mine, sumsq, ops.gramian(rows, "triton")]
 
-    opened = int(space.barrier[1])
+    opened = int(space.counters[5])
     for form in ("1", "2"):
         monkeypatch.setenv(LAUNCHES, form)
         first = everything()
         for name in ("slots", "weights"):
             space.scratch(name, 1).fill_(float("nan"))
         assert all(torch.equal(a, b) for a, b in zip(first, everything(), strict=True))
-        assert (int(space.barrier[0]), int(space.ticket)) == (0, 0)
-    assert int(space.barrier[1]) == opened + 2
+        assert space.counters.tolist() == [0] * 5 + [opened + 2] + [0] * 2  # how often the barrier has opened

@@ -5,78 +5,108 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import combine_tile, double, grid_barrier, not_finite, offset, sum_slots, update_block, weights_of
+from .kernels import (
+    ARRIVED,
+    OPENED,
+    TILES,
+    combine_tiles,
+    double,
+    is_last,
+    next_tile,
+    not_finite,
+    num_slots,
+    offset,
+    slot_of,
+    static_rounds,
+    sum_slots,
+    update_block,
+    weights_of,
+)
+from .squares import add_squares
 
 SLOTS_AT_ONCE = tl.constexpr(2048)
 
 
 @triton.jit
 def update_rows(
-    grads, grad_stride, ema, num_params, num_tiles, decay, gain, slots, num_tasks,
-    K_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    grads, grad_stride, ema, num_params, num_tiles, decay, gain, slots, counter, num_tasks,
+    K_PAD: tl.constexpr, BLOCK: tl.constexpr, ADJACENT: tl.constexpr, FAST_FP64: tl.constexpr,
 ):  # fmt: skip
-    """Phase one: the EMA of this program's tiles, and in its slots the sums of squares of each task."""
+    """Phase one: the EMA of all tiles, and in the slots the sums of squares of each task."""
     index = tl.arange(0, K_PAD)
+    rounds = static_rounds(num_tiles)
     sums = tl.zeros([K_PAD], tl.float64)
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    tile = tl.program_id(0)
+    done = 0
+    while tile < num_tiles:
         lane = offset(tile, BLOCK) + tl.arange(0, BLOCK)
         mask = lane < num_params
         for t in range(num_tasks):
-            state, grad = ema + t * num_params + lane, grads + t * grad_stride + lane
-            squares = update_block(state, grad, mask, 1, decay, gain)
+            stored = update_block(ema + t * num_params + lane, grads + t * grad_stride + lane, mask, 1, decay, gain)
+            squares = add_squares(tl.zeros([BLOCK // 8], tl.float64), stored, ADJACENT, FAST_FP64)
             sums = tl.where(index == t, sums + tl.sum(squares), sums)
-    tl.store(slots + tl.program_id(0) * K_PAD + index, sums)
+        done += 1
+        if done >= rounds:
+            tl.store(slots + slot_of(tile, done, rounds) * K_PAD + index, sums)
+            sums = tl.zeros([K_PAD], tl.float64)
+        tile = next_tile(counter, done, rounds, num_tiles)
 
 
 @triton.jit
-def combine_rows(
-    ema, out, norms_out, num_params, num_tiles, slots, weights, eps, constant, num_tasks,
-    K_PAD: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr,
-):  # fmt: skip
-    """Phase two: every program forms the same weights, then combines its tiles, the last ones first."""
+def form_weights(
+    slots, num_tiles, norms_out, weights, eps, constant, num_tasks, K_PAD: tl.constexpr, SCALE: tl.constexpr
+):
+    """Norms, weights, and after these which tasks are not finite, from all slots."""
     index = tl.arange(0, K_PAD)
     task = index < num_tasks
-    sumsq = sum_slots(slots, tl.num_programs(0), K_PAD, SLOTS_AT_ONCE)
+    sumsq = sum_slots(slots, num_slots(static_rounds(num_tiles), num_tiles), K_PAD, SLOTS_AT_ONCE)
     norms, w = weights_of(sumsq, task, eps, constant, num_tasks, K_PAD, SCALE)
-    nonfinite = task & not_finite(norms)
-    if tl.program_id(0) == 0:
-        tl.store(norms_out + index, norms.to(norms_out.dtype.element_ty), mask=task)
-    weights += tl.program_id(0) * 2 * num_tasks
+    tl.store(norms_out + index, norms.to(norms_out.dtype.element_ty), mask=task)
     tl.store(weights + index, w, mask=task)
-    tl.store(weights + num_tasks + index, nonfinite.to(tl.float64), mask=task)
-    tl.debug_barrier()
-    clear = tl.sum(nonfinite.to(tl.int32)) > 0
-    # The tiles of phase one, backwards: what it touched last is still in the cache.
-    mine = (num_tiles - tl.program_id(0) + tl.num_programs(0) - 1) // tl.num_programs(0)
-    for i in range(mine):
-        tile = tl.program_id(0) + (mine - 1 - i) * tl.num_programs(0)
-        combine_tile(ema, num_params, weights, out, offset(tile, BLOCK), num_params, 0, clear, num_tasks, BLOCK)
+    tl.store(weights + num_tasks + index, (task & not_finite(norms)).to(tl.float64), mask=task)
 
 
 @triton.jit(
     do_not_specialize=["units", "grad_units", "decay_bits", "gain_bits", "eps_bits", "constant_bits", "num_tasks"],
-    do_not_specialize_on_alignment=["norms", "slots", "weights", "barrier"],
+    do_not_specialize_on_alignment=["norms", "slots", "weights", "counters"],
 )
 def balance_kernel(
-    grads, ema, out, norms, slots, weights, barrier,
+    grads, ema, out, norms, slots, weights, counters,
     units: tl.int64, grad_units: tl.int64, decay_bits: tl.int64, gain_bits: tl.int64, eps_bits: tl.int64,
     constant_bits: tl.int64, num_tasks: tl.int32,
-    K_PAD: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr,
+    K_PAD: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr, FAST_FP64: tl.constexpr,
     PHASE: tl.constexpr,
 ):  # fmt: skip
-    """Phase 1, then phase 2 in a launch of as many programs; or phase 0, both, which must be launched cooperatively."""
+    """Phase 1, then phase 2 in a launch of its own; or phase 0, both, which must be launched cooperatively.
+    """
     wide: tl.constexpr = tl.float64 if ema.dtype.element_ty == tl.float64 else tl.float32
     num_params = units.to(tl.int64) * VEC
     num_tiles = tl.cdiv(num_params, BLOCK).to(tl.int32)
+    if PHASE == 0:
+        opened = tl.atomic_add(counters + OPENED, 0, sem="acquire", scope="gpu")  # read before anyone can open it
     if PHASE != 2:
+        narrowest: tl.constexpr = min(
+            ema.dtype.element_ty.primitive_bitwidth, grads.dtype.element_ty.primitive_bitwidth
+        )
         update_rows(
             grads, grad_units.to(tl.int64) * VEC, ema, num_params, num_tiles, double(decay_bits).to(wide),
-            double(gain_bits).to(wide), slots, num_tasks, K_PAD, BLOCK,
+            double(gain_bits).to(wide), slots, counters + TILES, num_tasks, K_PAD, BLOCK, min(VEC, 128 // narrowest),
+            FAST_FP64,
         )  # fmt: skip
-    if PHASE == 0:
-        grid_barrier(barrier)
+        if is_last(counters + ARRIVED):
+            form_weights(
+                slots, num_tiles, norms, weights, double(eps_bits), double(constant_bits), num_tasks, K_PAD, SCALE
+            )
+            tl.debug_barrier()  # what all its threads wrote comes before the barrier opens
+            if PHASE == 0:
+                tl.atomic_add(counters + OPENED, 1, sem="release", scope="gpu")
+        elif PHASE == 0:
+            while tl.atomic_add(counters + OPENED, 0, sem="acquire", scope="gpu") == opened:
+                pass
+        tl.debug_barrier()
     if PHASE != 1:
-        combine_rows(
-            ema, out, norms, num_params, num_tiles, slots, weights, double(eps_bits), double(constant_bits),
-            num_tasks, K_PAD, BLOCK, SCALE,
-        )  # fmt: skip
+        index = tl.arange(0, K_PAD)
+        nonfinite = tl.load(weights + num_tasks + index, mask=index < num_tasks, other=0.0)
+        combine_tiles(
+            ema, num_params, weights, out, num_params, counters + TILES, 0, tl.sum(nonfinite) > 0, num_tasks, BLOCK
+        )

@@ -15,6 +15,12 @@ import triton.language as tl
 # No weight is larger: times the zeros of a task without gradient it still gives zero.
 LARGEST = tl.constexpr(3.4028234663852886e38)
 INF = tl.constexpr(float("inf"))
+# Counters of a workspace, int32: programs that have arrived; of each of four outputs, tiles given out; how often the
+# barrier has opened.
+ARRIVED = tl.constexpr(0)
+TILES = tl.constexpr(1)
+OPENED = tl.constexpr(5)
+NUM_COUNTERS = 8
 # Triton's interpreter rounds to bfloat16 wrongly: there that goes through the bits.
 BY_BITS = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -59,7 +65,7 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def update_block(state, grad, mask, has_grad, decay, gain):
-    """``state <- decay * state + gain * grad``; returns what was stored squared, in fp64, and 0 where masked.
+    """``state <- decay * state + gain * grad``; returns what was stored, in the arithmetic dtype, and 0 where masked.
 
     Without a gradient ``has_grad`` is 0. A term that is missing is left out, not added as zero, as the CPU kernels do.
     """
@@ -73,16 +79,15 @@ def update_block(state, grad, mask, has_grad, decay, gain):
     x = tl.where(has_state, tl.where(has_grad, decayed + gained, decayed), gained)
     stored = narrow(x, state.dtype.element_ty)
     tl.store(state, stored, mask=mask)
-    stored = widen(stored, tl.float64)
-    return tl.where(mask, stored * stored, 0.0)
+    return tl.where(mask, widen(stored, decay.dtype), 0.0)
 
 
 @triton.jit
-def square_block(grad, mask, has_grad, gain):
-    """``gain * grad`` squared, in fp64; 0 where masked, and without a gradient."""
+def gain_block(grad, mask, has_grad, gain):
+    """``gain * grad``; 0 where masked, and without a gradient."""
     has_grad = tl.zeros(grad.shape, tl.int64) + has_grad != 0
-    x = widen(gain * widen(tl.load(grad, mask=has_grad & mask, other=0.0), gain.dtype), tl.float64)
-    return tl.where(has_grad & mask, x * x, 0.0)
+    x = gain * widen(tl.load(grad, mask=has_grad & mask, other=0.0), gain.dtype)
+    return tl.where(has_grad & mask, x, 0.0)
 
 
 @triton.jit
@@ -114,13 +119,14 @@ def weights_of(sumsq, active, eps, constant, num_tasks, K_PAD: tl.constexpr, SCA
 @triton.jit
 def load_row(rows, row_stride, t, lane, mask, num_tasks):
     """Numbers of row ``t``, which nobody reads again; zeros if there is no such row."""
-    return tl.load(rows + t * row_stride + lane, mask=mask & (t < num_tasks), other=0.0, eviction_policy="evict_first")
+    mask &= tl.zeros(lane.shape, tl.int32) + t < num_tasks
+    return tl.load(rows + t * row_stride + lane, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
 def add_row(total, x, weights, t, num_tasks):
     """``total`` and the weight of row ``t`` times its numbers; a row whose weight is 0 is left out."""
-    weight = widen(tl.load(weights + t, mask=t < num_tasks, other=0.0), total.dtype)
+    weight = widen(tl.load(weights + t, mask=tl.full([], t, tl.int32) < num_tasks, other=0.0), total.dtype)
     return tl.where(weight != 0, total + weight * widen(x, total.dtype), total)
 
 
@@ -155,32 +161,65 @@ def combine_tile(
 
 
 @triton.jit
-def grid_barrier(barrier):
-    """Wait until every program of the grid has arrived. All of them must be resident at once.
-
-    ``barrier`` points to two int32: how many have arrived, and how often the barrier has opened. The last to arrive
-    sets the first back to zero before it opens, so nothing has to be cleared between launches.
-    """
-    tl.debug_barrier()  # everything this program wrote, by any of its threads, comes before what follows
-    opened = tl.atomic_add(barrier + 1, 0, sem="acquire", scope="gpu")
-    arrived = tl.atomic_add(barrier, 1, sem="acq_rel", scope="gpu")
-    if arrived == tl.num_programs(0) - 1:
-        tl.atomic_xchg(barrier, 0, sem="relaxed", scope="gpu")
-        tl.atomic_add(barrier + 1, 1, sem="release", scope="gpu")
-    else:
-        while tl.atomic_add(barrier + 1, 0, sem="acquire", scope="gpu") == opened:
-            pass
-    tl.debug_barrier()
+def static_rounds(num_tiles):
+    """How many tiles each program takes in turn, one at least; the rest, an eighth or so, goes to whoever is free."""
+    return tl.maximum(num_tiles // tl.num_programs(0) * 7 // 8, 1)
 
 
 @triton.jit
-def is_last(ticket):
+def next_tile(counter, done, rounds, num_tiles):
+    """The tile of this program after ``done`` others; ``num_tiles`` or more if there is none left.
+
+    ``counter`` points to an int32 that counts the tiles given out. Every program asks once in vain, and whoever is the
+    last to do so sets it back to zero, so nothing has to be cleared between launches.
+    """
+    first = rounds * tl.num_programs(0)
+    tile = tl.program_id(0) + done * tl.num_programs(0)
+    if done >= rounds:
+        tile = num_tiles
+        if first < num_tiles:
+            tile = first + tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
+            if tile == num_tiles + tl.num_programs(0) - 1:
+                tl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
+    return tile
+
+
+@triton.jit
+def slot_of(tile, done, rounds):
+    """Where the sums of a program's tiles belong that it takes in turn, and those of a tile given out."""
+    return tl.where(done <= rounds, tl.program_id(0), tile - (rounds - 1) * tl.num_programs(0))
+
+
+@triton.jit
+def num_slots(rounds, num_tiles):
+    """How many slots are written."""
+    return tl.minimum(num_tiles, tl.num_programs(0) + tl.maximum(num_tiles - rounds * tl.num_programs(0), 0))
+
+
+@triton.jit
+def combine_tiles(
+    rows, row_stride, weights, out, bound, counter, accumulate, clear, num_tasks, BLOCK: tl.constexpr
+):
+    """`combine_tile` of all columns below ``bound``, backwards: what was written last is still in the cache."""
+    num_tiles = tl.cdiv(bound, BLOCK).to(tl.int32)
+    rounds = static_rounds(num_tiles)
+    tile = tl.program_id(0)
+    done = 0
+    while tile < num_tiles:
+        column = offset(num_tiles - 1 - tile, BLOCK)
+        combine_tile(rows, row_stride, weights, out, column, bound, accumulate, clear, num_tasks, BLOCK)
+        done += 1
+        tile = next_tile(counter, done, rounds, num_tiles)
+
+
+@triton.jit
+def is_last(counter):
     """Whether this program is the last of the grid to arrive; it then sees what the others wrote before."""
     tl.debug_barrier()
-    arrived = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
     last = arrived == tl.num_programs(0) - 1
     if last:
-        tl.atomic_xchg(ticket, 0, sem="relaxed", scope="gpu")
+        tl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")
     tl.debug_barrier()
     return last
 

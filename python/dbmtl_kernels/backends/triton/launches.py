@@ -15,7 +15,8 @@ from . import device as driver
 from . import rows as row_kernels
 from . import tables
 from .dense import balance_kernel
-from .tuning import Tuning, choose
+from .kernels import NUM_COUNTERS
+from .tuning import Tuning, choose, fast_fp64
 
 # Under TRITON_INTERPRET=1 kernels are plain Python, and their programs run one after another.
 INTERPRETED = not isinstance(balance_kernel, triton.runtime.JITFunction)
@@ -55,11 +56,10 @@ def _launch(kernel: Any, grid: int, *args: Any, tuning: Tuning, cooperative: boo
 
 
 class Workspace:
-    """Scratch of one stream, and the counters that set themselves back to zero."""
+    """Scratch of one stream, and counters, which set themselves back to zero."""
 
     def __init__(self, device: torch.device) -> None:
-        counters = torch.zeros(3, dtype=torch.int32, device=device)
-        self.barrier, self.ticket = counters[:2], counters[2:]  # of the grid barrier; of whoever is last
+        self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
         self._device = device
         self._scratch: dict[str, Tensor] = {}
 
@@ -104,6 +104,11 @@ def _programs(device: torch.device, per_multiprocessor: int, tiles: int) -> int:
     return max(1, min(tiles, most))
 
 
+def _num_slots(programs: int, tiles: int) -> int:
+    """Slots of a grid of at most so many programs: one each, and one a tile given out (`kernels.num_slots`)."""
+    return 3 * programs + tiles // 8
+
+
 class _DensePlan(NamedTuple):
     """What `balance_` needs to know of a problem, worked out once."""
 
@@ -124,6 +129,7 @@ def _dense_plan(
         tuning = tuning._replace(block=tuning.block // 2)
     meta = {
         "K_PAD": _pad(num_tasks), "VEC": vec, "BLOCK": tuning.block, "SCALE": scale,
+        "FAST_FP64": fast_fp64(driver.capability(device)),
     }  # fmt: skip
     return _DensePlan(tuning, -(-num_params // tuning.block), num_params // vec, grad_stride // vec, meta)
 
@@ -160,8 +166,8 @@ def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, co
         space = workspace(device)
         most = _programs(device, plan.tuning.programs, plan.tiles)
         args = (
-            grads, ema, out, norms, space.scratch("slots", most * plan.meta["K_PAD"]),
-            space.scratch("weights", most * 2 * num_tasks), space.barrier, plan.units, plan.grad_units, _bits(beta),
+            grads, ema, out, norms, space.scratch("slots", _num_slots(most, plan.tiles) * plan.meta["K_PAD"]),
+            space.scratch("weights", 2 * num_tasks), space.counters, plan.units, plan.grad_units, _bits(beta),
             _bits(1.0 - beta), _bits(eps), _bits(constant), num_tasks,
         )  # fmt: skip
         if driver.launches(device)[0] == 1:
@@ -193,9 +199,10 @@ def accumulate_(
         space = workspace(device)
         _launch(
             row_kernels.accumulate_kernel, grid, row, addresses, chunks, coefficients, sumsq,
-            space.scratch("slots", grid), space.ticket, None if loss_scale is None else loss_scale.to(device),
+            space.scratch("slots", _num_slots(grid, len(chunks))), space.counters, None if loss_scale is None else loss_scale.to(device),
             len(chunks), CODES=codes, BLOCK=tuning.block, tuning=tuning,
             ROW_ALIGNED=row is None or (aligned and row.data_ptr() % 16 == 0),
+            FAST_FP64=fast_fp64(driver.capability(device)),
         )  # fmt: skip
 
 
@@ -208,8 +215,8 @@ def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) ->
     grid = _programs(device, tuning.programs, -(-num_params // tuning.block))
     with driver.current(device):
         _launch(
-            row_kernels.combine_out_kernel, grid, rows, weights.contiguous(), out, num_params // vec, stride // vec,
-            int(accumulate), num_tasks, VEC=vec, BLOCK=tuning.block, tuning=tuning,
+            row_kernels.combine_out_kernel, grid, rows, weights.contiguous(), out, workspace(device).counters,
+            num_params // vec, stride // vec, int(accumulate), num_tasks, VEC=vec, BLOCK=tuning.block, tuning=tuning,
         )  # fmt: skip
 
 
@@ -231,7 +238,7 @@ def balance_rows_(step: BalanceRows) -> None:
             row_kernels.balance_rows_kernel, grid, rows, stats.sumsq, stats.norms, stats.weights,
             stats.nonfinite.view(torch.uint8), stats.nonfinite_steps,
             None if active is None else active.view(torch.uint8), None if loss_scale is None else loss_scale.to(device),
-            space.scratch("weights", grid * 2 * num_tasks), space.ticket, *groups, rows.stride(0) // vec,
+            space.scratch("weights", grid * 2 * num_tasks), space.counters, *groups, rows.stride(0) // vec,
             _bits(step.propagate_above), _bits(step.eps), _bits(step.constant), int(step.fresh), int(step.accumulate),
             num_tasks, K_PAD=_pad(num_tasks), VEC=vec, BLOCK=tuning.block, SCALE=step.scale,
             tuning=tuning,
@@ -255,7 +262,7 @@ def gramian(rows: Tensor) -> Tensor:
         slots = workspace(device).scratch("slots", grid * pad * pad)
         _launch(
             row_kernels.gramian_kernel, grid, rows, slots, num_params // vec, stride // vec,
-            K=num_tasks, K_PAD=pad, VEC=vec, BLOCK=block, TILES=GRAMIAN_TILES, tuning=tuning,
+            K=num_tasks, K_PAD=pad, VEC=vec, BLOCK=block, TILES_A_PART=GRAMIAN_TILES, tuning=tuning,
         )  # fmt: skip
         _launch(
             row_kernels.add_gramians_kernel, num_tasks, slots, out, grid, K=num_tasks, K_PAD=pad, COLUMNS=pad,

@@ -6,17 +6,24 @@ import triton
 import triton.language as tl
 
 from .kernels import (
-    combine_tile,
+    ARRIVED,
+    TILES,
+    combine_tiles,
     double,
+    gain_block,
     is_last,
+    next_tile,
     not_finite,
+    num_slots,
     offset,
-    square_block,
+    slot_of,
+    static_rounds,
     sum_slots,
     update_block,
     weights_of,
     widen,
 )
+from .squares import add_squares
 
 # Columns of the chunk table: segment, first element of it, column of that element in the row, elements.
 CHUNK_COLUMNS = tl.constexpr(4)
@@ -26,40 +33,44 @@ SLOTS_AT_A_TIME = tl.constexpr(16)
 
 @triton.jit
 def gather_chunk(
-    row, column, grad, count, address, decay, gain,
-    GRAD_ALIGNED: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    squares, row, column, grad, count, address, decay, gain,
+    GRAD_ALIGNED: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr, FAST_FP64: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK,) squares of ``count`` new elements of the row; without a row, of those that it would get.
+    """``squares`` and those of ``count`` new elements of the row; without a row, of those that it would get.
 
     Whole blocks need no mask, so they are loaded 128 bits at a time where both sides are aligned; the rest follows.
     """
+    GRADS: tl.constexpr = 128 // grad.dtype.element_ty.primitive_bitwidth if GRAD_ALIGNED else 1
+    STATES: tl.constexpr = 1 if row is None or not ROW_ALIGNED else 128 // row.dtype.element_ty.primitive_bitwidth
+    ADJACENT: tl.constexpr = max(GRADS, STATES)
     lane = tl.arange(0, BLOCK)
-    squares = tl.zeros([BLOCK], tl.float64)
     whole = count // BLOCK
     for block in range(whole):
         grad_block = grad + block * BLOCK
         if GRAD_ALIGNED:
             grad_block = tl.multiple_of(grad_block, 16)
         if row is None:
-            squares += square_block(grad_block + lane, True, address, gain)
+            x = gain_block(grad_block + lane, True, address, gain)
         else:
             state_block = row + column + block * BLOCK
             if ROW_ALIGNED:
                 state_block = tl.multiple_of(state_block, 16)
-            squares += update_block(state_block + lane, grad_block + lane, True, address, decay, gain)
+            x = update_block(state_block + lane, grad_block + lane, True, address, decay, gain)
+        squares = add_squares(squares, x, ADJACENT, FAST_FP64)
     rest = whole * BLOCK + lane
     if whole * BLOCK < count:
         if row is None:
-            squares += square_block(grad + rest, rest < count, address, gain)
+            x = gain_block(grad + rest, rest < count, address, gain)
         else:
-            squares += update_block(row + column + rest, grad + rest, rest < count, address, decay, gain)
+            x = update_block(row + column + rest, grad + rest, rest < count, address, decay, gain)
+        squares = add_squares(squares, x, 1, FAST_FP64)
     return squares
 
 
 @triton.jit
 def gather_typed(
-    row, column, address, start, count, decay, gain,
-    CODE: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    squares, row, column, address, start, count, decay, gain,
+    CODE: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr, FAST_FP64: tl.constexpr,
 ):  # fmt: skip
     """`gather_chunk` from element ``start`` of a gradient whose dtype has the CODE; an address of 0 is for zeros."""
     GRAD: tl.constexpr = (
@@ -68,20 +79,24 @@ def gather_typed(
     grad = address.to(tl.pointer_type(GRAD)) + start
     address = tl.where(gain == 0, 0, address)  # NaN and inf do not count either
     if grad.to(tl.int64) % 16 == 0:
-        squares = gather_chunk(row, column, grad, count, address, decay, gain, True, ROW_ALIGNED, BLOCK)
+        squares = gather_chunk(
+            squares, row, column, grad, count, address, decay, gain, True, ROW_ALIGNED, BLOCK, FAST_FP64
+        )
     else:
-        squares = gather_chunk(row, column, grad, count, address, decay, gain, False, ROW_ALIGNED, BLOCK)
+        squares = gather_chunk(
+            squares, row, column, grad, count, address, decay, gain, False, ROW_ALIGNED, BLOCK, FAST_FP64
+        )
     return squares
 
 
 # Small tensors are views of larger ones: where they begin must not compile a kernel anew.
 @triton.jit(
     do_not_specialize=["num_chunks"],
-    do_not_specialize_on_alignment=["coefficients", "sumsq", "slots", "ticket", "loss_scale"],
+    do_not_specialize_on_alignment=["coefficients", "sumsq", "slots", "counters", "loss_scale"],
 )
 def accumulate_kernel(
-    row, addresses, chunks, coefficients, sumsq, slots, ticket, loss_scale, num_chunks: tl.int32,
-    CODES: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    row, addresses, chunks, coefficients, sumsq, slots, counters, loss_scale, num_chunks: tl.int32,
+    CODES: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr, FAST_FP64: tl.constexpr,
 ):  # fmt: skip
     """``row <- decay * row + gain / loss_scale * grads`` over all chunks, and the sum of squares of what was stored.
 
@@ -98,8 +113,11 @@ def accumulate_kernel(
         factor = tl.load(loss_scale).to(tl.float64)
         gain = tl.where(factor == 0, 0.0, gain / tl.where(factor == 0, 1.0, factor))
     gain = gain.to(wide)
-    squares = tl.zeros([BLOCK], tl.float64)
-    for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+    rounds = static_rounds(num_chunks)
+    squares = tl.zeros([BLOCK // 8], tl.float64)
+    chunk = tl.program_id(0)
+    done = 0
+    while chunk < num_chunks:
         entry = chunks + offset(chunk, CHUNK_COLUMNS)
         segment = tl.load(entry)
         start = tl.load(entry + 1)
@@ -110,36 +128,39 @@ def accumulate_kernel(
         for code in tl.static_range(4):
             if CODES & (1 << code):
                 if dtype == code:
-                    squares += gather_typed(row, column, address, start, count, decay, gain, code, ROW_ALIGNED, BLOCK)
-    tl.store(slots + tl.program_id(0), tl.sum(squares))
-    if is_last(ticket):
-        tl.store(sumsq, tl.sum(sum_slots(slots, tl.num_programs(0), 1, SLOTS_AT_ONCE)))
+                    squares = gather_typed(
+                        squares, row, column, address, start, count, decay, gain, code, ROW_ALIGNED, BLOCK, FAST_FP64
+                    )
+        done += 1
+        if done >= rounds:
+            tl.store(slots + slot_of(chunk, done, rounds), tl.sum(squares))
+            squares = tl.zeros([BLOCK // 8], tl.float64)
+        chunk = next_tile(counters + TILES, done, rounds, num_chunks)
+    if is_last(counters + ARRIVED):
+        tl.store(sumsq, tl.sum(sum_slots(slots, num_slots(rounds, num_chunks), 1, SLOTS_AT_ONCE)))
 
 
 @triton.jit(
-    do_not_specialize=["units", "stride_units", "accumulate", "num_tasks"], do_not_specialize_on_alignment=["weights"]
+    do_not_specialize=["units", "stride_units", "accumulate", "num_tasks"],
+    do_not_specialize_on_alignment=["weights", "counters"],
 )
 def combine_out_kernel(
-    rows, weights, out, units: tl.int64, stride_units: tl.int64, accumulate: tl.int32, num_tasks: tl.int32,
+    rows, weights, out, counters, units: tl.int64, stride_units: tl.int64, accumulate: tl.int32, num_tasks: tl.int32,
     VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``out <- (out if accumulate else 0) + sum_t weights[t] * rows[t]``."""
-    bound = units.to(tl.int64) * VEC
-    stride = stride_units.to(tl.int64) * VEC
-    for tile in range(tl.program_id(0), tl.cdiv(bound, BLOCK).to(tl.int32), tl.num_programs(0)):
-        combine_tile(rows, stride, weights, out, offset(tile, BLOCK), bound, accumulate, False, num_tasks, BLOCK)
+    bound, stride = units.to(tl.int64) * VEC, stride_units.to(tl.int64) * VEC
+    combine_tiles(rows, stride, weights, out, bound, counters + TILES, accumulate, False, num_tasks, BLOCK)
 
 
 @triton.jit
 def combine_group(
-    rows, stride, weights, out, first, units, accumulate, clear, num_tasks,
+    rows, stride, weights, out, first, units, counter, accumulate, clear, num_tasks,
     VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The columns of one parameter dtype: ``units`` of them from ``first`` on, both in units of VEC."""
-    bound = units.to(tl.int64) * VEC
-    start = rows + first.to(tl.int64) * VEC
-    for tile in range(tl.program_id(0), tl.cdiv(bound, BLOCK).to(tl.int32), tl.num_programs(0)):
-        combine_tile(start, stride, weights, out, offset(tile, BLOCK), bound, accumulate, clear, num_tasks, BLOCK)
+    start, bound = rows + first.to(tl.int64) * VEC, units.to(tl.int64) * VEC
+    combine_tiles(start, stride, weights, out, bound, counter, accumulate, clear, num_tasks, BLOCK)
 
 
 @triton.jit(
@@ -148,11 +169,11 @@ def combine_group(
         "stride_units", "above_bits", "eps_bits", "constant_bits", "fresh", "accumulate", "num_tasks",
     ],
     do_not_specialize_on_alignment=[
-        "sumsq", "norms", "weights", "nonfinite", "nonfinite_steps", "active", "loss_scale", "scratch", "ticket",
+        "sumsq", "norms", "weights", "nonfinite", "nonfinite_steps", "active", "loss_scale", "scratch", "counters",
     ],
 )  # fmt: skip
 def balance_rows_kernel(
-    rows, sumsq, norms, weights, nonfinite, nonfinite_steps, active, loss_scale, scratch, ticket,
+    rows, sumsq, norms, weights, nonfinite, nonfinite_steps, active, loss_scale, scratch, counters,
     out0, first0: tl.int64, units0: tl.int64, out1, first1: tl.int64, units1: tl.int64,
     out2, first2: tl.int64, units2: tl.int64, out3, first3: tl.int64, units3: tl.int64,
     stride_units: tl.int64, above_bits: tl.int64, eps_bits: tl.int64, constant_bits: tl.int64, fresh: tl.int32,
@@ -180,15 +201,15 @@ def balance_rows_kernel(
     tl.debug_barrier()
     clear = tl.sum(bad.to(tl.int32)) > 0
     stride = stride_units.to(tl.int64) * VEC
-    combine_group(rows, stride, scratch, out0, first0, units0, accumulate, clear, num_tasks, VEC, BLOCK)
+    combine_group(rows, stride, scratch, out0, first0, units0, counters + TILES, accumulate, clear, num_tasks, VEC, BLOCK)
     if out1 is not None:
-        combine_group(rows, stride, scratch, out1, first1, units1, accumulate, clear, num_tasks, VEC, BLOCK)
+        combine_group(rows, stride, scratch, out1, first1, units1, counters + TILES + 1, accumulate, clear, num_tasks, VEC, BLOCK)
     if out2 is not None:
-        combine_group(rows, stride, scratch, out2, first2, units2, accumulate, clear, num_tasks, VEC, BLOCK)
+        combine_group(rows, stride, scratch, out2, first2, units2, counters + TILES + 2, accumulate, clear, num_tasks, VEC, BLOCK)
     if out3 is not None:
-        combine_group(rows, stride, scratch, out3, first3, units3, accumulate, clear, num_tasks, VEC, BLOCK)
+        combine_group(rows, stride, scratch, out3, first3, units3, counters + TILES + 3, accumulate, clear, num_tasks, VEC, BLOCK)
     # Only when every program has read the stats may they be changed.
-    if is_last(ticket):
+    if is_last(counters + ARRIVED):
         tl.store(norms + index, found, mask=task)
         tl.store(weights + index, w, mask=task)
         counted = tl.load(nonfinite_steps + index, mask=task, other=0)
@@ -200,11 +221,11 @@ def balance_rows_kernel(
 @triton.jit(do_not_specialize=["units", "stride_units"])
 def gramian_kernel(
     rows, slots, units: tl.int64, stride_units: tl.int64,
-    K: tl.constexpr, K_PAD: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    K: tl.constexpr, K_PAD: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, TILES_A_PART: tl.constexpr,
 ):  # fmt: skip
     """This program's part of rows @ rows.T, (K_PAD, K_PAD) fp64, in its slots.
 
-    Products are summed in fp32 over TILES tiles, then in fp64.
+    Products are summed in fp32 over TILES_A_PART tiles, then in fp64.
     """
     # A bfloat16 is a tf32 too: one pass multiplies it exactly, an fp32 number takes three.
     precision: tl.constexpr = "tf32" if rows.dtype.element_ty == tl.bfloat16 else "tf32x3"
@@ -213,10 +234,10 @@ def gramian_kernel(
     lane = tl.arange(0, BLOCK)
     pointers = rows + index[:, None].to(tl.int64) * (stride_units.to(tl.int64) * VEC) + lane[None, :]
     total = tl.zeros([K_PAD, K_PAD], tl.float64)
-    span: tl.constexpr = BLOCK * TILES
+    span: tl.constexpr = BLOCK * TILES_A_PART
     for part in range(tl.program_id(0), tl.cdiv(bound, span).to(tl.int32), tl.num_programs(0)):
         products = tl.zeros([K_PAD, K_PAD], tl.float32)
-        for tile in range(TILES):
+        for tile in range(TILES_A_PART):
             column = offset(part, span) + tile * BLOCK
             mask = (index[:, None] < K) & (column + lane[None, :] < bound)
             x = widen(tl.load(pointers + column, mask=mask, other=0.0), tl.float32)

@@ -45,6 +45,15 @@ TABLE = (
 )
 
 
+# Of fp64 a half of the fp32 rate, or a third of it; other chips have a 32nd or a 64th.
+_FAST_FP64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
+
+
+def fast_fp64(capability: tuple[int, int]) -> bool:
+    """Whether squares are summed in fp64 (`squares.add_squares`); the interpreter has (0, 0)."""
+    return capability in _FAST_FP64 or capability == (0, 0)
+
+
 def choose(kernel: str, capability: tuple[int, int], size: int) -> Tuning:
     """The first line of the table that fits."""
     for line in TABLE:
