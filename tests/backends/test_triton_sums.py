@@ -43,7 +43,7 @@ def test_the_sum_is_exact_within_its_bound(fast_fp64, dtype, exponent):
     random = np.random.default_rng(exponent + 200)
     for spread in (0, 3, 12, 60, 200):
         exponents = np.clip(exponent + random.uniform(-spread, spread, 5000), -149, 126)
-        x = torch.from_numpy((random.choice([-1, 1], 5000) * random.uniform(1, 2, 5000) * 2.0**exponents)).to(dtype)
+        x = torch.from_numpy(random.choice([-1, 1], 5000) * random.uniform(1, 2, 5000) * 2.0**exponents).to(dtype)
         x[::7] = 0
         exact = float((x.double() ** 2).sum())
         assert abs(sum_of_squares(x) - exact) <= BOUND * exact
@@ -64,7 +64,7 @@ def test_what_is_not_finite_stays_so(fast_fp64):
 
 
 def deal(monkeypatch, launches, owner):
-    """Gives the tiles that are handed out to the program that ``owner(tile)`` names, in place of whoever comes first."""
+    """Gives the tiles that are handed out to the program that ``owner(tile)`` names, not to whoever comes first."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     atomic, drawn = InterpreterBuilder.create_atomic_rmw, {}
@@ -99,7 +99,11 @@ def test_bits_do_not_depend_on_who_took_which_tile(launches, monkeypatch, dtype)
     for owner in (lambda t: 0, lambda t: 2, lambda t: t % 3, lambda t: 2 - t % 2):
         with monkeypatch.context() as patch:
             asked = deal(patch, launches, owner)
-            ema, row, sumsq = torch.ones(3, size, dtype=dtype), torch.zeros(size, dtype=dtype), torch.zeros(1, dtype=F64)
+            ema, row, sumsq = (
+                torch.ones(3, size, dtype=dtype),
+                torch.zeros(size, dtype=dtype),
+                torch.zeros(1, dtype=F64),
+            )
             out, norms = dbk.balance_(grads, ema, 0.9, backend="triton")
             ops.accumulate_(row, sumsq, [grads[0]], torch.tensor([[0, size]]), (0.0, 1.0), None, "triton")
             results.append((out, norms, ema, row, sumsq, ops.combine(grads, torch.ones(3), F32, "triton")))
@@ -107,4 +111,6 @@ def test_bits_do_not_depend_on_who_took_which_tile(launches, monkeypatch, dtype)
             assert len(given) >= 4  # both phases, the row, the sum of rows
             assert {program for program, ticket in given} == {owner(ticket) for _, ticket in given}
     for other in results[1:]:
-        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(results[0], other, strict=True))
+        assert all(
+            torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(results[0], other, strict=True)
+        )

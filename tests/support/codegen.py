@@ -6,18 +6,18 @@ is told that a GPU of the architecture is there, and each launch stops after com
 
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
+import sass
 import torch
 import triton
 from dbmtl_kernels.backends.arguments import BalanceRows, Stats
 from dbmtl_kernels.backends.triton import launches
+from dbmtl_kernels.backends.triton.tuning import choose
 from triton.backends.compiler import GPUTarget
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -57,7 +57,10 @@ def accumulate(dtypes, state, sizes=(8192, 77), loss_scale=None, step=32, task=0
     grads = [torch.zeros(n, dtype=dtypes[i % len(dtypes)]) for i, n in enumerate(sizes)]
     segments = torch.tensor([[start, size] for start, size in zip(starts, sizes, strict=False)])
     # The sums of all tasks lie in one tensor, as the engine has them: every second one on 16 bytes.
-    row, sumsq = torch.zeros(starts[-1], dtype=state), torch.zeros(4, dtype=F64)[task : task + 1]
+    row, sumsq = (
+        None if state is None else torch.zeros(starts[-1], dtype=state),
+        torch.zeros(4, dtype=F64)[task : task + 1],
+    )
     launches.accumulate_(row, sumsq, grads, segments, coefficients, loss_scale)
 
 
@@ -81,15 +84,19 @@ CASES = {
     "dense bf16, bf16 state": partial(balance, 11, 1 << 21, BF16, BF16),
     "dense fp16, bf16 state": partial(balance, 3, 1 << 21, F16, BF16),
     "dense fp64": partial(balance, 3, 1 << 21, F64, F64),
+    "dense bf16": partial(balance, 3, 1 << 21, BF16, F32),
     "dense, two launches": partial(balance, 3, 1 << 21, F32, F32, form=2),
     "dense, odd P": partial(balance, 3, (1 << 21) + 1, F32, F32),
     "accumulate fp32": partial(accumulate, [F32], F32),
+    "accumulate bf16": partial(accumulate, [BF16], F32),
     "accumulate fp16, scaled": partial(accumulate, [F16], F32, loss_scale=torch.ones(())),
     "accumulate mixed": partial(accumulate, [F32, BF16, F16], F32),
     "accumulate fp32, bf16 state": partial(accumulate, [F32], BF16),
     "accumulate bf16, bf16 state": partial(accumulate, [BF16], BF16),
     "accumulate fp64": partial(accumulate, [F64], F64),
     "accumulate, unaligned row": partial(accumulate, [F32], F32, step=7),
+    "sum fp32": partial(accumulate, [F32], None),
+    "sum bf16": partial(accumulate, [BF16], None),
     "combine fp32": partial(combine, 3, 1 << 16, F32),
     "combine bf16": partial(combine, 11, 1 << 16, BF16),
     "rows fp32": partial(balance_rows, 3, [F32]),
@@ -98,6 +105,7 @@ CASES = {
     ),
     "rows K=64": partial(balance_rows, 64, [F32]),
     "rows bf16": partial(balance_rows, 3, [BF16], BF16),
+    "rows fp32, bf16 state": partial(balance_rows, 3, [F32], BF16),
     "gramian fp32": lambda: launches.gramian(torch.zeros(3, 1 << 16, dtype=F32)),
     "gramian K=64": lambda: launches.gramian(torch.zeros(64, 1 << 16, dtype=F32)),
     "gramian K=64 bf16": lambda: launches.gramian(torch.zeros(64, 1 << 16, dtype=BF16)),
@@ -111,40 +119,74 @@ def events(ptx):
     return [event for i, event in enumerate(found) if i == 0 or event != found[i - 1]]
 
 
-def report(case, arch, kernel, compiled, limit):
+def main_loops(case, instructions, elements):
+    """Loops over whole tiles on 16 bytes: bytes in flight a thread, instructions and slow ones an element.
+
+    ``elements``: of a tile that a thread has.
+    """
+    # Of two dtypes the narrower is loaded 64 bits at a time; fewer are of a gradient that lies anywhere.
+    half = "mixed" in case or ("fp64" not in case and ("bf16" in case or "fp16" in case))
+    found = []
+    for loop in sass.loops(instructions) if elements else ():  # the Gramian's threads have none of their own
+        rows = [one for one in loop.body if one.loads]
+        combines = any(".EF" in one.name for one in rows) and not loop.count("STG")
+        if combines:  # the others are weights
+            rows = [one for one in rows if ".EF" in one.name]
+        sizes = {one.loads for one in rows}
+        if min(sizes) < (8 if half else 16) or (max(sizes) < 16 and not combines):
+            continue
+        a_round = 4 * elements if combines else elements  # four rows at a time
+        found.append({
+            "kind": "combine" if combines else "update", "instructions": len(loop.body) / a_round,
+            "slow": loop.slow / a_round, "in_flight": loop.in_flight(rows),
+        })  # fmt: skip
+    return found
+
+
+def report(case, arch, kernel, compiled, tuning, line, block):
     ptx = compiled.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage, code = sass.dump("-res-usage", file.name), sass.dump("-sass", file.name)
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups())
     accesses = Counter(
         access.split()[0] + (" 16" if re.search(r", 0x10\b", access) else "")
         for access in re.findall(r"(?:ld|st)\.(?:global|local)[\w:.]*|cp\.async\.c[ag]\.shared\.global[^;]*", ptx)
     )
+    threads = 32 * tuning.warps
     return {
-        "case": case, "arch": arch, "kernel": kernel.__name__, "registers": registers, "limit": limit,
+        "case": case, "arch": arch, "kernel": kernel.__name__, "registers": registers, "limit": tuning.registers,
         "stack": stack + local, "address64": ".address_size 64" in ptx, "accesses": accesses, "events": events(ptx),
         "fused": len(re.findall(r"\bfma\.rn\.f32", ptx)), "flushed": ptx.count(".ftz"),
-        "cooperative": compiled.metadata.launch_cooperative_grid,
+        "cooperative": compiled.metadata.launch_cooperative_grid, "line": line, "claimed": tuning.in_flight,
+        "threads": threads * tuning.programs, "elements": block // threads,
+        "loops": main_loops(case, sass.parse(code), block // threads),
     }  # fmt: skip
 
 
-def compile_cases(arch):
-    """A report of each kernel that the cases launch."""
-    reports = []
+def compile_cases(arch, cases=(), change=lambda tuning: tuning):
+    """A report of each kernel that the cases launch, with ``change`` made to the lines of the table."""
+    reports, lines = [], []
     triton.runtime.driver.set_active(machine(arch))
     launches.driver.capability = lambda device: divmod(arch, 10)
     launches._dense_plan.cache_clear()
-    for case, run in CASES.items():
+
+    def chosen(kernel, capability, size):
+        tuning = change(choose(kernel, capability, size))
+        lines.append(f"{kernel!r}, {capability}: {tuning}")
+        return tuning
+
+    launches.choose = chosen
+    for case in cases or CASES:
 
         def compile_only(kernel, grid, *args, tuning, cooperative=False, case=case, **meta):
             compiled = kernel.warmup(*args, grid=(grid,), **meta, **launches._options(tuning, cooperative))
-            reports.append(report(case, arch, kernel, compiled, tuning.registers))
+            block = meta.get("BLOCK", tuning.block)
+            reports.append(report(case, arch, kernel, compiled, tuning, lines[-1], block))
 
         launches._launch = compile_only
-        run()
+        CASES[case]()
     return reports
 
 
@@ -174,8 +216,13 @@ def main(archs):
 
     launches.driver._call = ask
     reports = [report for arch in archs for report in compile_cases(arch)]
+    doctored = [
+        compile_cases(archs[0], ["accumulate fp32"], change)[0]
+        for change in (lambda line: line._replace(registers=32), lambda line: line._replace(in_flight=1000))
+    ]
     print(json.dumps({
-        "kernels": sorted(KERNELS), "reports": reports, "asked": asked, "specialisations": specialisations(),
+        "kernels": sorted(KERNELS), "reports": reports, "doctored": doctored, "asked": asked,
+        "specialisations": specialisations(),
     }))  # fmt: skip
 
 

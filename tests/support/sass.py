@@ -7,6 +7,7 @@ thread has issued at most before the first use of any that it waits for: what me
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import triton
 
 TOOLS = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin"
 LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
-SLOW = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)\b|F2F\.F(64|32)\.F(64|32)|MUFU\.\w*64H|I2F\.F64|F2I\S*\.F64")
+SLOW = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)\b|F2F\.F64\.|F2F\.\w+\.F64|MUFU\.\w*64H|I2F\.F64|F2I\S*\.F64")
 
 
 class Instruction(NamedTuple):
@@ -89,10 +90,10 @@ class Loop(NamedTuple):
 
     body: list[Instruction]
 
-    def in_flight(self, least: int = 4) -> int:
+    def in_flight(self, loads: Collection[Instruction]) -> int:
         """Bytes that a thread has asked of global memory at most before it waits for the first of them.
 
-        ``least``: only by loads of as many bytes, which leaves out weights and tables.
+        ``loads``: of the loop, those that count; weights and tables may be left out.
         """
         most = 0
         waited: list[tuple[set[int], int]] = []  # for whose results: registers, bytes
@@ -101,14 +102,10 @@ class Loop(NamedTuple):
             # Results come in order: with one, those that were asked for before it.
             used = max((i + 1 for i, (registers, _) in enumerate(waited) if registers & touched), default=0)
             del waited[:used]
-            if one.loads >= least:
+            if one in loads:
                 waited.append((one.written(), one.loads))
                 most = max(most, sum(size for _, size in waited))
         return most
-
-    def loaded(self, least: int = 4) -> int:
-        """Bytes of such loads in one round."""
-        return sum(one.loads for one in self.body if one.loads >= least)
 
     def count(self, what: str) -> int:
         """Instructions whose name matches."""

@@ -30,7 +30,7 @@ SLOTS_AT_ONCE = tl.constexpr(2048)
 @triton.jit
 def update_rows(
     grads, grad_stride, ema, num_params, num_tiles, decay, gain, slots, counter, num_tasks,
-    K_PAD: tl.constexpr, BLOCK: tl.constexpr, ADJACENT: tl.constexpr, FAST_FP64: tl.constexpr,
+    K_PAD: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, FAST_FP64: tl.constexpr,
 ):  # fmt: skip
     """Phase one: the EMA of all tiles, and in the slots the sums of squares of each task."""
     index = tl.arange(0, K_PAD)
@@ -43,7 +43,7 @@ def update_rows(
         mask = lane < num_params
         for t in range(num_tasks):
             stored = update_block(ema + t * num_params + lane, grads + t * grad_stride + lane, mask, 1, decay, gain)
-            squares = add_squares(tl.zeros([BLOCK // 8], tl.float64), stored, ADJACENT, FAST_FP64)
+            squares = add_squares(tl.zeros([BLOCK // 8], tl.float64), stored, VEC, FAST_FP64)
             sums = tl.where(index == t, sums + tl.sum(squares), sums)
         done += 1
         if done >= rounds:
@@ -77,21 +77,16 @@ def balance_kernel(
     K_PAD: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr, FAST_FP64: tl.constexpr,
     PHASE: tl.constexpr,
 ):  # fmt: skip
-    """Phase 1, then phase 2 in a launch of its own; or phase 0, both, which must be launched cooperatively.
-    """
+    """Phase 1, then phase 2 in a launch of its own; or phase 0, both, which must be launched cooperatively."""
     wide: tl.constexpr = tl.float64 if ema.dtype.element_ty == tl.float64 else tl.float32
     num_params = units.to(tl.int64) * VEC
     num_tiles = tl.cdiv(num_params, BLOCK).to(tl.int32)
     if PHASE == 0:
         opened = tl.atomic_add(counters + OPENED, 0, sem="acquire", scope="gpu")  # read before anyone can open it
     if PHASE != 2:
-        narrowest: tl.constexpr = min(
-            ema.dtype.element_ty.primitive_bitwidth, grads.dtype.element_ty.primitive_bitwidth
-        )
         update_rows(
             grads, grad_units.to(tl.int64) * VEC, ema, num_params, num_tiles, double(decay_bits).to(wide),
-            double(gain_bits).to(wide), slots, counters + TILES, num_tasks, K_PAD, BLOCK, min(VEC, 128 // narrowest),
-            FAST_FP64,
+            double(gain_bits).to(wide), slots, counters + TILES, num_tasks, K_PAD, BLOCK, VEC, FAST_FP64,
         )  # fmt: skip
         if is_last(counters + ARRIVED):
             form_weights(

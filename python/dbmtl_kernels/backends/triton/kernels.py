@@ -131,9 +131,7 @@ def add_row(total, x, weights, t, num_tasks):
 
 
 @triton.jit
-def combine_tile(
-    rows, row_stride, weights, out, column, bound, accumulate, clear, num_tasks, BLOCK: tl.constexpr
-):
+def combine_tile(rows, row_stride, weights, out, column, bound, accumulate, clear, num_tasks, BLOCK: tl.constexpr):
     """One tile of ``out <- (out if accumulate else 0) + sum_t weights[t] * rows[t]``.
 
     Four rows are asked for before any of them is used. If ``clear``, the rows that ``weights[K:2 K]`` marks are set to
@@ -197,9 +195,7 @@ def num_slots(rounds, num_tiles):
 
 
 @triton.jit
-def combine_tiles(
-    rows, row_stride, weights, out, bound, counter, accumulate, clear, num_tasks, BLOCK: tl.constexpr
-):
+def combine_tiles(rows, row_stride, weights, out, bound, counter, accumulate, clear, num_tasks, BLOCK: tl.constexpr):
     """`combine_tile` of all columns below ``bound``, backwards: what was written last is still in the cache."""
     num_tiles = tl.cdiv(bound, BLOCK).to(tl.int32)
     rounds = static_rounds(num_tiles)

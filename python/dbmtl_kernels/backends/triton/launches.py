@@ -36,7 +36,10 @@ def _pad(num_tasks: int, least: int = 2) -> int:
 
 
 def _vector(*sizes: int) -> int:
-    """The largest of 8, 4, 1 that divides all: how many elements the compiler may take together."""
+    """The largest of 8, 4, 1 that divides all: how many elements the compiler may take together.
+
+    Callers take at most 16 bytes of their widest tensor, so that a warp's accesses to every one are one stretch.
+    """
     return next(v for v in (8, 4, 1) if all(size % v == 0 for size in sizes))
 
 
@@ -123,13 +126,14 @@ class _DensePlan(NamedTuple):
 def _dense_plan(
     device: torch.device, num_tasks: int, num_params: int, grad_stride: int, scale: str, size: int
 ) -> _DensePlan:
-    vec = _vector(num_params, grad_stride)
-    tuning = _tuning("balance", device, num_params, size)
+    vec = min(_vector(num_params, grad_stride), 16 // size)
+    fast = size == 8 or fast_fp64(driver.capability(device))
+    tuning = _tuning("balance" if fast else "balance in pairs", device, num_params, size)
     if vec == 1:  # elements one by one take more registers
         tuning = tuning._replace(block=tuning.block // 2)
     meta = {
         "K_PAD": _pad(num_tasks), "VEC": vec, "BLOCK": tuning.block, "SCALE": scale,
-        "FAST_FP64": fast_fp64(driver.capability(device)),
+        "FAST_FP64": fast,
     }  # fmt: skip
     return _DensePlan(tuning, -(-num_params // tuning.block), num_params // vec, grad_stride // vec, meta)
 
@@ -189,20 +193,26 @@ def accumulate_(
 ) -> None:
     """One launch."""
     device = sumsq.device
-    tuning = _tuning("accumulate", device, int(segments[:, 1].sum()) if row is None else row.numel())
     with driver.current(device):
         if not isinstance(coefficients, Tensor):
             coefficients = tables.numbers(coefficients, device)
         addresses, codes = tables.addresses(grads, device)
+        size = max(tables.widest(codes), 0 if row is None else row.element_size())
+        fast = size == 8 or fast_fp64(driver.capability(device))
+        line = "accumulate narrow" if size == 2 else "accumulate"
+        if row is None:
+            line = "sum" if fast else "sum in pairs"
+        tuning = _tuning(line, device, int(segments[:, 1].sum()) if row is None else row.numel(), size)
         chunks, aligned = tables.chunks(segments, CHUNK_BLOCKS * tuning.block, device)
         grid = _programs(device, tuning.programs, len(chunks))
         space = workspace(device)
         _launch(
             row_kernels.accumulate_kernel, grid, row, addresses, chunks, coefficients, sumsq,
-            space.scratch("slots", _num_slots(grid, len(chunks))), space.counters, None if loss_scale is None else loss_scale.to(device),
+            space.scratch("slots", _num_slots(grid, len(chunks))), space.counters,
+            None if loss_scale is None else loss_scale.to(device),
             len(chunks), CODES=codes, BLOCK=tuning.block, tuning=tuning,
             ROW_ALIGNED=row is None or (aligned and row.data_ptr() % 16 == 0),
-            FAST_FP64=fast_fp64(driver.capability(device)),
+            FAST_FP64=fast,
         )  # fmt: skip
 
 
@@ -211,7 +221,7 @@ def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) ->
     num_tasks, num_params = rows.shape
     device, stride = rows.device, _stride(rows)
     tuning = _tuning("combine", device, num_params, rows.element_size())
-    vec = _vector(num_params, stride)
+    vec = min(_vector(num_params, stride), 16 // max(rows.element_size(), out.element_size()))
     grid = _programs(device, tuning.programs, -(-num_params // tuning.block))
     with driver.current(device):
         _launch(
@@ -226,7 +236,8 @@ def balance_rows_(step: BalanceRows) -> None:
     num_tasks, num_params = rows.shape
     device = rows.device
     tuning = _tuning("combine", device, num_params, rows.element_size())
-    vec = _vector(rows.stride(0), *step.starts, *(out.numel() for out in step.outs))
+    size = max(rows.element_size(), *(out.element_size() for out in step.outs))
+    vec = min(_vector(rows.stride(0), *step.starts, *(out.numel() for out in step.outs)), 16 // size)
     groups: list[Any] = []
     for out, start in zip(step.outs, step.starts, strict=True):
         groups += (out, start // vec, out.numel() // vec)

@@ -40,21 +40,23 @@ def gather_chunk(
 
     Whole blocks need no mask, so they are loaded 128 bits at a time where both sides are aligned; the rest follows.
     """
-    GRADS: tl.constexpr = 128 // grad.dtype.element_ty.primitive_bitwidth if GRAD_ALIGNED else 1
-    STATES: tl.constexpr = 1 if row is None or not ROW_ALIGNED else 128 // row.dtype.element_ty.primitive_bitwidth
-    ADJACENT: tl.constexpr = max(GRADS, STATES)
+    GRAD: tl.constexpr = grad.dtype.element_ty.primitive_bitwidth // 8
+    ROW: tl.constexpr = GRAD if row is None else row.dtype.element_ty.primitive_bitwidth // 8
+    WIDEST: tl.constexpr = GRAD if GRAD > ROW else ROW
+    # A thread takes 16 bytes of the wider, so that a warp's accesses to both are one stretch.
+    ADJACENT: tl.constexpr = 16 // WIDEST if GRAD_ALIGNED or (ROW_ALIGNED and row is not None) else 1
     lane = tl.arange(0, BLOCK)
     whole = count // BLOCK
     for block in range(whole):
         grad_block = grad + block * BLOCK
         if GRAD_ALIGNED:
-            grad_block = tl.multiple_of(grad_block, 16)
+            grad_block = tl.multiple_of(grad_block, 16 * GRAD // WIDEST)
         if row is None:
             x = gain_block(grad_block + lane, True, address, gain)
         else:
             state_block = row + column + block * BLOCK
             if ROW_ALIGNED:
-                state_block = tl.multiple_of(state_block, 16)
+                state_block = tl.multiple_of(state_block, 16 * ROW // WIDEST)
             x = update_block(state_block + lane, grad_block + lane, True, address, decay, gain)
         squares = add_squares(squares, x, ADJACENT, FAST_FP64)
     rest = whole * BLOCK + lane
@@ -201,13 +203,21 @@ def balance_rows_kernel(
     tl.debug_barrier()
     clear = tl.sum(bad.to(tl.int32)) > 0
     stride = stride_units.to(tl.int64) * VEC
-    combine_group(rows, stride, scratch, out0, first0, units0, counters + TILES, accumulate, clear, num_tasks, VEC, BLOCK)
+    combine_group(
+        rows, stride, scratch, out0, first0, units0, counters + TILES, accumulate, clear, num_tasks, VEC, BLOCK
+    )
     if out1 is not None:
-        combine_group(rows, stride, scratch, out1, first1, units1, counters + TILES + 1, accumulate, clear, num_tasks, VEC, BLOCK)
+        combine_group(
+            rows, stride, scratch, out1, first1, units1, counters + TILES + 1, accumulate, clear, num_tasks, VEC, BLOCK
+        )
     if out2 is not None:
-        combine_group(rows, stride, scratch, out2, first2, units2, counters + TILES + 2, accumulate, clear, num_tasks, VEC, BLOCK)
+        combine_group(
+            rows, stride, scratch, out2, first2, units2, counters + TILES + 2, accumulate, clear, num_tasks, VEC, BLOCK
+        )
     if out3 is not None:
-        combine_group(rows, stride, scratch, out3, first3, units3, counters + TILES + 3, accumulate, clear, num_tasks, VEC, BLOCK)
+        combine_group(
+            rows, stride, scratch, out3, first3, units3, counters + TILES + 3, accumulate, clear, num_tasks, VEC, BLOCK
+        )
     # Only when every program has read the stats may they be changed.
     if is_last(counters + ARRIVED):
         tl.store(norms + index, found, mask=task)

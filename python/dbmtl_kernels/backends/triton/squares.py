@@ -1,4 +1,4 @@
-"""Sums of squares in fp64, and what stands for them where fp64 is slow: pairs of fp32 numbers, widened once per eight."""
+"""Sums of squares in fp64; where fp64 is slow, of eight as a pair of fp32 numbers, which is widened once."""
 
 from __future__ import annotations
 
@@ -51,13 +51,12 @@ def largest(a, b, c, d):
 
 @triton.jit
 def add_squares(total, x, ADJACENT: tl.constexpr, FAST_FP64: tl.constexpr):
-    """``total`` (BLOCK / 8, fp64) and the squares of ``x`` (BLOCK), eight to each; ``ADJACENT`` (1, 2, 4, 8) of them lie
-    side by side.
+    """``total`` (BLOCK / 8, fp64) and the squares of ``x`` (BLOCK), eight to each.
 
-    In fp64 (``FAST_FP64``, or of fp64 numbers) the square of an fp32 number is exact, so ``fma`` rounds only the sum. Else
-    eight numbers are scaled by a power of two that brings the largest into [1, 4), their squares summed as a pair of fp32
-    numbers, and that widened: within 2**-44 of the fp64 sum, and inf or NaN where that is. What underflows meanwhile is
-    2**-120 of the largest square.
+    ``ADJACENT`` (1, 2, 4 or 8) of the eight lie side by side. In fp64 (``FAST_FP64``, or of fp64 numbers) the square of
+    an fp32 number is exact, so ``fma`` rounds only the sum. Else eight numbers are scaled by a power of two that brings
+    the largest into [1, 4), their squares summed as a pair of fp32 numbers, and that widened: within 2**-44 of the fp64
+    sum, and inf or NaN where that is. What underflows meanwhile is less than 2**-120 of the largest square.
     """
     a, b = halves(x, ADJACENT >= 2)
     aa, ab = halves(a, ADJACENT >= 4)

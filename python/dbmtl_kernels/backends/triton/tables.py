@@ -13,6 +13,11 @@ from torch import Tensor
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
+def widest(codes: int) -> int:
+    """Bytes of an element of the widest dtype whose code is a bit of ``codes``."""
+    return max(dtype.itemsize for dtype, code in DTYPE_CODES.items() if codes >> code & 1)
+
+
 def address_table(*pairs: int) -> np.ndarray:
     """(n, 2) int64: address and dtype code of each gradient."""
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)

@@ -1,9 +1,10 @@
 """Block sizes and warps, chosen from a table; nothing is tried out at run time.
 
 ``programs`` bounds how many programs a multiprocessor gets in a persistent grid; ``registers`` is the compiler's limit
-for a thread, so that they fit there together (65,536 / (32 x warps x registers)) and nothing spills on sm_80, 90 or 100
-(tests/backends/test_codegen.py). "in flight" is what one multiprocessor then asks for at once, in fp32: some 23 kB are
-needed to keep 4.3 TB/s busy for 700 ns. That is arithmetic on the compiler's report; times are not yet measured.
+for a thread, so that they fit there together (65,536 / (32 x warps x registers)) and nothing spills. ``in_flight`` is
+what one multiprocessor at least asks of memory, in KB, before it waits for the first of it, with whole tiles on 16
+bytes: some 23 are needed to keep 4.3 TB/s busy for 700 ns, 38 for 8 TB/s. All three are read from the compiled code
+(tests/backends/test_codegen.py), for sm_80, 89, 90 and 100. That is arithmetic; times are not yet measured.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import NamedTuple
 class Tuning(NamedTuple):
     """How one kernel is launched."""
 
-    block: int
+    block: int  # elements of 4 bytes; as many bytes of others
     warps: int
     programs: int
     registers: int
-    unroll: int = 1
+    in_flight: int
 
 
 class _Line(NamedTuple):
@@ -30,18 +31,26 @@ class _Line(NamedTuple):
 
 _ANY = 2**63
 TABLE = (
-    # A small problem: smaller tiles, so that every multiprocessor gets some. In flight: 4 x 128 x 64 B = 33 kB.
-    _Line("balance", (0, 0), 1 << 20, Tuning(block=1024, warps=4, programs=4, registers=128, unroll=4)),
-    # In flight: 2 x 256 x 128 B = 66 kB in phase one, as much in phase two.
-    _Line("balance", (0, 0), _ANY, Tuning(block=4096, warps=8, programs=2, registers=128, unroll=4)),
-    # In flight: 4 x 128 x 64 B = 33 kB. Many small programs, as each chunk begins with a look at the tables.
-    _Line("accumulate", (0, 0), _ANY, Tuning(block=1024, warps=4, programs=4, registers=128)),
-    # In flight: 2 x 256 x 128 B = 66 kB, with four rows unrolled.
-    _Line("combine", (0, 0), _ANY, Tuning(block=2048, warps=8, programs=2, registers=96, unroll=4)),
+    # A small problem: smaller tiles, so that every multiprocessor gets some.
+    _Line("balance", (0, 0), 1 << 20, Tuning(block=2048, warps=4, programs=4, registers=128, in_flight=48)),
+    _Line("balance", (0, 0), _ANY, Tuning(block=4096, warps=8, programs=2, registers=128, in_flight=48)),
+    # Squares as pairs of fp32 numbers take more registers; a chip whose fp64 is slow asks less of its memory, but B300.
+    _Line("balance in pairs", (0, 0), _ANY, Tuning(block=1024, warps=4, programs=5, registers=96, in_flight=20)),
+    # Many small programs, as each chunk begins with a look at the tables.
+    _Line("accumulate", (10, 0), _ANY, Tuning(block=1024, warps=4, programs=7, registers=72, in_flight=42)),
+    _Line("accumulate", (0, 0), _ANY, Tuning(block=1024, warps=4, programs=8, registers=64, in_flight=48)),
+    # From 16 bits into 16 bits.
+    _Line("accumulate narrow", (10, 0), _ANY, Tuning(block=1024, warps=4, programs=5, registers=96, in_flight=40)),
+    _Line("accumulate narrow", (0, 0), _ANY, Tuning(block=1024, warps=4, programs=6, registers=80, in_flight=48)),
+    # Without a row.
+    _Line("sum in pairs", (0, 0), _ANY, Tuning(block=2048, warps=4, programs=6, registers=80, in_flight=36)),
+    _Line("sum", (0, 0), _ANY, Tuning(block=2048, warps=4, programs=8, registers=64, in_flight=64)),
+    # Of four rows; of three 48.
+    _Line("combine", (0, 0), _ANY, Tuning(block=2048, warps=8, programs=2, registers=96, in_flight=64)),
     # Bound by arithmetic rather than by memory where K is large; smaller tiles where sm_80 would spill.
-    _Line("gramian", (0, 0), 32, Tuning(block=64, warps=4, programs=2, registers=255)),
-    _Line("gramian", (9, 0), _ANY, Tuning(block=32, warps=8, programs=1, registers=255)),
-    _Line("gramian", (0, 0), _ANY, Tuning(block=16, warps=8, programs=1, registers=255)),
+    _Line("gramian", (0, 0), 32, Tuning(block=64, warps=4, programs=2, registers=255, in_flight=0)),
+    _Line("gramian", (9, 0), _ANY, Tuning(block=32, warps=8, programs=1, registers=255, in_flight=0)),
+    _Line("gramian", (0, 0), _ANY, Tuning(block=16, warps=8, programs=1, registers=255, in_flight=0)),
 )
 
 
