@@ -160,7 +160,7 @@ def test_the_cooperative_grid_is_what_the_driver_can_hold(launches, monkeypatch)
     with pytest.raises(RuntimeError, match="balance_kernel does not fit on cpu with 4 warps"):
         run(0, 64)
     launches._dense_plan.cache_clear()
-    assert grids == [10, 20, 20, 5]
+    assert grids == [10, 20, 20, 3]
 
 
 # --- bytes: the budget of docs/backends.md, to the byte -----------------------------------------------------------
