@@ -40,23 +40,25 @@ def gather_chunk(
 
     Whole blocks need no mask, so they are loaded 128 bits at a time where both sides are aligned; the rest follows.
     """
-    GRAD: tl.constexpr = grad.dtype.element_ty.primitive_bitwidth // 8
-    ROW: tl.constexpr = GRAD if row is None else row.dtype.element_ty.primitive_bitwidth // 8
-    WIDEST: tl.constexpr = GRAD if GRAD > ROW else ROW
+    GRAD: tl.constexpr = grad.dtype.element_ty
+    ROW: tl.constexpr = GRAD if row is None else row.dtype.element_ty
+    WIDEST: tl.constexpr = (
+        64 if GRAD == tl.float64 or ROW == tl.float64 else 32 if GRAD == tl.float32 or ROW == tl.float32 else 16
+    )
     # A thread takes 16 bytes of the wider, so that a warp's accesses to both are one stretch.
-    ADJACENT: tl.constexpr = 16 // WIDEST if GRAD_ALIGNED or (ROW_ALIGNED and row is not None) else 1
+    ADJACENT: tl.constexpr = 128 // WIDEST if GRAD_ALIGNED or (ROW_ALIGNED and row is not None) else 1
     lane = tl.arange(0, BLOCK)
     whole = count // BLOCK
     for block in range(whole):
         grad_block = grad + block * BLOCK
         if GRAD_ALIGNED:
-            grad_block = tl.multiple_of(grad_block, 16 * GRAD // WIDEST)
+            grad_block = tl.multiple_of(grad_block, 16 * grad.dtype.element_ty.primitive_bitwidth // WIDEST)
         if row is None:
             x = gain_block(grad_block + lane, True, address, gain)
         else:
             state_block = row + column + block * BLOCK
             if ROW_ALIGNED:
-                state_block = tl.multiple_of(state_block, 16 * ROW // WIDEST)
+                state_block = tl.multiple_of(state_block, 16 * row.dtype.element_ty.primitive_bitwidth // WIDEST)
             x = update_block(state_block + lane, grad_block + lane, True, address, decay, gain)
         squares = add_squares(squares, x, ADJACENT, FAST_FP64)
     rest = whole * BLOCK + lane

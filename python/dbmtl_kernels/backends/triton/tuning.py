@@ -44,7 +44,7 @@ TABLE = (
     _Line("accumulate narrow", (0, 0), _ANY, Tuning(block=1024, warps=4, programs=6, registers=80, in_flight=48)),
     # Without a row.
     _Line("sum in pairs", (0, 0), _ANY, Tuning(block=2048, warps=4, programs=6, registers=80, in_flight=36)),
-    _Line("sum", (0, 0), _ANY, Tuning(block=2048, warps=4, programs=8, registers=64, in_flight=64)),
+    _Line("sum", (0, 0), _ANY, Tuning(block=2048, warps=4, programs=6, registers=80, in_flight=48)),
     # Of four rows; of three 48.
     _Line("combine", (0, 0), _ANY, Tuning(block=2048, warps=8, programs=2, registers=96, in_flight=64)),
     # Bound by arithmetic rather than by memory where K is large; smaller tiles where sm_80 would spill.
