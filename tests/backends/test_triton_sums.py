@@ -21,7 +21,7 @@ def launches():
 
 @pytest.fixture(params=[True, False], ids=["fp64", "pairs of fp32"])
 def fast_fp64(request, launches, monkeypatch):
-    """Either kind of chip. The interpreter of some versions of Triton rounds an fp32 ``fma`` twice: the GPU does not."""
+    """Either kind of chip. The interpreter of some versions of Triton rounds an fp32 ``fma`` twice, a GPU does not."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     fma = InterpreterBuilder.create_fma
