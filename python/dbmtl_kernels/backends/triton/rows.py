@@ -40,11 +40,11 @@ def gather_chunk(
 
     Whole blocks need no mask, so they are loaded 128 bits at a time where both sides are aligned; the rest follows.
     """
-    GRAD: tl.constexpr = grad.dtype.element_ty
-    ROW: tl.constexpr = GRAD if row is None else row.dtype.element_ty
-    WIDEST: tl.constexpr = (
-        64 if GRAD == tl.float64 or ROW == tl.float64 else 32 if GRAD == tl.float32 or ROW == tl.float32 else 16
-    )
+    grad_dtype: tl.constexpr = grad.dtype.element_ty
+    row_dtype: tl.constexpr = grad_dtype if row is None else row.dtype.element_ty
+    either32: tl.constexpr = grad_dtype == tl.float32 or row_dtype == tl.float32
+    either64: tl.constexpr = grad_dtype == tl.float64 or row_dtype == tl.float64
+    WIDEST: tl.constexpr = 64 if either64 else 32 if either32 else 16
     # A thread takes 16 bytes of the wider, so that a warp's accesses to both are one stretch.
     ADJACENT: tl.constexpr = 128 // WIDEST if GRAD_ALIGNED or (ROW_ALIGNED and row is not None) else 1
     lane = tl.arange(0, BLOCK)
