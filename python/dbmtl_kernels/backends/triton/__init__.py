@@ -1,7 +1,7 @@
 """The Triton kernels: CUDA tensors, or CPU tensors under ``TRITON_INTERPRET=1``. triton is imported when first used.
 
-`dense` and `rows` hold the kernels, `kernels` and `squares` their parts, `launches` grids and workspaces, `tables` what is
-uploaded, `tuning` block sizes, `device` what the driver is asked.
+`dense` and `rows` hold the kernels, `kernels` and `squares` their parts, `launches` grids and workspaces, `tables` what
+is uploaded, `tuning` block sizes, `device` what the driver is asked.
 """
 
 from __future__ import annotations
