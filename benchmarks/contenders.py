@@ -1,6 +1,6 @@
-"""What the dense op and the engine are measured against.
+"""What the dense op is measured against, and float64, which every result must equal before it is timed.
 
-Of the dense op each is (grads, ema) -> balanced gradient, with ema updated in place; of the engine, see `Engine`.
+A contender is (grads, ema) -> balanced gradient, with ema updated in place.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 BETA, EPS = 0.9, 1e-8
-Contender = Callable[[Tensor, Tensor], Tensor]
+Call = Callable[..., Any]
 
 
-def ours(grads: Tensor, ema: Tensor) -> Tensor:
+def ours(grads: Tensor, ema: Tensor, backend: str = "auto") -> Tensor:
     """dbmtl_kernels: one call, (4 K P + P) elements moved."""
-    return dbk.balance_(grads, ema, beta=BETA, eps=EPS)[0]
+    return dbk.balance_(grads, ema, beta=BETA, eps=EPS, backend=backend)[0]
 
 
 def eager_lerp(grads: Tensor, ema: Tensor) -> Tensor:
@@ -35,6 +35,14 @@ def eager_addmul(grads: Tensor, ema: Tensor) -> Tensor:
     return torch.mv(ema.T, norms.max() / (norms + EPS))
 
 
+def eager_foreach(grads: Tensor, ema: Tensor) -> Tensor:
+    """The same with `_foreach_lerp_` and `_foreach_norm`."""
+    rows = ema.unbind()
+    torch._foreach_lerp_(rows, grads.unbind(), 1.0 - BETA)
+    norms = torch.stack(torch._foreach_norm(rows))
+    return (norms.max() / (norms + EPS)) @ ema
+
+
 def authors(grads: Tensor, ema: Tensor) -> Tensor:
     """The arithmetic of the authors' implementation, tensors already on the device."""
     new = grads + BETA * (ema - grads)
@@ -45,87 +53,44 @@ def authors(grads: Tensor, ema: Tensor) -> Tensor:
     return out
 
 
-def all_contenders() -> dict[str, Contender]:
-    """By name; compiling happens at the first call."""
-    torch.compiler.reset()
-    return {
-        "dbmtl_kernels": ours,
-        "eager (lerp_)": eager_lerp,
-        "eager (mul_, add_)": eager_addmul,
-        "torch.compile (lerp_)": torch.compile(eager_lerp),
-        "torch.compile (mul_, add_)": torch.compile(eager_addmul),
-        "authors' arithmetic": authors,
-    }
+def rivals(compiled: bool = True, **options: Any) -> dict[str, Call]:
+    """What our dense op is measured against, by name; compiling, with ``options``, happens at the first call."""
+    eager = {"lerp_": eager_lerp, "mul_, add_": eager_addmul, "foreach": eager_foreach}
+    found: dict[str, Call] = {f"eager ({name})": call for name, call in eager.items()}
+    if compiled:
+        torch.compiler.reset()
+        found |= {f"torch.compile ({name})": torch.compile(call, **options) for name, call in eager.items()}
+    return {**found, "authors' arithmetic": authors}
 
 
-class Given(torch.autograd.Function):
-    """A loss of 1 whose backward pass hands out copies of the gradients given."""
-
-    @staticmethod
-    def forward(ctx, grads, *parameters):
-        ctx.grads = grads
-        return torch.ones((), device=parameters[0].device)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return (None, *(given.clone() for given in ctx.grads))
+def exact(grads: Tensor, ema: Tensor) -> tuple[Tensor, Tensor]:
+    """Algorithm 1 of arXiv 2308.12029 in float64: the balanced gradient, the new state."""
+    new = ema.to(torch.float64, copy=True).mul_(BETA).add_(grads, alpha=1.0 - BETA)
+    norms = torch.linalg.vector_norm(new, dim=1)
+    return (norms.max() / (norms + EPS)) @ new, new
 
 
-class Engine:
-    """Parameters of given shapes, K lists of gradients, and ways from those to a balanced ``.grad``."""
+def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    """Raise unless the largest error is within ``tolerance`` times the largest element; row by row, to save memory."""
+    rows = zip(torch.atleast_2d(actual), torch.atleast_2d(expected), strict=True)
+    error = torch.stack([torch.linalg.vector_norm(row.double() - wanted, torch.inf) for row, wanted in rows]).max()
+    error = float(error / torch.linalg.vector_norm(expected, torch.inf))
+    if not error <= tolerance:  # NaN is wrong
+        raise ValueError(f"{what} is off by {error:.1e}, allowed is {tolerance:.1e}")
 
-    def __init__(self, K: int, shapes: list[tuple[int, ...]], device: torch.device) -> None:
-        self.parameters = [torch.zeros(shape, device=device, requires_grad=True) for shape in shapes]
-        self.sizes = [p.numel() for p in self.parameters]
-        self.grads = [[torch.randn_like(p) * (1 + task) for p in self.parameters] for task in range(K)]
 
-    def clear(self) -> None:
-        for p in self.parameters:
-            p.grad = None
+def poison(like: Tensor, dtype: torch.dtype) -> None:
+    """NaN where what is allocated next lies, as large as ``like``: who writes nothing has no earlier result to show."""
+    torch.cuda.empty_cache()
+    blocks = [torch.full(like.shape, torch.nan, dtype=dtype, device=like.device) for _ in range(8)]
+    del blocks
 
-    def passes(self, each: Callable[..., Any] = lambda task: None, let_go: bool = True) -> None:
-        """K backward passes; ``each`` follows every one."""
-        for task, grads in enumerate(self.grads):
-            if let_go or task == 0:
-                self.clear()
-            Given.apply(grads, *self.parameters).backward()
-            each(task)
 
-    def ours(self, backend: str) -> Callable[..., Any]:
-        balancer = dbk.DBMTL(self.parameters, len(self.grads), beta=BETA, beta_sigma=0.0, backend=backend)
-
-        def call() -> None:
-            self.clear()
-            balancer.backward([Given.apply(grads, *self.parameters) for grads in self.grads])
-
-        return call
-
-    def eager(self, change: Callable[..., Any] = lambda f: f, foreach: bool = False) -> Callable[..., Any]:
-        """`torch.cat` and lerp_ (7 K P + P elements), or `torch._foreach_lerp_` on views of the state (5 K P + P)."""
-        state = torch.zeros(len(self.grads), sum(self.sizes), device=self.parameters[0].device)
-        views = [self.split(row) for row in state]
-        cat = change(lambda row, grads: row.lerp_(torch.cat([grad.reshape(-1) for grad in grads]), 1.0 - BETA))
-
-        def gather(task: int) -> None:
-            grads = [p.grad for p in self.parameters]
-            torch._foreach_lerp_(views[task], grads, 1.0 - BETA) if foreach else cat(state[task], grads)
-
-        @change
-        def combine() -> Tensor:
-            norms = torch.linalg.vector_norm(state, dim=1)
-            return (norms.max() / (norms + EPS)) @ state
-
-        def call() -> None:
-            self.passes(gather)
-            for p, grad in zip(self.parameters, self.split(combine()), strict=True):
-                p.grad = grad
-
-        return call
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        return [part.view_as(p) for part, p in zip(flat.split(self.sizes), self.parameters, strict=True)]
-
-    def expected(self) -> Tensor:
-        """The balanced gradient of the first step, flat."""
-        rows = torch.stack([torch.cat([grad.reshape(-1) for grad in grads]) for grads in self.grads])
-        return dbk.reference.balance(rows, torch.zeros_like(rows), BETA, EPS)[0]
+def check_dense(grads: Tensor, ema: Tensor, call: Call) -> None:
+    """Raise unless ``call`` gives what float64 gives; ``ema`` stays as it is."""
+    gradient, state = {2: (2.0**-5, 2.0**-6), 4: (2e-5, 1e-6), 8: (1e-12, 1e-12)}[ema.element_size()]
+    expected, new = exact(grads, ema)
+    mine = ema.clone()
+    poison(expected, ema.dtype)
+    close(call(grads, mine), expected, gradient, "the balanced gradient")
+    close(mine, new, state, "the state")

@@ -8,6 +8,7 @@ from itertools import pairwise
 import dbmtl_kernels as dbk
 import timing
 import torch
+from contenders import BETA, EPS, Call, close, exact, poison
 from torch import nn
 from torch.nn import functional
 
@@ -101,6 +102,48 @@ def authors(problem, losses):
         offset += p.numel()
 
 
+def eager(kind: str, change: Call = lambda call: call) -> Call:
+    """K backward passes gathered by "cat" and lerp_ (7 K P + P elements), or by "foreach" lerp_ (5 K P + P)."""
+    cat = change(lambda row, grads: row.lerp_(torch.cat([grad.reshape(-1) for grad in grads]), 1.0 - BETA))
+    state = torch.empty(0)
+
+    @change
+    def combine(state):
+        norms = torch.linalg.vector_norm(state, dim=1)
+        return (norms.max() / (norms + EPS)) @ state
+
+    def backward(problem, losses):
+        nonlocal state
+        shared = list(problem.trunk.parameters())
+        sizes = [p.numel() for p in shared]
+        if not state.numel():
+            state = torch.zeros(K, sum(sizes), device=shared[0].device)
+        for t, loss in enumerate(losses):
+            torch.log(loss).backward(retain_graph=t < K - 1)
+            grads = [p.grad for p in shared]
+            views = [part.view_as(p) for part, p in zip(state[t].split(sizes), shared, strict=True)]
+            torch._foreach_lerp_(views, grads, 1.0 - BETA) if kind == "foreach" else cat(state[t], grads)
+            for p in shared:
+                p.grad = None
+        for p, grad in zip(shared, combine(state).split(sizes), strict=True):
+            p.grad = grad.view_as(p)
+
+    return backward
+
+
+def check(problem: Problem, backward: Call) -> None:
+    """Raise unless ``backward``, in its first step, leaves in ``.grad`` what float64 makes of the tasks' gradients."""
+    shared = list(problem.trunk.parameters())
+    flat = lambda grads: torch.cat([grad.reshape(-1) for grad in grads])  # noqa: E731
+    logs = [torch.log(loss) for loss in problem.losses()]
+    grads = torch.stack([flat(torch.autograd.grad(log, shared, retain_graph=True)) for log in logs])
+    expected, _ = exact(grads, torch.zeros_like(grads))
+    problem.optimizer.zero_grad()
+    poison(expected, torch.float32)
+    backward(problem, problem.losses())
+    close(flat([p.grad for p in shared]), expected, 1e-4, "the balanced .grad")
+
+
 LIGHT = {
     "bare K backward passes": bare,
     "bare, each .grad let go": bare_let_go,
@@ -109,7 +152,13 @@ LIGHT = {
     "dbmtl_kernels, bf16 state": partial(ours, torch.bfloat16),
 }
 # A run of its own: the memory it allocates and frees slows down whoever comes after.
-HEAVY = {"bare K backward passes": bare, "dbmtl_kernels": partial(ours, torch.float32), "authors' arithmetic": authors}
+HEAVY = {
+    "bare K backward passes": bare,
+    "dbmtl_kernels": partial(ours, torch.float32),
+    "eager (cat)": eager("cat"),
+    "eager (foreach)": eager("foreach"),
+    "authors' arithmetic": authors,
+}
 
 
 def measure(contenders, rounds, warmup=3):

@@ -23,20 +23,51 @@ from dbmtl_kernels.backends import native
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each call, by contender; warm-up rounds are left out."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+def by_host(call: Callable[[], object]) -> float:
+    """Seconds of a call."""
+    start = time.perf_counter()
+    result = call()
+    elapsed = time.perf_counter() - start
+    del result
+    return elapsed
+
+
+def by_host_twice(call: Callable[[], object]) -> tuple[float, float]:
+    """Stands for `by_device_and_host` on a CPU."""
+    return (by_host(call),) * 2
+
+
+def by_device_and_host(call: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of a call on the GPU, by events, and on the host, which waits for nothing.
+
+    The GPU sleeps for some 10 ms while the host puts the call's launches in line, and its clock starts when it wakes:
+    the host's time is in the GPU's only where it is longer.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(20_000_000)
+    start.record()
+    host = by_host(call)
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3, host
+
+
+def interleaved(
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    clock: Callable[[Callable[[], object]], Any] = by_host,
+) -> dict[str, list[Any]]:
+    """What ``clock`` says of each call, by contender; warm-up rounds are left out."""
+    times: dict[str, list[Any]] = {name: [] for name in contenders}
     names = list(contenders)
     for round_ in range(warmup + rounds):
         shift = round_ % len(names)
         for name in names[shift:] + names[:shift]:
-            call = contenders[name]
-            start = time.perf_counter()
-            result = call()
-            elapsed = time.perf_counter() - start
-            del result
+            found = clock(contenders[name])
             if round_ >= warmup:
-                times[name].append(elapsed)
+                times[name].append(found)
     return times
 
 

@@ -1,37 +1,218 @@
-"""The GPU suite, tried on a CPU."""
+"""The GPU suite, tried on a CPU: what is checked, how it is timed, what rows say of it."""
 
-import csv
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import contenders
+import gpu
+import gpu_rows
 import pytest
+import test_step
+import timing
+import torch
+from dbmtl_kernels import ops
 
-ROOT = Path(__file__).parents[1]
+SUITE = Path(__file__).parents[1] / "benchmarks" / "gpu_suite.sh"
+interpreted = pytest.mark.skipif(not gpu.CPU, reason="there is a GPU: the suite itself runs there")
+
+
+def rows_in(folder):
+    (path,) = Path(folder).glob("gpu_*.csv")
+    return gpu_rows.read(path)
+
+
+def suite(folder, section="dense", backends=("triton", "cuda")):
+    return gpu.Suite(folder, section, backends)
+
+
+@interpreted
+def test_a_case_compares_with_the_best_rival_by_the_devices_clock(tmp_path, monkeypatch):
+    def op(seconds, grads, ema):
+        return contenders.eager_lerp(grads, ema)
+
+    monkeypatch.setattr(gpu.timing, "by_host_twice", lambda call: (call.args[0], 1.0))  # device, host
+    tensors = torch.randn(2, 3, 1000)
+    seconds = {"triton": 0.03, "cuda": 0.01, "eager (a)": 0.06, "torch.compile (b)": 0.04, "eager (c)": 0.05}
+    calls, bare = {name: partial(op, time) for name, time in seconds.items()}, {"bare, let go": partial(op, 0.02)}
+    tried = suite(tmp_path)
+    targets = [(gpu.BEST, 1.9), (gpu.BEST, 2.1), ("bare", 1.0), ("eager (a)", None)]
+    check = partial(contenders.check_dense, *tensors)
+    tried.case("dense", calls, check, 9, targets, bare=bare, K=3, P=1000)
+    found = rows_in(tmp_path)
+    medians = {(row["contender"], row["clock"]): row["p50_ms"] for row in found if row["p50_ms"]}
+    everyone = {**seconds, "triton, again": 0.03, "bare, let go": 0.02}
+    assert medians == {
+        **{(name, "device"): f"{1e3 * time:g}" for name, time in everyone.items()},
+        **{(name, "host"): "1000" for name in everyone},
+    }
+    compared = [(r["contender"], r["against"], r["ratio"], r["target"], r["verdict"]) for r in found if r["ratio"]]
+    assert compared == [  # with the best eager code in what comes on top of the bare passes
+        ("triton", "torch.compile (b)", "2", "1.9", "reached"),
+        ("triton", "torch.compile (b)", "2", "2.1", "missed"),
+        ("triton", "bare, let go", "0.66667", "1", "missed"),
+        ("triton", "eager (a)", "2", "", ""),
+        ("triton", "triton, again", "1", "", ""),
+        ("cuda", "torch.compile (b)", "-2", "1.9", "unclear"),
+        ("cuda", "torch.compile (b)", "-2", "2.1", "unclear"),
+        ("cuda", "bare, let go", "2", "1", "reached"),
+        ("cuda", "eager (a)", "6", "", ""),
+        ("cuda", "triton, again", "3", "", ""),
+    ]
+    assert tried.faults == 0
+
+
+def test_the_devices_clock_starts_when_the_device_wakes(monkeypatch):
+    """Beside a stand-in for CUDA: the host's clock has the call alone, the device's what lies between two events."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("record")
+
+        def elapsed_time(self, end):
+            return 3.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep"))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(len(done)))
+    assert timing.by_device_and_host(lambda: done.append("call")) == (0.003, 1.0)
+    assert done == ["synchronize", "sleep", "record", "call", "record", "synchronize"]
+
+
+def nothing(grads, ema):
+    return torch.empty_like(grads[0])
+
+
+def only_the_state(grads, ema):
+    ema.lerp_(grads, 1 - contenders.BETA)
+    return torch.empty_like(grads[0])
+
+
+def only_the_gradient(grads, ema):
+    return contenders.eager_lerp(grads, ema.clone())
+
+
+def raises(grads, ema):
+    raise RuntimeError("no kernel image")
+
+
+@interpreted
+@pytest.mark.parametrize("wrong", [nothing, only_the_state, only_the_gradient, raises])
+@pytest.mark.parametrize("section", ["dense", "parity"])
+def test_what_is_wrong_is_a_fault_and_not_timed(tmp_path, section, wrong):
+    tensors = torch.randn(2, 3, 50_000)
+    calls = {"eager": contenders.eager_lerp, "triton": contenders.eager_lerp, "cuda": wrong}
+    tried, run = suite(tmp_path, section), lambda call: lambda: call(*tensors)
+    check = partial(contenders.check_dense, *tensors)
+    tried.case("dense", calls, check, 9, [("eager", 1.0), ("cuda", 1.0)], run, K=3, P=50_000)
+    assert tried.faults == 1
+    found = rows_in(tmp_path)
+    (fault,) = (row for row in found if row["contender"] == "cuda")
+    assert fault["verdict"].startswith("FAULT RuntimeError: no kernel" if wrong is raises else "FAULT ValueError: the ")
+    if section == "parity":
+        assert [row["verdict"] for row in found if row["contender"] == "triton"] == ["right"]
+    else:
+        assert {row["contender"] for row in found if row["p50_ms"]} == {"eager", "triton", "triton, again"}
+
+
+@interpreted
+def test_memory_holds_nan_when_a_contender_is_checked(monkeypatch):
+    """After float64, whose result may be freed, and right before the call."""
+    order = []
+    exact = contenders.exact
+    for module in (contenders, test_step, gpu):
+        monkeypatch.setattr(module, "poison", lambda like, dtype: order.append("poison"))
+    for module in (contenders, test_step):
+        monkeypatch.setattr(module, "exact", lambda *tensors: order.append("float64") or exact(*tensors))
+
+    def called(call):
+        return lambda *given: order.append("call") or call(*given)
+
+    contenders.check_dense(*torch.randn(2, 3, 40), called(contenders.eager_lerp))
+    test_step.check(test_step.Problem(["eager"], (16, 32, 16), 8), called(partial(test_step.ours, "eager")))
+    assert order == ["float64", "poison", "call"] * 2
+    blocks = []
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "full", lambda *given, full=torch.full, **how: blocks.append(full(*given, **how)))
+    contenders.poison(torch.zeros(7), torch.bfloat16)
+    assert all(block.dtype == torch.bfloat16 and block.isnan().all() and len(block) == 7 for block in blocks)
+    assert len(blocks) == 8
+
+
+@interpreted
+def test_too_little_memory_is_no_fault_and_a_lost_device_ends_the_process(tmp_path):
+    tried = suite(tmp_path)
+
+    def fail(error):
+        raise error
+
+    assert not tried.passes("dense", "triton", partial(fail, torch.cuda.OutOfMemoryError("no memory")))
+    assert tried.faults == 0
+    with pytest.raises(SystemExit) as ended:
+        tried.passes("dense", "cuda", partial(fail, RuntimeError("CUDA error: an illegal memory access")))
+    assert ended.value.code == 3
+    skipped, lost = (row["verdict"] for row in rows_in(tmp_path))
+    assert skipped.startswith("skipped: ")
+    assert lost.startswith("FAULT RuntimeError: CUDA error")
+
+
+OPS = ("accumulate_", "balance_rows_", "combine_out", "gramian")
+
+
+@interpreted
+def test_parity_has_a_case_of_each_kernel_of_both_backends(tmp_path, emulated_cuda):
+    assert gpu.main(str(tmp_path), "parity", "triton", "cuda") == 0
+    right = {(row["contender"], row["what"].split()[1]) for row in rows_in(tmp_path) if row["verdict"] == "right"}
+    kernels = ("dense", "engine", *OPS)
+    assert right == {(b, k) for b in ("triton", "cuda") for k in kernels} | {("triton, two launches", "dense")}
+
+
+@interpreted
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_that_writes_nothing_is_caught(tmp_path, monkeypatch, op):
+    op_itself = getattr(ops, op)
+
+    def broken(*given):  # float64 is made with the eager backend
+        return op_itself(*given) if given[-1] == "eager" else torch.empty(3, 3)
+
+    monkeypatch.setattr(ops, op, broken)
+    tried = suite(tmp_path, "parity", ["native"])
+    gpu.alone(tried, 3, [40, 7])
+    assert {row["what"].split()[1] for row in rows_in(tmp_path) if row["verdict"].startswith("FAULT")} == {op}
+
+
+@interpreted
+def test_a_step_that_balances_nothing_is_caught():
+    problem = test_step.Problem(["eager"], (16, 32, 16), 8)
+    test_step.check(problem, partial(test_step.ours, "eager"))
+    for kind in ("cat", "foreach"):
+        test_step.check(problem, test_step.eager(kind))
+    with pytest.raises(ValueError, match="is off by"):
+        test_step.check(problem, test_step.bare)
 
 
 @pytest.mark.slow
-def test_a_dry_run_checks_then_times_and_writes_every_row(tmp_path):
-    command = ["bash", ROOT / "benchmarks" / "gpu_suite.sh", tmp_path, "--first", "--cpu"]
+@interpreted
+def test_a_dry_run(tmp_path):
+    command = ["bash", SUITE, tmp_path, "--first", "--cpu"]
     done = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + (tmp_path / "first.log").read_text()
-    assert (tmp_path / "stages.csv").read_text().startswith("first,0,")
-    with (tmp_path / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    whats = list(dict.fromkeys(row["what"] for row in rows))
-    parity = ["parity: dense", "parity: step", "parity: combine_and_gramian"]
-    assert whats == [*parity, "copy", "dense", "engine", "step", "launches"]
-    # On a CPU nothing is judged.
-    assert all(row["verdict"] == ("right" if row["what"] in parity else "") for row in rows)
-    timed = [row for row in rows if row["p50_ms"]]
-    assert all(0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) for row in timed)
-    assert all(row[field] for row in rows for field in ("contender", "device", "torch", "date", "command"))
-    compared = {(row["what"], row["against"].split(" ")[0]) for row in rows if row["against"]}
-    assert compared >= {
-        ("dense", "eager"),
-        ("dense", "authors'"),
-        ("dense", "copy"),
-        ("engine", "eager"),
-        ("step", "bare,"),
+    assert done.returncode == 0, done.stdout
+    found = rows_in(tmp_path)
+    assert [row["contender"] for row in found if row["what"] == "stage"] == [
+        "parity triton", "parity cuda", "first triton cuda"
+    ]  # fmt: skip
+    assert {row["verdict"][:15] for row in found if (row["what"], row["contender"]) == ("backend", "cuda")} == {
+        "skipped: it ser"
     }
+    assert {row["verdict"] for row in found if row["target"]} <= {"missed", "unclear"}  # an interpreter is slow
+    assert {row["what"] for row in found if row["p50_ms"]} == {"copy", "dense", "engine", "step"}
+    times = [row for row in found if row["p50_ms"]]
+    assert all(0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) for row in times)
+    assert "dense" in gpu_rows.page(tmp_path.glob("gpu_*.csv"))
