@@ -78,8 +78,8 @@ class Suite:
             return
         again = {f"{name}, again": right[name] for name in ours[:1]}
         bares = {name: run(call) for name, call in (bare or {}).items()}
-        clock = timing.by_host_twice if CPU else timing.by_device_and_host
-        times, now = timing.interleaved(right | again | bares, self.rounds, self.warmup, clock), card()
+        clocks = timing.by_host_twice if CPU else timing.by_device_and_host
+        times, now = timing.interleaved(right | again | bares, self.rounds, self.warmup, clocks), card()
         median = {name: statistics.median(device for device, _ in found) for name, found in times.items()}
         self.copied = moved / median["torch"] if what == "copy" else self.copied
         for name, (index, clock) in itertools.product(times, enumerate(("device", "host"))):
