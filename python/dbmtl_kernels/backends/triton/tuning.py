@@ -4,7 +4,7 @@
 for a thread, so that they fit there together (65,536 / (32 x warps x registers)) and nothing spills. ``in_flight`` is
 what one multiprocessor at least asks of memory, in KB, before it waits for the first of it, with whole tiles on 16
 bytes: some 23 are needed to keep 4.3 TB/s busy for 700 ns, 38 for 8 TB/s. All three are read from the compiled code
-(tests/backends/test_codegen.py), for sm_80, 89, 90 and 100. That is arithmetic; times are not yet measured.
+(tests/backends/test_codegen.py), for sm_80, 89, 90, 100 and 103. That is arithmetic; times are not yet measured.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ TABLE = (
     # A small problem: smaller tiles, so that every multiprocessor gets some.
     _Line("balance", (0, 0), 1 << 20, Tuning(block=2048, warps=4, programs=4, registers=128, in_flight=48)),
     _Line("balance", (0, 0), _ANY, Tuning(block=4096, warps=8, programs=2, registers=128, in_flight=48)),
-    # Squares as pairs of fp32 numbers take more registers; a chip whose fp64 is slow asks less of its memory, but B300.
+    # Squares as pairs of fp32 numbers take more registers. B300 (10.3) is short of fp64 even so: larger tiles, fewer sums.
+    _Line("balance in pairs", (12, 0), _ANY, Tuning(block=1024, warps=4, programs=5, registers=96, in_flight=20)),
+    _Line("balance in pairs", (10, 0), _ANY, Tuning(block=2048, warps=4, programs=4, registers=128, in_flight=24)),
     _Line("balance in pairs", (0, 0), _ANY, Tuning(block=1024, warps=4, programs=5, registers=96, in_flight=20)),
     # Many small programs, as each chunk begins with a look at the tables.
     _Line("accumulate", (10, 0), _ANY, Tuning(block=1024, warps=4, programs=7, registers=72, in_flight=42)),
