@@ -158,7 +158,7 @@ def report(case, arch, kernel, compiled, tuning, line, block):
     return {
         "case": case, "arch": arch, "kernel": kernel.__name__, "registers": registers, "limit": tuning.registers,
         "stack": stack + local, "address64": ".address_size 64" in ptx, "accesses": accesses, "events": events(ptx),
-        "fused": sum(1 + pair for pair in map(bool, re.findall(r"\bfma\.rn\.f32(x2)?", ptx))), "flushed": ptx.count(".ftz"),
+        "fused": sum(1 + bool(pair) for pair in re.findall(r"\bfma\.rn\.f32(x2)?", ptx)), "flushed": ptx.count(".ftz"),
         "cooperative": compiled.metadata.launch_cooperative_grid, "line": line, "claimed": tuning.in_flight,
         "threads": threads * tuning.programs, "elements": block // threads,
         "loops": main_loops(case, sass.parse(code), block // threads),

@@ -34,7 +34,7 @@ TABLE = (
     # A small problem: smaller tiles, so that every multiprocessor gets some.
     _Line("balance", (0, 0), 1 << 20, Tuning(block=2048, warps=4, programs=4, registers=128, in_flight=48)),
     _Line("balance", (0, 0), _ANY, Tuning(block=4096, warps=8, programs=2, registers=128, in_flight=48)),
-    # Squares as pairs of fp32 numbers take more registers. B300 (10.3) is short of fp64 even so: larger tiles, fewer sums.
+    # Squares as pairs of fp32 numbers take more registers. B300 (10.3) is short of fp64 even so: larger tiles.
     _Line("balance in pairs", (12, 0), _ANY, Tuning(block=1024, warps=4, programs=5, registers=96, in_flight=20)),
     _Line("balance in pairs", (10, 0), _ANY, Tuning(block=2048, warps=4, programs=4, registers=128, in_flight=24)),
     _Line("balance in pairs", (0, 0), _ANY, Tuning(block=1024, warps=4, programs=5, registers=96, in_flight=20)),
