@@ -116,7 +116,7 @@ def measure(case: str, trees: dict[str, Path], rounds: int, warmup: int = 3) -> 
     workers = {
         name: subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tree / "python"), str(ROOT / "benchmarks")])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tree / "python"), str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")])},
         )
         for name, tree in trees.items()
     }  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import eager, triton
-from .arguments import BalanceRows, Coefficients
+from .arguments import BalanceRows, Coefficients, Gradients
 from .c_library import cuda as cuda
 from .c_library import native as native
 
@@ -37,7 +37,7 @@ class Backend(Protocol):
     def accumulate_(
         row: Tensor | None,
         sumsq: Tensor,
-        grads: list[Tensor | None],
+        grads: Gradients,
         segments: Tensor,
         coefficients: Coefficients,
         loss_scale: Tensor | None,

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import BalanceRows, Coefficients
+from .arguments import DTYPES, BalanceRows, Coefficients, Gradients
 from .memory import upload
 
 ABI_VERSION = 7
 MAX_OUTS = 4
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SCALES = {"max": 0, "mean": 1, "median": 2, "min": 3, "constant": 4}
 HUGE_BYTES = 8 << 20  # fresh memory of this size is worth a system call for huge pages
 
@@ -241,15 +240,14 @@ class CLibrary:
         self,
         row: Tensor | None,
         sumsq: Tensor,
-        grads: list[Tensor | None],
+        grads: Gradients,
         segments: Tensor,
         coefficients: Coefficients,
         loss_scale: Tensor | None,
     ) -> None:
         """Gather a row; a launch for each thousand gradients on a GPU (with an older driver, each hundred)."""
         device = sumsq.device
-        addresses = [None if grad is None else grad.data_ptr() for grad in grads]
-        dtypes = [0 if grad is None else DTYPES[grad.dtype] for grad in grads]
+        _, addresses, dtypes = grads
         numbers: Any = coefficients  # a name, as only its address is passed on; so are those below
         if not isinstance(coefficients, Tensor) and self._gpu:
             numbers = upload(coefficients, torch.float64, device)
@@ -262,8 +260,8 @@ class CLibrary:
         wide = DTYPES[torch.float64 if DTYPES[torch.float64] in dtypes else torch.float32]
         args = AccumulateArgs(
             Array(None, wide) if row is None else Array(row.data_ptr(), DTYPES[row.dtype]), sumsq.data_ptr(),
-            numbers.data_ptr() if isinstance(numbers, Tensor) else addressof(numbers), factor, len(grads),
-            segments.data_ptr(), (c_void_p * len(grads))(*addresses), bytes(dtypes),
+            numbers.data_ptr() if isinstance(numbers, Tensor) else addressof(numbers), factor, len(dtypes),
+            segments.data_ptr(), (c_void_p * len(dtypes))(*addresses), dtypes,
         )  # fmt: skip
         self._call("dbmtl_accumulate", device, 1, args)
 
