@@ -183,7 +183,7 @@ def check_accumulate(
             check_device("sumsq", sumsq, "row", row)
     if sumsq.numel() != 1:
         raise ValueError(f"sumsq must be one number, got shape {tuple(sumsq.shape)}")
-    device, strided, end = other.device, torch.strided, math.inf if row is None else row.numel()
+    device, end = other.device, math.inf if row is None else row.numel()
     wide = torch.float32 if device.type == "mps" else torch.float64
     if sumsq.dtype is not wide:
         check_dtype("the dtype of sumsq", sumsq.dtype, (wide,))
@@ -203,36 +203,36 @@ def check_accumulate(
             f"{tuple(segments.shape)} on {segments.device}"
         )
     numels = _numels(segments.numpy().tobytes(), end)
-    tensors, addresses, codes = grads, [], bytearray()
-    address_of = Tensor.data_ptr if device.type in ("cpu", "cuda") else _no_address
-    for index, grad in enumerate(grads):  # some hundred a task: once, and nothing that need not be
+    tensors: list[Tensor | None] = grads
+    addresses: list[int] = []
+    codes: list[int] = []
+    pointers, code_of, strided = device.type in ("cpu", "cuda"), DTYPES.get, torch.strided
+    for grad, numel in zip(grads, numels, strict=True):  # some hundred a task: once, and nothing that need not be
         if grad is None:
             addresses.append(0)
             codes.append(_MISSING)
             continue
-        code = DTYPES.get(grad.dtype, _MISSING)
-        if code == _MISSING:
-            check_dtype(f"the dtype of grads[{index}]", grad.dtype, GRAD_DTYPES)
-        if grad.layout is not strided:
-            raise TypeError(f"grads[{index}] must be a dense tensor, got layout {grad.layout}")
-        if grad.device != device:
-            check_device(f"grads[{index}]", grad, where, other)
-        if grad.numel() != numels[index]:
-            raise ValueError(f"grads[{index}] has {grad.numel()} elements, its segment has {numels[index]}")
+        code = code_of(grad.dtype, _MISSING)
+        if code == _MISSING or grad.layout is not strided or grad.device != device or grad.numel() != numel:
+            _refuse_gradient(len(codes), grad, numel, where, other)
         if not grad.is_contiguous() or grad.is_neg():
             tensors = list(grads) if tensors is grads else tensors
-            tensors[index] = grad = grad.contiguous().resolve_neg()
-        addresses.append(address_of(grad))
+            tensors[len(codes)] = grad = grad.contiguous().resolve_neg()
+        addresses.append(grad.data_ptr() if pointers else 0)
         codes.append(code)
-    least = min(codes, default=0)
-    return Gradients(tensors, addresses, bytes(codes).replace(bytes([_MISSING]), bytes([least % _MISSING])))
+    some = min(codes, default=0) % _MISSING
+    return Gradients(tensors, addresses, bytes(codes).replace(bytes([_MISSING]), bytes([some])))
 
 
 _MISSING = 255
 
 
-def _no_address(grad: Tensor) -> int:
-    return 0
+def _refuse_gradient(index: int, grad: Tensor, numel: int, where: str, other: Tensor) -> None:
+    check_dtype(f"the dtype of grads[{index}]", grad.dtype, GRAD_DTYPES)
+    if grad.layout is not torch.strided:
+        raise TypeError(f"grads[{index}] must be a dense tensor, got layout {grad.layout}")
+    check_device(f"grads[{index}]", grad, where, other)
+    raise ValueError(f"grads[{index}] has {grad.numel()} elements, its segment has {numel}")
 
 
 @lru_cache(512)
