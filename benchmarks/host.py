@@ -93,14 +93,14 @@ def step() -> dict[str, Call]:
     return {name: partial(whole, call) for name, call in backward.items()}
 
 
-def often(call: Callable[[], object], repeat: int = 20) -> Call:
+def often(call: Callable[[], object]) -> Call:
     """Seconds of one call, of this thread: other work on the machine is left out."""
 
     def run() -> float:
         began = time.thread_time()
-        for _ in range(repeat):
+        for _ in range(20):
             call()
-        return (time.thread_time() - began) / repeat
+        return (time.thread_time() - began) / 20
 
     return run
 
@@ -140,8 +140,7 @@ def balance() -> dict[str, Call]:
     import torch
     from dbmtl_kernels import ops
 
-    launches = stubbed()
-    given = *torch.randn(2, K, 1000), 0.9, 1e-8, "max", 0.0
+    launches, given = stubbed(), (*torch.randn(2, K, 1000), 0.9, 1e-8, "max", 0.0)
     launch = last_launch(launches, partial(launches.balance_, *given))
     calls = {f"balance_ {name}": partial(dbk.balance_, *given[:2], backend=name) for name in ("triton", "cuda")}
     calls |= {"checks": partial(ops.arguments.check_balance, *given), "a launch, looked at again": launch}
@@ -155,7 +154,7 @@ def accumulate() -> dict[str, Call]:
     import torch
     from dbmtl_kernels import ops
 
-    launches, calls = stubbed(), {}
+    launches, calls = stubbed(), dict[str, Call]()
     for count in (NUM_PARAMETERS, 296):
         segments = torch.tensor([[32 * index, 8] for index in range(count)])
         grads, row, sumsq = list(torch.randn(count, 8)), torch.zeros(32 * count), torch.zeros(1, dtype=torch.float64)

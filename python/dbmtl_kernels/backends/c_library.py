@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .arguments import DTYPES, BalanceRows, Coefficients, Gradients
-from .memory import upload
+from .memory import capturing, stream_of, upload, zeros_of
 
 ABI_VERSION = 7
 MAX_OUTS = 4
 SCALES = {"max": 0, "mean": 1, "median": 2, "min": 3, "constant": 4}
+CAPTURED_BYTES = 2 << 20  # of workspaces for the K calls of one task each that a CUDA graph has, beside the largest
 HUGE_BYTES = 8 << 20  # fresh memory of this size is worth a system call for huge pages
 
 
@@ -207,16 +208,14 @@ class CLibrary:
             self.check(status)
 
     def _where(self, device: torch.device, num_tasks: int) -> Any:
-        """The current stream and its workspace. A captured call gets a workspace of its own."""
-        stream, captured = 0, False
-        if device.type == "cuda":
-            stream, captured = torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
-        needed = self.library().dbmtl_workspace_bytes(num_tasks)
-        found = None if captured else self._workspaces.get((device, stream))
+        """The current stream and its workspace. A captured call gets one of its own, which a step before made."""
+        stream, needed = stream_of(device), self.library().dbmtl_workspace_bytes(num_tasks)
+        if capturing(device):
+            return Where(0, zeros_of(device).take(needed).data_ptr(), stream)
+        found = self._workspaces.get((device, stream))
         if found is None or found.numel() < needed:
-            found = torch.zeros(needed, dtype=torch.uint8, device=device)
-            if not captured:
-                self._workspaces[device, stream] = found
+            found = self._workspaces[device, stream] = torch.zeros(needed, dtype=torch.uint8, device=device)
+        zeros_of(device).prepare(needed + CAPTURED_BYTES)
         return Where(0, found.data_ptr(), stream)
 
     # --- the calls --------------------------------------------------------------------------------------------------

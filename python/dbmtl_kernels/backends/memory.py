@@ -8,20 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+def on_gpu(device: torch.device) -> bool:
+    """Whether it has streams, graphs and memory that must be pinned."""
+    return device.type == "cuda"
+
+
 def capturing(device: torch.device) -> bool:
     """Whether what is done on the device is captured into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return on_gpu(device) and torch.cuda.is_current_stream_capturing()
 
 
 def stream_of(device: torch.device) -> int:
     """The address of the current stream; 0 on a CPU."""
-    return int(torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else 0
+    return int(torch._C._cuda_getCurrentRawStream(device.index)) if on_gpu(device) else 0
 
 
 class Arena:
@@ -33,24 +39,26 @@ class Arena:
     """
 
     def __init__(self, make: Callable[[int], Tensor], least: int) -> None:
-        self._make, self._least = make, least
+        self._make, self._least, self._lock = make, least, Lock()
         self._blocks: list[Tensor] = []
         self._used = self._size = 0  # of the last block
 
     def prepare(self, num_bytes: int) -> None:
         """Outside captures: see to it that there is so much."""
         if self._used + num_bytes > self._size:
-            self._size, self._used = max(num_bytes, self._least), 0
-            self._blocks.append(self._make(self._size))
+            with self._lock:
+                self._size, self._used = max(num_bytes, self._least), 0
+                self._blocks.append(self._make(self._size))
 
     def take(self, num_bytes: int) -> Tensor:
         """Within a capture: (num_bytes,) uint8 on 16 bytes, that nobody else ever gets."""
-        start, end = self._used, self._used + -(-num_bytes // 16) * 16
-        if end > self._size:  # no step came before, or very many captures with none between
-            self._blocks.insert(0, self._make(num_bytes))
-            return self._blocks[0]
-        self._used = end
-        return self._blocks[-1][start : start + num_bytes]
+        with self._lock:
+            start, end = self._used, self._used + -(-num_bytes // 16) * 16
+            if end > self._size:  # no step came before, or very many captures with none between
+                self._blocks.insert(0, self._make(num_bytes))
+                return self._blocks[0]
+            self._used = end
+            return self._blocks[-1][start : start + num_bytes]
 
 
 def _pinned(num_bytes: int) -> Tensor:
@@ -88,18 +96,18 @@ def table(make: Callable[..., Tensor], key: tuple[Any, ...], device: torch.devic
     mine = found.get(stream)
     if mine is None:
         mine = make(*key)
-        if device.type == "cuda":  # from pinned memory, which its allocator keeps until the copy is done: no wait
+        if on_gpu(device):  # from pinned memory, which its allocator keeps until the copy is done: no wait
             with torch.cuda.device(device):  # pinning goes through the current device
                 mine = mine.pin_memory().to(device, non_blocking=True)
         found[stream] = mine
-    if others and device.type == "cuda":
+    if others and on_gpu(device):
         _staging.prepare(others * mine.nbytes)
     return mine
 
 
 def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers on a device, without a sync; not to be written to, as who asks for the same gets the same tensor."""
-    if device.type != "cuda":
+    if not on_gpu(device):
         return torch.tensor(numbers, dtype=dtype, device=device)
     return table(_numbers, (dtype, *numbers), device)
 
@@ -109,8 +117,8 @@ def _numbers(dtype: torch.dtype, *numbers: float) -> Tensor:
 
 
 @lru_cache(None)
-def counters(device: torch.device) -> Arena:
-    """Zeros on the device, for what a kernel sets back to zero itself."""
+def zeros_of(device: torch.device) -> Arena:
+    """Zeros on the device for captured launches: counters, which a kernel sets back to zero itself."""
 
     def zeros(num_bytes: int) -> Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ..arguments import BalanceRows, Coefficients, Gradients
-from ..memory import Arena, capturing, counters, stream_of
+from ..memory import Arena, capturing, stream_of, zeros_of
 from . import device as driver
 from . import rows as row_kernels
 from . import tables
@@ -79,12 +79,12 @@ def workspace(device: torch.device) -> Workspace:
     """The workspace of the current stream. A captured launch gets its own, with counters that a step before made."""
     size = 4 * NUM_COUNTERS
     if capturing(device):
-        return Workspace(device, counters(device).take(size).view(torch.int32))
+        return Workspace(device, zeros_of(device).take(size).view(torch.int32))
     key = device, stream_of(device)
     found = _workspaces.get(key)
     if found is None:
         zeros = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
-        found = _workspaces[key] = Workspace(device, zeros), counters(device)
+        found = _workspaces[key] = Workspace(device, zeros), zeros_of(device)
     found[1].prepare(CAPTURED * size)
     return found[0]
 
