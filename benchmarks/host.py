@@ -119,7 +119,7 @@ def stubbed() -> Any:
     driver = launches.driver
     driver.capability, driver.multiprocessors = (lambda device: (9, 0)), (lambda device: 132)
     driver.has_cooperative_launch, driver.resident_programs = (lambda device: True), lambda *args: 4
-    done = {f"dbmtl_{name}": lambda args: 0 for name in ("balance", "accumulate")}
+    done = {f"dbmtl_{name}": lambda *args: 0 for name in ("balance", "accumulate", "available")}
     backends.cuda._loaded = SimpleNamespace(**done, dbmtl_workspace_bytes=lambda num_tasks: 1 << 14)
     backends.cuda.serves = "cpu"
     return launches

@@ -82,6 +82,11 @@ def _readable(loss_scale: Tensor, device: torch.device) -> Tensor:
     return loss_scale if known else loss_scale.to(device, torch.float64)
 
 
+def _unable(library: CDLL) -> str | None:
+    """Why it cannot run on the current device."""
+    return None if library.dbmtl_available() == 0 else str(library.dbmtl_last_error().decode())
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -119,7 +124,13 @@ class CLibrary:
         if device.type != self.serves:
             return f"it serves {self.serves.upper()} tensors only"
         loaded = self._load()
-        return loaded if isinstance(loaded, str) else None
+        if isinstance(loaded, str):
+            return loaded
+        # What a library has code for differs from GPU to GPU, and it speaks of the current one.
+        several = device.type == "cuda" and device.index is not None and torch.cuda.is_available()
+        elsewhere = several and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else nullcontext():
+            return _unable(loaded)
 
     def most_tasks(self, gramian: bool) -> int | None:
         """How many rows a call, or `gramian`, may have: kMaxTasks and kMaxRows of csrc/cuda."""
@@ -161,13 +172,15 @@ class CLibrary:
         loaded = self._load()
         if isinstance(loaded, str):
             raise RuntimeError(loaded)
+        if (reason := _unable(loaded)) is not None:
+            raise RuntimeError(reason)
         return loaded
 
     def check(self, status: int) -> None:
         """Raise what a status stands for; 0 is none."""
         if status != 0:
             kind = {1: ValueError, 2: TypeError, 3: MemoryError}.get(status, RuntimeError)
-            raise kind(f"dbmtl ({self._name}): {self.library().dbmtl_last_error().decode()}")
+            raise kind(f"dbmtl ({self._name}): {self._known().dbmtl_last_error().decode()}")
 
     def _load(self) -> CDLL | str:
         if self._loaded is None:
@@ -175,7 +188,7 @@ class CLibrary:
         return self._loaded
 
     def _open(self) -> CDLL | str:
-        """The library, or why there is none or it cannot run here."""
+        """The library, or why there is none."""
         file = self.path.name
         if not self.path.exists():
             return f"{file} was not built: {self._remedy}"
@@ -189,13 +202,15 @@ class CLibrary:
                 function.restype, function.argtypes = result, arguments
         except (OSError, AttributeError) as error:
             return f"{file} could not be loaded: {error}"
-        if library.dbmtl_available() != 0:
-            return str(library.dbmtl_last_error().decode())
         return library
+
+    def _known(self) -> CDLL:
+        """The library, of which `library` may have said that it can run."""
+        return self.library() if self._loaded is None or isinstance(self._loaded, str) else self._loaded
 
     def _call(self, name: str, device: torch.device, num_tasks: int, args: Any) -> None:
         """Call a function on the tensors' own device, which the library takes to be the current one."""
-        library = self._loaded if isinstance(self._loaded, CDLL) else self.library()
+        library = self._loaded if isinstance(self._loaded, CDLL) else self._known()
         if not self._gpu:
             args.where.num_threads = torch.get_num_threads()
             status = getattr(library, name)(args)
@@ -209,7 +224,7 @@ class CLibrary:
 
     def _where(self, device: torch.device, num_tasks: int) -> Any:
         """The current stream and its workspace. A captured call gets one of its own, which a step before made."""
-        stream, needed = stream_of(device), self.library().dbmtl_workspace_bytes(num_tasks)
+        stream, needed = stream_of(device), self._known().dbmtl_workspace_bytes(num_tasks)
         if capturing(device):
             return Where(0, zeros_of(device).take(needed).data_ptr(), stream)
         found = self._workspaces.get((device, stream))

@@ -109,7 +109,7 @@ def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -
     """Numbers on a device, without a sync; not to be written to, as who asks for the same gets the same tensor."""
     if not on_gpu(device):
         return torch.tensor(numbers, dtype=dtype, device=device)
-    return table(_numbers, (dtype, *numbers), device)
+    return table(_numbers, (dtype, *numbers), device, others=64)
 
 
 def _numbers(dtype: torch.dtype, *numbers: float) -> Tensor:
