@@ -26,6 +26,8 @@ def test_every_launch_is_what_triton_itself_would_launch(found):
         assert theirs, case
         assert ours == [theirs] * 3, case
     assert found["direct"] >= len(found["cases"])
+    for case, forms in (("dense", [True]), ("dense, no cooperative launch", [False, False])):
+        assert [cooperative for _, cooperative, *_ in found["cases"][case][0]] == forms
     compiled = [theirs[0][0] for theirs, _ in found["cases"].values()]
     assert len(set(compiled)) == len(compiled)  # no case is launched with what was compiled for another
 

@@ -34,13 +34,15 @@ def install(launched, arch=90, resident=4):
     triton.runtime.driver.set_active(machine(arch, lambda source, metadata: partial(start, metadata)))
     driver = launches.driver
     driver.capability, driver.multiprocessors = (lambda device: divmod(arch, 10)), (lambda device: 132)
-    driver.launches, driver.has_cooperative_launch = LAUNCHES, lambda device: True
-    driver._call, backends.triton.missing = ask, lambda device: None
+    driver.launches, driver._call, backends.triton.missing = form, ask, lambda device: None
 
 
-def LAUNCHES(device):  # noqa: N802
-    """As on a GPU: what Triton launches for CPU tensors is not interpreted here."""
-    return (2, launches.driver._refused[device]) if device in launches.driver._refused else (1, "")
+cooperative = [True]  # whether the machine can launch so
+
+
+def form(device):
+    """As `device.launches` on a GPU: it would take CPU tensors for interpreted."""
+    return (2, "") if not cooperative[0] or device in launches.driver._refused else (1, "")
 
 
 def off(tensor):
@@ -48,7 +50,8 @@ def off(tensor):
     return torch.cat([tensor.reshape(-1)[:1], tensor.reshape(-1)])[1:].view(tensor.shape)
 
 
-def dense(grad, state, misaligned=()):
+def dense(grad, state, misaligned=(), at_once=True):
+    cooperative[0] = at_once
     tensors = [torch.zeros(3, 1000, dtype=dtype) for dtype in (grad, state)]
     tensors = [off(x) if i in misaligned else x for i, x in enumerate(tensors)]
     launches.balance_(*tensors, 0.9, 1e-8, "max", 0.0)
@@ -59,6 +62,7 @@ CASES = {
     "dense, gradients off": partial(dense, F32, F32, [0]),
     "dense, state off": partial(dense, F32, F32, [1]),
     "dense bf16": partial(dense, BF16, F32),
+    "dense, no cooperative launch": partial(dense, F32, F32, at_once=False),
     "accumulate": partial(codegen.accumulate, [F32], F32),
     "accumulate bf16": partial(codegen.accumulate, [BF16], F32),
     "accumulate, scaled": partial(codegen.accumulate, [F32], F32, loss_scale=torch.ones(())),

@@ -39,7 +39,7 @@ def chunk_table(segments: bytes, chunk: int) -> Tensor:
 
 def numbers_table(*numbers: float) -> Tensor:
     """(n,) float64."""
-    return torch.tensor(numbers, dtype=torch.float64)
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def addresses(grads: Gradients, device: torch.device) -> tuple[Tensor, int]:
