@@ -199,3 +199,28 @@ def test_a_stream_uploads_for_itself(gpu):
     assert gpu.pinned == pinned
     assert (flags.tolist(), more.tolist()) == ([True, False, True], [False, True, True])
     assert ops.upload((True, False, True), torch.bool, CPU) is not flags  # part of that graph alone
+
+
+def test_an_arena_gives_nothing_twice():
+    """Also where a block cannot be had, and where there is none."""
+    asked = []
+
+    def make(num_bytes):
+        asked.append(num_bytes)
+        if num_bytes > 1000:
+            raise MemoryError
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
+    arena = memory.Arena(make, 64)
+    given = [arena.take(3)]
+    arena.prepare(20)
+    given += [arena.take(20), arena.take(1)]
+    with pytest.raises(MemoryError):
+        arena.prepare(2000)
+    given += [arena.take(16), arena.take(40)]
+    arena.prepare(100)
+    given += [arena.take(100), arena.take(90)]
+    assert asked == [3, 64, 4000, 40, 200, 90]
+    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in given)
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+    assert all(x.data_ptr() % 16 == 0 for x in given)

@@ -35,7 +35,7 @@ class Arena:
 
     Args:
         make: a block of so many bytes.
-        least: bytes of a block.
+        least: bytes of a block at least.
     """
 
     def __init__(self, make: Callable[[int], Tensor], least: int) -> None:
@@ -43,12 +43,17 @@ class Arena:
         self._blocks: list[Tensor] = []
         self._used = self._size = 0  # of the last block
 
+    def has(self, num_bytes: int) -> bool:
+        """Whether there is so much."""
+        return self._used + num_bytes <= self._size
+
     def prepare(self, num_bytes: int) -> None:
         """Outside captures: see to it that there is so much."""
-        if self._used + num_bytes > self._size:
+        if not self.has(num_bytes):
+            block = self._make(max(2 * num_bytes, self._least))
             with self._lock:
-                self._size, self._used = max(num_bytes, self._least), 0
-                self._blocks.append(self._make(self._size))
+                self._blocks.append(block)
+                self._size, self._used = block.nbytes, 0
 
     def take(self, num_bytes: int) -> Tensor:
         """Within a capture: (num_bytes,) uint8 on 16 bytes, that nobody else ever gets."""
@@ -69,7 +74,7 @@ _staging = Arena(_pinned, 1 << 20)
 _held: dict[int, Tensor] = {}  # what graphs read
 
 
-@lru_cache(4096)
+@lru_cache(512)
 def _by_stream(make: Callable[..., Tensor], key: tuple[Any, ...], device: torch.device) -> dict[int, Tensor]:
     """``make(*key)`` on the device, for each stream: there, and only there, the upload comes before every use."""
     return {}
@@ -100,8 +105,9 @@ def table(make: Callable[..., Tensor], key: tuple[Any, ...], device: torch.devic
             with torch.cuda.device(device):  # pinning goes through the current device
                 mine = mine.pin_memory().to(device, non_blocking=True)
         found[stream] = mine
-    if others and on_gpu(device):
-        _staging.prepare(others * mine.nbytes)
+    if others and on_gpu(device) and not _staging.has(others * mine.nbytes):
+        with torch.cuda.device(device):
+            _staging.prepare(others * mine.nbytes)
     return mine
 
 

@@ -5,8 +5,8 @@ is wrong is raised before anything is written. Nothing here is differentiable. K
 losses and no optimizer.
 
 `balance_` is ``torch.ops.dbmtl_kernels.balance_``, registered with `torch.library.Library` (about 2 us a call, where
-``custom_op`` costs 11), so that ``torch.compile`` sees one node; where nobody looks (`unseen`) it is called directly. The
-rest runs inside a backward pass, where nothing is traced.
+``custom_op`` costs 11), so that ``torch.compile`` sees one node; where nobody looks (`unseen`) it is called directly.
+The rest runs inside a backward pass, where nothing is traced.
 """
 
 from __future__ import annotations
