@@ -4,6 +4,10 @@
 tensors) and K=3 losses, and the K backward passes alone. ``--base PATH`` does the same with the package of another
 checkout, which must be built, in a process of its own: rounds alternate, so what disturbs the machine disturbs both.
 It adds ``balance_`` and a training step. Prints medians, and the ratio head / base.
+
+``--case balance accumulate`` times what the host does for one call of an op, whole and in parts, on small CPU tensors:
+Triton compiles for an H100 that is not there, and what would launch does nothing; nor does the library of ``cuda``. Of
+CUDA itself (streams, the allocator, the launch) nothing is in these numbers.
 """
 
 from __future__ import annotations
@@ -18,8 +22,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+HERE = ROOT / "benchmarks", ROOT / "tests" / "support"
 K = 3
 NUM_PARAMETERS = 161
 Call = Callable[[], object]
@@ -86,10 +93,89 @@ def step() -> dict[str, Call]:
     return {name: partial(whole, call) for name, call in backward.items()}
 
 
+def often(call: Callable[[], object]) -> Call:
+    """Seconds of one call, of this thread: other work on the machine is left out."""
+
+    def run() -> float:
+        began = time.thread_time()
+        for _ in range(20):
+            call()
+        return (time.thread_time() - began) / 20
+
+    return run
+
+
+def stubbed() -> Any:
+    """`launches` of the Triton backend, which serves CPU tensors, and `cuda` too: nothing is launched."""
+    import torch
+    import triton
+    from dbmtl_kernels import backends
+    from dbmtl_kernels.backends.triton import launches
+    from machine import machine
+
+    torch.set_num_threads(1)
+    triton.runtime.driver.set_active(machine(90, lambda source, metadata: lambda *args: None))
+    backends.triton.missing = lambda device: None
+    driver = launches.driver
+    driver.capability, driver.multiprocessors = (lambda device: (9, 0)), (lambda device: 132)
+    driver.has_cooperative_launch, driver.resident_programs = (lambda device: True), lambda *args: 4
+    done = {f"dbmtl_{name}": lambda *args: 0 for name in ("balance", "accumulate", "available")}
+    backends.cuda._loaded = SimpleNamespace(**done, dbmtl_workspace_bytes=lambda num_tasks: 1 << 14)
+    backends.cuda.serves = "cpu"
+    return launches
+
+
+def last_launch(launches: Any, call: Call) -> Call:
+    """The last launch of a call, by itself."""
+    seen: list[Any] = []
+    launch, launches._launch = launches._launch, lambda *args, **options: seen.append(partial(launch, *args, **options))
+    call()
+    launches._launch = launch
+    return seen[-1]
+
+
+def balance() -> dict[str, Call]:
+    """``balance_`` of 3 x 1000 numbers."""
+    import dbmtl_kernels as dbk
+    import torch
+    from dbmtl_kernels import ops
+
+    launches, given = stubbed(), (*torch.randn(2, K, 1000), 0.9, 1e-8, "max", 0.0)
+    launch = last_launch(launches, partial(launches.balance_, *given))
+    calls = {f"balance_ {name}": partial(dbk.balance_, *given[:2], backend=name) for name in ("triton", "cuda")}
+    calls |= {"checks": partial(ops.arguments.check_balance, *given), "a launch, looked at again": launch}
+    calls["ops.balance_ triton"] = partial(ops.balance_, *given, "triton")
+    calls["launches.balance_"] = partial(launches.balance_, *given)
+    return {name: often(call) for name, call in calls.items()}
+
+
+def accumulate() -> dict[str, Call]:
+    """``accumulate_`` of as many gradients as a ResNet-50 and a ViT-L have."""
+    import torch
+    from dbmtl_kernels import ops
+
+    launches, calls = stubbed(), dict[str, Call]()
+    for count in (NUM_PARAMETERS, 296):
+        segments = torch.tensor([[32 * index, 8] for index in range(count)])
+        grads, row, sumsq = list(torch.randn(count, 8)), torch.zeros(32 * count), torch.zeros(1, dtype=torch.float64)
+        args = row, sumsq, grads, segments, torch.tensor([0.9, 0.1], dtype=torch.float64), None
+        given = ops.arguments.check_accumulate(*args)
+        for name in ("triton", "cuda", "native"):
+            calls[f"accumulate_ {count} {name}"] = partial(ops.accumulate_, *args, name)
+        calls[f"checks {count}"] = partial(ops.arguments.check_accumulate, *args)
+        calls[f"launches.accumulate_ {count}"] = partial(launches.accumulate_, *args[:2], given, *args[3:])
+        calls[f"addresses {count}"] = partial(launches.tables.addresses, given, row.device)
+        calls[f"chunks {count}"] = partial(launches.tables.chunks, segments, 1 << 13, row.device)
+        calls[f"a launch {count}"] = last_launch(launches, calls[f"launches.accumulate_ {count}"])
+    return {name: often(call) for name, call in calls.items()}
+
+
 CASES: dict[str, tuple[Callable[[], dict[str, Call]], int]] = {  # and calls a round
     "host": (host, 20),
     "op": (lambda: {**op(K, 20_000_000), **op(11, 2_000_000)}, 1),
     "step": (step, 1),
+    "balance": (balance, 10),
+    "accumulate": (accumulate, 2),
 }
 
 
@@ -116,7 +202,7 @@ def measure(case: str, trees: dict[str, Path], rounds: int, warmup: int = 3) -> 
     workers = {
         name: subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tree / "python"), str(ROOT / "benchmarks")])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tree / "python", *HERE)))},
         )
         for name, tree in trees.items()
     }  # fmt: skip
@@ -140,23 +226,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="another checkout, built")
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--case", nargs="+", choices=CASES, help="default: host; with --base all")
+    parser.add_argument("--case", nargs="+", choices=CASES, help="default: host; with --base that, op and step")
     parser.add_argument("--work", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         work(options.work)
         return
     trees = {"head": ROOT, **({"base": options.base.resolve()} if options.base else {})}
-    for case in options.case or (CASES if options.base else ["host"]):
+    for case in options.case or (["host", "op", "step"] if options.base else ["host"]):
         found = measure(case, trees, options.rounds)
         if case == "host":
             for medians in found.values():
                 for bare in ("bare passes", "bare passes, .grad let go"):
                     medians[f"beyond {bare}"] = medians["balancer.backward"] - medians[bare]
         for what, median in found["head"].items():
-            line = f"{what:34s} {1e3 * median:9.3f} ms"
+            line = f"{what:34s} {1e3 * median:9.4f} ms"
             if "base" in found:
-                line += f"   base {1e3 * found['base'][what]:9.3f} ms   {median / found['base'][what]:6.3f}"
+                line += f"   base {1e3 * found['base'][what]:9.4f} ms   {median / found['base'][what]:6.3f}"
             print(line, flush=True)
 
 

@@ -58,6 +58,32 @@ def fully_sharded_parameters():
     assert {"sharded_param", "_unsharded_param"} <= FSDPParam.__annotations__.keys()
 
 
+def callback_after_a_pass():
+    order = []
+    x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    first, last = x * 2, y * 2
+    last.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(lambda: order.append("end")))
+    first.register_hook(lambda _: order.append("a node"))
+    (first + last).sum().backward()
+    assert order == ["a node", "end"]
+
+
+def dispatch_keys():
+    from torch._C import DispatchKey, DispatchKeySet
+
+    plain = DispatchKeySet(DispatchKey.BackendSelect) | DispatchKeySet(DispatchKey.ADInplaceOrView)
+    assert torch._C._dispatch_tls_local_include_set() == plain
+    assert torch._C._dispatch_keys(torch.ones(2)) == torch._C._dispatch_keys(torch.empty(0))
+    assert torch._C._dispatch_keys(torch._neg_view(torch.ones(2))) != torch._C._dispatch_keys(torch.empty(0))
+    assert torch._C._len_torch_function_stack() == 0
+    assert torch._C._autograd._profiler_enabled() is False
+
+
+def raw_stream():
+    if torch.cuda.is_available():
+        assert torch._C._cuda_getCurrentRawStream(0) == torch.cuda.current_stream(0).cuda_stream
+
+
 def graph_task():
     ids = []
     p = torch.ones(2, requires_grad=True)
@@ -165,9 +191,10 @@ def torchjd():
 
 
 CASES = [
-    assert_async, compiled_module, custom_backward, distributed_data_parallel, donated_buffer, dtensor_local,
-    fully_sharded_1, fully_sharded_parameters, graph_task, hooks_of_a_parameter, node_names, node_sequence,
-    nodes_that_pass_on, subclass_without_functions, tensor_version, torchjd, trainer,
+    assert_async, callback_after_a_pass, compiled_module, custom_backward, dispatch_keys, distributed_data_parallel,
+    donated_buffer, dtensor_local, fully_sharded_1, fully_sharded_parameters, graph_task, hooks_of_a_parameter,
+    node_names, node_sequence, nodes_that_pass_on, raw_stream, subclass_without_functions, tensor_version, torchjd,
+    trainer,
 ]  # fmt: skip
 
 

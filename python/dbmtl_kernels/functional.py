@@ -48,6 +48,8 @@ def balance_(
     """
     scale = check_scale(scale)
     name, constant = (scale, 0.0) if isinstance(scale, str) else ("constant", scale)
+    if ops.unseen(grads, ema):
+        return ops.balance_(grads, ema, beta, eps, name, constant, backend)
     with torch.no_grad():
         grad, norms = torch.ops.dbmtl_kernels.balance_(grads, ema, beta, eps, name, constant, backend)
     return grad, norms

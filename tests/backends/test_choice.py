@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import dbmtl_kernels as dbk
 import pytest
@@ -176,3 +177,59 @@ def test_building_without_a_compiler_fails_only_where_one_was_asked_for(tmp_path
     assert (build.returncode == 0) == (not asked), said
     assert {"": "NOT built", "DBMTL_BUILD_NATIVE": compiler, "DBMTL_CUDA": "DBMTL_CUDA=1 needs nvcc"}[asked] in said
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_the_choice_is_made_for_each_gpu(monkeypatch):
+    """Two that differ in what there is code for; each is asked once."""
+    first, second = (torch.device("cuda", index) for index in range(2))
+    asked = []
+
+    def only_on(index, name):
+        def missing(device):
+            asked.append((name, device.index))
+            return None if device.index == index else "no code"
+
+        return missing
+
+    monkeypatch.setattr(triton, "missing", only_on(0, "triton"))
+    monkeypatch.setattr(cuda, "missing", only_on(1, "cuda"))
+    for _ in range(2):
+        assert [backends.resolve("auto", device) for device in (first, second)] == [triton, cuda]
+    assert asked == [("triton", 0), ("triton", 1), ("cuda", 1)]
+    assert backends.resolve("triton", first) is triton
+    with pytest.raises(RuntimeError, match=r"backend='triton' was asked for.*on 'cuda:1': no code"):
+        backends.resolve("triton", second)
+    monkeypatch.setattr(cuda, "missing", only_on(0, "cuda"))
+    backends.clear_cache()
+    with pytest.warns(RuntimeWarning, match=r"triton.*not available for cuda:1.*cuda backend.*cuda:1.*slower eager"):
+        assert [backends.resolve("auto", device) for device in (second, first)] == [eager, triton]
+
+
+def test_a_library_is_asked_about_the_gpu_of_the_tensors(monkeypatch):
+    """It speaks of the current one: that with code is asked while it is, and the other while that is."""
+    current, failed = [0], []
+
+    class Device:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *error):
+            current[0] = self.before
+
+    def available():
+        failed.append(current[0])
+        return 0 if current[0] == 1 else 4
+
+    library = SimpleNamespace(dbmtl_available=available, dbmtl_last_error=lambda: b"no code for this device")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(cuda, "_loaded", library)
+    found = [cuda.missing(torch.device("cuda", index)) for index in (0, 1, 0)]
+    assert found == ["no code for this device", None, "no code for this device"]
+    assert (failed, current) == ([0, 1, 0], [0])
+    with pytest.raises(RuntimeError, match="no code for this device"):
+        cuda.library()

@@ -15,6 +15,7 @@ import triton
 from dbmtl_kernels.backends import c_library as c
 from dbmtl_kernels.backends.arguments import BalanceRows, Stats
 from dbmtl_kernels.backends.c_library import cuda, native
+from dbmtl_kernels.ops.arguments import check_accumulate
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, F64, BF16, F16)
@@ -56,7 +57,8 @@ def gathered(row, grads, segments, coefficients, loss_scale=None):
     """One row on both, with the same bits."""
     rows, sums = [row.clone() for _ in BOTH], [torch.full((1,), 5.0, dtype=F64) for _ in BOTH]
     for serve, state, sumsq in zip(BOTH, rows, sums, strict=True):
-        serve.accumulate_(state, sumsq, grads, segments, coefficients, loss_scale)
+        given = check_accumulate(state, sumsq, grads, segments, coefficients, loss_scale)
+        serve.accumulate_(state, sumsq, given, segments, coefficients, loss_scale)
     same_bits(*rows)
     torch.testing.assert_close(*sums, rtol=1e-12, atol=0, equal_nan=True)
 

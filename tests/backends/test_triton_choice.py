@@ -99,6 +99,28 @@ def test_how_many_launches(launches, monkeypatch):
     device._launches.cache_clear()
 
 
+def test_a_refusal_is_remembered_for_the_device_that_gave_it(launches, monkeypatch):
+    device, other = launches.driver, torch.device("cuda", 1)
+    monkeypatch.delenv(LAUNCHES, raising=False)
+    monkeypatch.setattr(device, "has_cooperative_launch", lambda device: True)
+    monkeypatch.setattr(device, "_refused", {})
+    device._launches.cache_clear()
+    for refusal in device.REFUSALS:
+        device._refused.clear()
+        with pytest.warns(RuntimeWarning, match=f"balance_ takes two launches on cuda:0.*{refusal}"):
+            device.refuse(CUDA, RuntimeError(f"Triton Error [CUDA]: {refusal}"))
+        assert device.launches(CUDA)[0] == 2
+        assert refusal in device.launches(CUDA)[1]
+        assert device.launches(other)[0] == 1
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        device.refuse(other, RuntimeError("an illegal memory access"))
+    monkeypatch.setenv(LAUNCHES, "1")
+    with pytest.raises(RuntimeError, match="DBMTL_TRITON_LAUNCHES=1 was asked for but cuda:1 refused it"):
+        device.refuse(other, RuntimeError(device.REFUSALS[0]))
+    assert device.launches(other)[0] == 1
+    device._launches.cache_clear()
+
+
 @pytest.mark.parametrize(
     "name",
     [

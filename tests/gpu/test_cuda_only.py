@@ -5,7 +5,7 @@ import json
 import dbmtl_kernels as dbk
 import pytest
 import torch
-from dbmtl_kernels import ops
+from dbmtl_kernels import backends, ops
 from device import (
     BF16,
     DEVICE,
@@ -234,3 +234,91 @@ def test_graph_replay_of_an_engine_step(gpu, state):
         graph.replay()
         other()
         assert_same_bits(ours.results(), other.results())
+
+
+# --- what reading the code found ----------------------------------------------------------------------------------
+
+
+def test_numbers_first_uploaded_under_capture():
+    """Each replay reads them again, from memory that nobody else was given since."""
+    ops.upload((0.5,), F64, DEVICE)  # as a step does before a capture
+    graph, flags = torch.cuda.CUDAGraph(), (True, False, False, True, True)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = ops.upload(flags, torch.bool, DEVICE) * 2.0
+        more = ops.upload((3.0, 4.0), F64, DEVICE) * 2.0
+    junk = [torch.full((n,), 77, dtype=torch.uint8).pin_memory() for n in (5, 16, 64, 512, 4096) for _ in range(40)]
+    for _ in range(3):
+        out.zero_(), more.zero_()
+        graph.replay()
+        assert out.tolist() == [2.0, 0.0, 0.0, 2.0, 2.0]
+        assert more.tolist() == [6.0, 8.0]
+    del junk
+
+
+def test_numbers_asked_for_on_a_stream_that_is_ahead():
+    """The copy of another stream has not begun."""
+    late, ahead, values = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE), (1.25, 2.5, 5.0)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(late):
+        torch.cuda._sleep(200_000_000)
+        ops.upload(values, F64, DEVICE)
+    with torch.cuda.stream(ahead):
+        seen = ops.upload(values, F64, DEVICE).clone()
+    ahead.synchronize()
+    assert not late.query()
+    assert seen.tolist() == list(values)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_captured_step_uploads_and_clears_nothing(backend, tmp_path):
+    """After one outside: its graph is the launches of a step, and no more."""
+    if reason := backends.get(backend).missing(DEVICE):
+        pytest.skip(reason)
+    step = EngineStep(backend)
+    graph, _ = captured(step)
+    _, row, end, _ = KERNELS[backend]
+    assert launched(graph.replay, tmp_path / "trace.json") == [row] * 3 + [end]
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.0])
+def test_a_regulariser_on_another_device_is_no_tasks_gradient(beta):
+    """Its thread runs while the passes do; parameters lie on the CPU, on this GPU, and on a second if there is one."""
+    others = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+
+    def train(devices):
+        torch.manual_seed(3)
+        start = [torch.randn(n) for n in (40, 7, 300, 64)]
+        params = [p.to(devices[i % len(devices)]).requires_grad_() for i, p in enumerate(start)]
+        balancer, found = dbk.DBMTL(params, 2, beta=beta, state_dtype=F64), []
+        for _ in range(30):
+            for p in params:
+                p.grad = None
+            terms = [[((p - t) * (1 + 3 * t)).square().sum().to(devices[0]) for p in params] for t in range(2)]
+            regulariser = params[-1]
+            for _ in range(100):
+                regulariser = regulariser * 1.001
+            loss = balancer([sum(terms[0]) + 0.5, sum(terms[1]) + 0.5])
+            (loss + regulariser.sum().to(devices[0])).backward()
+            found.append([p.grad.cpu() for p in params])
+        return found
+
+    expected = train([torch.device("cpu")])
+    for devices in ([DEVICE, torch.device("cpu")], [torch.device("cpu"), DEVICE], others):
+        for ours, theirs in zip(train(devices), expected, strict=True):
+            for grad, wanted in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_backend_is_chosen_for_each_device():
+    """Whichever is current: what serves one may lack code for another."""
+    count = torch.cuda.device_count()
+    for current in range(count):
+        backends.clear_cache()
+        with torch.cuda.device(current):
+            for index in range(count):
+                device = torch.device("cuda", index)
+                able = [name for name in ("triton", "cuda", "eager") if backends.get(name).missing(device) is None]
+                assert backends.resolve("auto", device) is backends.get(able[0])
+    backends.clear_cache()

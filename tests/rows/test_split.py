@@ -130,3 +130,51 @@ def test_on_two_gpus():
     spread = [p.detach().to(f"cuda:{i % 2}").requires_grad_() for i, p in enumerate(host)]
     for p, q in zip(train(spread), train(host), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_regulariser_beside_the_balanced_loss_comes_before_all_is_set_aside(two_devices, monkeypatch, first):
+    """Each device runs its part of a backward pass in a thread of its own: none may add to a .grad meanwhile."""
+    found = []
+    for split in (True, False):
+        if not split:
+            monkeypatch.undo()
+        params, asides = leaves(), []
+        balancer = dbk.DBMTL(params, 3, state_dtype=torch.float64)
+        grads = balancer._engine.grads
+        for step in range(2):
+            for p in params:
+                p.grad = None
+            outer = [p * 1.0 for p in params]
+            for x in outer:
+                x.register_hook(lambda _, seen=asides, grads=grads: seen.append(grads.aside is not None))
+            regulariser = sum(x.sum() for x in outer) if first else 0.0
+            balanced = balancer(quadratics(*params, num_tasks=3))
+            rest = 0.0 if first else sum(x.sum() for x in outer)
+            ((balanced + regulariser + rest) * (1.0 + step)).backward()
+        assert len(asides) == 2 * len(params)
+        assert not any(asides)
+        found.append([p.grad.clone() for p in params])
+        named = [params[0], params[1]]
+        given = torch.autograd.grad(balancer(quadratics(*params, num_tasks=3)) + params[1].sum(), named)
+        found[-1] += given
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_parts_run_after_everything_else_of_the_backward_pass(two_devices):
+    """Whatever order autograd has for it: here the balanced loss is the last that was made, and so is first in line."""
+    params, order = leaves(), []
+    balancer = dbk.DBMTL(params, 3, state_dtype=torch.float64)
+    regulariser = sum((p * 1.0).sum() for p in params)
+    regulariser.register_hook(lambda _: order.append("regulariser"))
+    losses = quadratics(*params, num_tasks=3)
+    losses[0].register_hook(lambda _: order.append("task 0"))
+    with torch.enable_grad():
+        (balancer(losses) + regulariser).backward()
+    assert order == ["regulariser", "task 0"]
+    losses = quadratics(*params, num_tasks=3)
+    losses[1].register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError), pytest.warns(RuntimeWarning, match=r"task\(s\) \[0\]"):
+        (balancer(losses) * 2).backward()
+    balancer(quadratics(*params, num_tasks=3)).backward()

@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections import Counter
 from functools import partial
-from types import SimpleNamespace
 
 import sass
 import torch
@@ -18,7 +17,8 @@ import triton
 from dbmtl_kernels.backends.arguments import BalanceRows, Stats
 from dbmtl_kernels.backends.triton import launches
 from dbmtl_kernels.backends.triton.tuning import choose
-from triton.backends.compiler import GPUTarget
+from dbmtl_kernels.ops.arguments import check_accumulate
+from machine import machine
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 KERNELS = {
@@ -26,21 +26,6 @@ KERNELS = {
     for kernel in (launches.balance_kernel, *vars(launches.row_kernels).values())
     if isinstance(kernel, triton.runtime.JITFunction) and kernel.__name__.endswith("_kernel")
 }
-
-
-def machine(arch):
-    """Stands for the driver of a machine with a GPU of an architecture; every kernel that it loads is function 77."""
-    return SimpleNamespace(
-        get_current_device=lambda: arch,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", arch, 32),
-        launcher_cls=lambda source, metadata: "launcher",
-        utils=SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": 227 << 10},
-            load_binary=lambda *args: ("module", 77, 128, 0, 1024)[: 4 if triton.__version__.startswith("3.3") else 5],
-            unload_module=lambda module: None,
-        ),
-    )
 
 
 def balance(num_tasks, size, grad, state, scale="max", form=1):
@@ -61,7 +46,8 @@ def accumulate(dtypes, state, sizes=(8192, 77), loss_scale=None, step=32, task=0
         None if state is None else torch.zeros(starts[-1], dtype=state),
         torch.zeros(4, dtype=F64)[task : task + 1],
     )
-    launches.accumulate_(row, sumsq, grads, segments, coefficients, loss_scale)
+    given = check_accumulate(row, sumsq, grads, segments, coefficients, loss_scale)
+    launches.accumulate_(row, sumsq, given, segments, coefficients, loss_scale)
 
 
 def combine(num_tasks, size, dtype):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import eager, triton
-from .arguments import BalanceRows, Coefficients
+from .arguments import BalanceRows, Coefficients, Gradients
 from .c_library import cuda as cuda
 from .c_library import native as native
 
@@ -37,7 +37,7 @@ class Backend(Protocol):
     def accumulate_(
         row: Tensor | None,
         sumsq: Tensor,
-        grads: list[Tensor | None],
+        grads: Gradients,
         segments: Tensor,
         coefficients: Coefficients,
         loss_scale: Tensor | None,
@@ -89,12 +89,11 @@ def resolve(name: str, device: torch.device, num_tasks: int = 1, gramian: bool =
         RuntimeError: a backend asked for by name that cannot serve this device, with the reason.
     """
     asked = os.environ.get(ENVIRONMENT, "auto") if name == "auto" else name
-    return _resolve(name, asked, device.type, num_tasks, gramian)
+    return _resolve(name, asked, device, num_tasks, gramian)
 
 
-@cache
-def _resolve(argument: str, name: str, device_type: str, num_tasks: int, gramian: bool) -> Backend:
-    device = torch.device(device_type)
+@cache  # by device, not by its type: a library may have code for one GPU and not for another
+def _resolve(argument: str, name: str, device: torch.device, num_tasks: int, gramian: bool) -> Backend:
     if name == "auto":
         return _choose(device, num_tasks, gramian)
     source = f"{ENVIRONMENT}={name}" if argument == "auto" else f"backend={name!r}"
@@ -103,23 +102,23 @@ def _resolve(argument: str, name: str, device_type: str, num_tasks: int, gramian
     backend = get(name)
     reason = _missing(name, device)
     if reason is not None:
-        raise RuntimeError(f"{source} was asked for but cannot serve tensors on {device_type!r}: {reason}")
+        raise RuntimeError(f"{source} was asked for but cannot serve tensors on {str(device)!r}: {reason}")
     reason = _too_many(backend, num_tasks, gramian)
     if reason is not None:
         raise ValueError(f"{source} was asked for but {reason}")
     return backend
 
 
-_able: set[tuple[str, str]] = set()
+_able: set[tuple[str, torch.device]] = set()
 
 
 def _missing(name: str, device: torch.device) -> str | None:
     """Asked until it can, and then not again for another number of tasks."""
-    if (name, device.type) in _able:
+    if (name, device) in _able:
         return None
     reason = get(name).missing(device)
     if reason is None:
-        _able.add((name, device.type))
+        _able.add((name, device))
     return reason
 
 
@@ -138,7 +137,7 @@ def _choose(device: torch.device, num_tasks: int, gramian: bool) -> Backend:
         reason = _missing(name, device) or _too_many(backend, num_tasks, gramian)
         if reason is None:
             return backend
-        reasons.append(f"the {name} backend is not available for {device.type} tensors ({reason})")
+        reasons.append(f"the {name} backend is not available for {device} tensors ({reason})")
     if reasons:
         warnings.warn(  # once: the choice is cached
             f"dbmtl_kernels: {'; '.join(reasons)}; using the slower {last} backend", RuntimeWarning, stacklevel=2

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+# As dbmtl_dtype in csrc/include/dbmtl.h.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 # Decay and gain of an EMA update: two numbers, or (2,) float64 on the row's device, read when the kernel runs.
 Coefficients = tuple[float, float] | Tensor
@@ -39,3 +43,17 @@ class BalanceRows(NamedTuple):
     constant: float
     fresh: bool
     accumulate: bool
+
+
+class Gradients(NamedTuple):
+    """The gradients of one task as kernels read them, one for each segment.
+
+    Attributes:
+        tensors: contiguous; None for zeros.
+        addresses: of their first elements; 0 for None, and where the device has none.
+        dtypes: the number of each dtype in `DTYPES`; for None that of another gradient, if there is one.
+    """
+
+    tensors: list[Tensor | None]
+    addresses: list[int]
+    dtypes: bytes

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import BalanceRows, Coefficients
-from .memory import upload
+from .arguments import DTYPES, BalanceRows, Coefficients, Gradients
+from .memory import capturing, stream_of, upload, zeros_of
 
 ABI_VERSION = 7
 MAX_OUTS = 4
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 SCALES = {"max": 0, "mean": 1, "median": 2, "min": 3, "constant": 4}
+CAPTURED_BYTES = 2 << 20  # of workspaces for the K calls of one task each that a CUDA graph has, beside the largest
 HUGE_BYTES = 8 << 20  # fresh memory of this size is worth a system call for huge pages
 
 
@@ -82,6 +82,11 @@ def _readable(loss_scale: Tensor, device: torch.device) -> Tensor:
     return loss_scale if known else loss_scale.to(device, torch.float64)
 
 
+def _unable(library: CDLL) -> str | None:
+    """Why it cannot run on the current device."""
+    return None if library.dbmtl_available() == 0 else str(library.dbmtl_last_error().decode())
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -119,7 +124,13 @@ class CLibrary:
         if device.type != self.serves:
             return f"it serves {self.serves.upper()} tensors only"
         loaded = self._load()
-        return loaded if isinstance(loaded, str) else None
+        if isinstance(loaded, str):
+            return loaded
+        # What a library has code for differs from GPU to GPU, and it speaks of the current one.
+        several = device.type == "cuda" and device.index is not None and torch.cuda.is_available()
+        elsewhere = several and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else nullcontext():
+            return _unable(loaded)
 
     def most_tasks(self, gramian: bool) -> int | None:
         """How many rows a call, or `gramian`, may have: kMaxTasks and kMaxRows of csrc/cuda."""
@@ -161,13 +172,15 @@ class CLibrary:
         loaded = self._load()
         if isinstance(loaded, str):
             raise RuntimeError(loaded)
+        if (reason := _unable(loaded)) is not None:
+            raise RuntimeError(reason)
         return loaded
 
     def check(self, status: int) -> None:
         """Raise what a status stands for; 0 is none."""
         if status != 0:
             kind = {1: ValueError, 2: TypeError, 3: MemoryError}.get(status, RuntimeError)
-            raise kind(f"dbmtl ({self._name}): {self.library().dbmtl_last_error().decode()}")
+            raise kind(f"dbmtl ({self._name}): {self._known().dbmtl_last_error().decode()}")
 
     def _load(self) -> CDLL | str:
         if self._loaded is None:
@@ -175,7 +188,7 @@ class CLibrary:
         return self._loaded
 
     def _open(self) -> CDLL | str:
-        """The library, or why there is none or it cannot run here."""
+        """The library, or why there is none."""
         file = self.path.name
         if not self.path.exists():
             return f"{file} was not built: {self._remedy}"
@@ -189,13 +202,15 @@ class CLibrary:
                 function.restype, function.argtypes = result, arguments
         except (OSError, AttributeError) as error:
             return f"{file} could not be loaded: {error}"
-        if library.dbmtl_available() != 0:
-            return str(library.dbmtl_last_error().decode())
         return library
+
+    def _known(self) -> CDLL:
+        """The library, of which `library` may have said that it can run."""
+        return self.library() if self._loaded is None or isinstance(self._loaded, str) else self._loaded
 
     def _call(self, name: str, device: torch.device, num_tasks: int, args: Any) -> None:
         """Call a function on the tensors' own device, which the library takes to be the current one."""
-        library = self._loaded if isinstance(self._loaded, CDLL) else self.library()
+        library = self._loaded if isinstance(self._loaded, CDLL) else self._known()
         if not self._gpu:
             args.where.num_threads = torch.get_num_threads()
             status = getattr(library, name)(args)
@@ -208,16 +223,14 @@ class CLibrary:
             self.check(status)
 
     def _where(self, device: torch.device, num_tasks: int) -> Any:
-        """The current stream and its workspace. A captured call gets a workspace of its own."""
-        stream, captured = 0, False
-        if device.type == "cuda":
-            stream, captured = torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
-        needed = self.library().dbmtl_workspace_bytes(num_tasks)
-        found = None if captured else self._workspaces.get((device, stream))
+        """The current stream and its workspace. A captured call gets one of its own, which a step before made."""
+        stream, needed = stream_of(device), self._known().dbmtl_workspace_bytes(num_tasks)
+        if capturing(device):
+            return Where(0, zeros_of(device).take(needed).data_ptr(), stream)
+        found = self._workspaces.get((device, stream))
         if found is None or found.numel() < needed:
-            found = torch.zeros(needed, dtype=torch.uint8, device=device)
-            if not captured:
-                self._workspaces[device, stream] = found
+            found = self._workspaces[device, stream] = torch.zeros(needed, dtype=torch.uint8, device=device)
+        zeros_of(device).prepare(needed + CAPTURED_BYTES)
         return Where(0, found.data_ptr(), stream)
 
     # --- the calls --------------------------------------------------------------------------------------------------
@@ -241,15 +254,14 @@ class CLibrary:
         self,
         row: Tensor | None,
         sumsq: Tensor,
-        grads: list[Tensor | None],
+        grads: Gradients,
         segments: Tensor,
         coefficients: Coefficients,
         loss_scale: Tensor | None,
     ) -> None:
         """Gather a row; a launch for each thousand gradients on a GPU (with an older driver, each hundred)."""
         device = sumsq.device
-        addresses = [None if grad is None else grad.data_ptr() for grad in grads]
-        dtypes = [0 if grad is None else DTYPES[grad.dtype] for grad in grads]
+        _, addresses, dtypes = grads
         numbers: Any = coefficients  # a name, as only its address is passed on; so are those below
         if not isinstance(coefficients, Tensor) and self._gpu:
             numbers = upload(coefficients, torch.float64, device)
@@ -262,8 +274,8 @@ class CLibrary:
         wide = DTYPES[torch.float64 if DTYPES[torch.float64] in dtypes else torch.float32]
         args = AccumulateArgs(
             Array(None, wide) if row is None else Array(row.data_ptr(), DTYPES[row.dtype]), sumsq.data_ptr(),
-            numbers.data_ptr() if isinstance(numbers, Tensor) else addressof(numbers), factor, len(grads),
-            segments.data_ptr(), (c_void_p * len(grads))(*addresses), bytes(dtypes),
+            numbers.data_ptr() if isinstance(numbers, Tensor) else addressof(numbers), factor, len(dtypes),
+            segments.data_ptr(), (c_void_p * len(dtypes))(*addresses), dtypes,
         )  # fmt: skip
         self._call("dbmtl_accumulate", device, 1, args)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .arguments import BalanceRows, Coefficients
+from .arguments import BalanceRows, Coefficients, Gradients
 
 
 def missing(device: torch.device) -> str | None:
@@ -55,6 +55,7 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     return norm.square()
 
 
+@torch.no_grad()
 def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float) -> tuple[Tensor, Tensor]:
     """The dense op, task by task."""
     norms = torch.empty(ema.shape[0], dtype=_arithmetic(ema.dtype), device=ema.device)
@@ -71,7 +72,7 @@ def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, co
 def accumulate_(
     row: Tensor | None,
     sumsq: Tensor,
-    grads: list[Tensor | None],
+    grads: Gradients,
     segments: Tensor,
     coefficients: Coefficients,
     loss_scale: Tensor | None,
@@ -81,12 +82,12 @@ def accumulate_(
     if loss_scale is not None:
         factor = loss_scale.reshape(()).to(sumsq.device, sumsq.dtype)
         gain = torch.where(factor == 0, 0.0, gain / factor)
-    double = row is None and any(grad is not None and grad.dtype == torch.float64 for grad in grads)
+    double = row is None and any(grad is not None and grad.dtype == torch.float64 for grad in grads.tensors)
     work = torch.float64 if double else torch.float32 if row is None else _arithmetic(row.dtype)
     if isinstance(gain, Tensor):
         gain = gain.to(work)
     total = torch.zeros_like(sumsq)
-    for grad, (offset, numel) in zip(grads, segments.tolist(), strict=True):
+    for grad, (offset, numel) in zip(grads.tensors, segments.tolist(), strict=True):
         if row is not None:
             segment = row[offset : offset + numel]
             _update(segment, grad, decay, gain)

@@ -1,29 +1,132 @@
-"""A few numbers on a device, without a wait."""
+"""Small tensors on a device, without a wait: what is uploaded is kept; what a CUDA graph needs is made before.
+
+A graph that was captured after a step finds everything: tables are those that the step uploaded, and what differs
+within the graph (the addresses of gradients) is uploaded from pinned memory that the step prepared.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on a device, without a sync; not to be written to, as who asks for the same gets the same tensor.
+def on_gpu(device: torch.device) -> bool:
+    """Whether it has streams, graphs and memory that must be pinned."""
+    return device.type == "cuda"
 
-    It is kept, so that a CUDA graph that was captured after a warm-up finds it, and uploads nothing.
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is done on the device is captured into a CUDA graph."""
+    return on_gpu(device) and torch.cuda.is_current_stream_capturing()
+
+
+def stream_of(device: torch.device) -> int:
+    """The address of the current stream; 0 on a CPU."""
+    return int(torch._C._cuda_getCurrentRawStream(device.index)) if on_gpu(device) else 0
+
+
+class Arena:
+    """Memory for captured graphs, which keep it for good; blocks of it are made outside captures.
+
+    Args:
+        make: a block of so many bytes.
+        least: bytes of a block at least.
     """
-    if device.type != "cuda":
+
+    def __init__(self, make: Callable[[int], Tensor], least: int) -> None:
+        self._make, self._least, self._lock = make, least, Lock()
+        self._blocks: list[Tensor] = []
+        self._used = self._size = 0  # of the last block
+
+    def has(self, num_bytes: int) -> bool:
+        """Whether there is so much."""
+        return self._used + num_bytes <= self._size
+
+    def prepare(self, num_bytes: int) -> None:
+        """Outside captures: see to it that there is so much."""
+        if not self.has(num_bytes):
+            block = self._make(max(2 * num_bytes, self._least))
+            with self._lock:
+                self._blocks.append(block)
+                self._size, self._used = block.nbytes, 0
+
+    def take(self, num_bytes: int) -> Tensor:
+        """Within a capture: (num_bytes,) uint8 on 16 bytes, that nobody else ever gets."""
+        with self._lock:
+            start, end = self._used, self._used + -(-num_bytes // 16) * 16
+            if end > self._size:  # no step came before, or very many captures with none between
+                self._blocks.insert(0, self._make(num_bytes))
+                return self._blocks[0]
+            self._used = end
+            return self._blocks[-1][start : start + num_bytes]
+
+
+def _pinned(num_bytes: int) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
+_staging = Arena(_pinned, 1 << 20)
+_held: dict[int, Tensor] = {}  # what graphs read
+
+
+@lru_cache(512)
+def _by_stream(make: Callable[..., Tensor], key: tuple[Any, ...], device: torch.device) -> dict[int, Tensor]:
+    """``make(*key)`` on the device, for each stream: there, and only there, the upload comes before every use."""
+    return {}
+
+
+def table(make: Callable[..., Tensor], key: tuple[Any, ...], device: torch.device, others: int = 0) -> Tensor:
+    """``make(*key)``, made on the CPU, on the device; not to be written to. Uploaded only if what is in it is new.
+
+    Args:
+        make: a function.
+        key: its arguments.
+        device: where.
+        others: how many tables of this size, and with other contents, a graph may need that is captured later.
+    """
+    found = _by_stream(make, key, device)
+    if capturing(device):
+        # Whoever captures has waited for the work before, or what it did to the state would not be there either.
+        for known in found.values():
+            return _held.setdefault(id(known), known)
+        values = make(*key)
+        staged = _staging.take(values.nbytes).view(values.dtype).view(values.shape)
+        return staged.copy_(values).to(device, non_blocking=True)
+    stream = stream_of(device)
+    mine = found.get(stream)
+    if mine is None:
+        mine = make(*key)
+        if on_gpu(device):  # from pinned memory, which its allocator keeps until the copy is done: no wait
+            with torch.cuda.device(device):  # pinning goes through the current device
+                mine = mine.pin_memory().to(device, non_blocking=True)
+        found[stream] = mine
+    if others and on_gpu(device) and not _staging.has(others * mine.nbytes):
+        with torch.cuda.device(device):
+            _staging.prepare(others * mine.nbytes)
+    return mine
+
+
+def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on a device, without a sync; not to be written to, as who asks for the same gets the same tensor."""
+    if not on_gpu(device):
         return torch.tensor(numbers, dtype=dtype, device=device)
-    if torch.cuda.is_current_stream_capturing():  # what is made now is part of the graph
-        return _upload.__wrapped__(tuple(numbers), dtype, device, 0)
-    return _upload(tuple(numbers), dtype, device, torch.cuda.current_stream(device).cuda_stream)
+    return table(_numbers, (dtype, *numbers), device, others=64)
 
 
-@lru_cache(maxsize=4096)
-def _upload(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
-    """On the stream it is asked for on: there, and only there, the copy comes before every use."""
-    with torch.cuda.device(device):  # pinning goes through the current device
-        host = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=True)
-    return host.to(device, non_blocking=True)
+def _numbers(dtype: torch.dtype, *numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device="cpu")
+
+
+@lru_cache(None)
+def zeros_of(device: torch.device) -> Arena:
+    """Zeros on the device for captured launches: counters, which a kernel sets back to zero itself."""
+
+    def zeros(num_bytes: int) -> Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+
+    return Arena(zeros, 1 << 16)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 from .losses import TaskLosses, loss_scale_or_none
 from .step import Engine
@@ -49,6 +52,9 @@ class BalancedLoss(Tensor):
         return out.as_subclass(cls) if type(out) is Tensor and out.grad_fn is not None else out
 
 
+_device = attrgetter("device")
+
+
 class _Balance(torch.autograd.Function):
     """Hands the gradient that arrives to `Engine.run`; the losses' graphs are not part of the outer graph."""
 
@@ -77,13 +83,33 @@ class _Balance(torch.autograd.Function):
         if not retain_graph:
             ctx.work = None
         scale = loss_scale_or_none(grads[0])
-        if ctx.gradients is not None:
-            ctx.gradients.append(_gradients(engine, losses, scale, retain_graph, ctx.inputs))
-            return None, None, None, None, None
-        if ctx.inputs is not None and not engine.frozen:
-            _refuse_unnamed(engine, ctx.inputs)
-        engine.run(losses, scale, retain_graph, ctx.inputs)
+        run = partial(_run, engine, losses, scale, retain_graph, ctx.inputs, ctx.gradients)
+        if hasattr(engine.rows, "parts") or set(map(_device, losses.losses)) != {engine.rows.device}:
+            # Each device has a thread of its own. What else is in this backward pass, a regulariser's part, could add
+            # to a .grad while all are set aside, and would count as a task's: it comes first.
+            Variable._execution_engine.queue_callback(run)
+        else:
+            run()
         return None, None, None, None, None
+
+
+@torch.no_grad()
+def _run(
+    engine: Engine,
+    losses: TaskLosses,
+    scale: Tensor | None,
+    retain_graph: bool,
+    inputs: Sequence[Tensor] | None,
+    gradients: list[list[Tensor | None]] | None,
+) -> None:
+    """The passes; what they find goes to ``.grad``, or to the end of ``gradients``."""
+    if gradients is not None:
+        assert inputs is not None
+        gradients.append(_gradients(engine, losses, scale, retain_graph, inputs))
+        return
+    if inputs is not None and not engine.frozen:
+        _refuse_unnamed(engine, inputs)
+    engine.run(losses, scale, retain_graph, inputs)
 
 
 def _gradients(

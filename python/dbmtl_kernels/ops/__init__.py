@@ -5,14 +5,24 @@ is wrong is raised before anything is written. Nothing here is differentiable. K
 losses and no optimizer.
 
 `balance_` is ``torch.ops.dbmtl_kernels.balance_``, registered with `torch.library.Library` (about 2 us a call, where
-``custom_op`` costs 11), so that ``torch.compile`` sees one node. The rest runs inside a backward pass, where nothing is
-traced.
+``custom_op`` costs 11), so that ``torch.compile`` sees one node; where nobody looks (`unseen`) it is called directly.
+The rest runs inside a backward pass, where nothing is traced.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
+    _dispatch_keys,
+    _dispatch_tls_local_include_set,
+    _len_torch_function_stack,
+)
+from torch._C._autograd import _profiler_enabled
+from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 
 from .. import backends
 from ..backends.arguments import BalanceRows, Coefficients, Stats
@@ -31,6 +41,7 @@ __all__ = [
     "combine_out",
     "gathers_early",
     "gramian",
+    "unseen",
     "upload",
 ]
 
@@ -74,6 +85,31 @@ _LIBRARY.define(
 _LIBRARY.impl("balance_", balance_, "CompositeExplicitAutograd")
 torch.library.register_fake("dbmtl_kernels::balance_", _balance_fake, lib=_LIBRARY)
 
+# What every call goes through where nobody else looks at tensor operations: no mode, tracer or transformation.
+_UNSEEN = DispatchKeySet(DispatchKey.BackendSelect) | DispatchKeySet(DispatchKey.ADInplaceOrView)
+_plain: dict[str, DispatchKeySet] = {}
+
+
+def unseen(grads: Tensor, ema: Tensor) -> bool:
+    """Whether only kernels would see an operation on these, so that it need not go through PyTorch's dispatcher.
+
+    Not where something traces, transforms or records (torch.compile, a mode, a fake tensor, functorch, a profiler), nor
+    for a tensor whose memory does not hold its numbers (a subclass, a lazy negation).
+    """
+    if (
+        is_compiling()
+        or _len_torch_function_stack()
+        or _profiler_enabled()
+        or _dispatch_tls_local_include_set() != _UNSEEN
+        or not type(grads) is type(ema) is Tensor
+    ):
+        return False
+    kind = ema.device.type
+    plain = _plain.get(kind)
+    if plain is None:
+        plain = _plain[kind] = _dispatch_keys(torch.empty(0, device=kind))
+    return bool(_dispatch_keys(ema) == plain and _dispatch_keys(grads) == plain)
+
 
 def accumulate_(
     row: Tensor | None,
@@ -106,9 +142,9 @@ def accumulate_(
     Raises:
         ValueError, TypeError, RuntimeError: shapes, dtypes and devices, before anything is written.
     """
-    dense = arguments.check_accumulate(row, sumsq, grads, segments, coefficients, loss_scale)
+    given = arguments.check_accumulate(row, sumsq, grads, segments, coefficients, loss_scale)
     serve = backends.resolve(backend, sumsq.device)
-    serve.accumulate_(row, sumsq, dense, segments.contiguous(), coefficients, loss_scale)
+    serve.accumulate_(row, sumsq, given, segments.contiguous(), coefficients, loss_scale)
     _count_write(*(() if row is None else (row,)), sumsq)
 
 
@@ -180,11 +216,11 @@ def _readable(rows: Tensor) -> Tensor:
     """``rows``, or a copy where rows overlap or are not contiguous, as expanded and transposed ones do."""
     num_tasks, num_params = rows.shape
     ok = (num_params <= 1 or rows.stride(1) == 1) and (num_tasks <= 1 or rows.stride(0) >= num_params)
-    return rows if ok else rows.contiguous()
+    return rows if ok else rows.detach().contiguous()
 
 
 def _count_write(*tensors: Tensor) -> None:
     """Tell autograd that these were changed: a graph that saved one must not use it unawares."""
     for tensor in tensors:
         if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+            increment_version(tensor)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
-from ..backends.arguments import BalanceRows, Coefficients
+from ..backends.arguments import DTYPES, BalanceRows, Coefficients, Gradients
 
 SCALES = ("max", "mean", "median", "min")
 GRAD_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -145,8 +146,10 @@ def check_balance(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: st
         raise ValueError(f"grads must have shape (K, P) with K >= 1, got {tuple(grads.shape)}")
     if grads.shape != ema.shape:
         raise ValueError(f"grads and ema differ in shape: {tuple(grads.shape)} and {tuple(ema.shape)}")
-    check_dtype("the dtype of grads", grads.dtype, GRAD_DTYPES)
-    check_dtype("the dtype of ema", ema.dtype, STATE_DTYPES)
+    if grads.dtype not in GRAD_DTYPES:
+        check_dtype("the dtype of grads", grads.dtype, GRAD_DTYPES)
+    if ema.dtype not in STATE_DTYPES:
+        check_dtype("the dtype of ema", ema.dtype, STATE_DTYPES)
     if (grads.dtype == torch.float64) != (ema.dtype == torch.float64):
         raise TypeError(
             f"float64 goes with float64 only: grads is {grads.dtype} and ema is {ema.dtype}; convert one of them"
@@ -168,8 +171,8 @@ def check_accumulate(
     segments: Tensor,
     coefficients: Coefficients,
     loss_scale: Tensor | None,
-) -> list[Tensor | None]:
-    """The arguments of `ops.accumulate_`; the gradients as backends need them, contiguous."""
+) -> Gradients:
+    """The arguments of `ops.accumulate_`; the gradients as backends need them."""
     where, other = ("sumsq", sumsq) if row is None else ("row", row)
     if row is not None:
         if row.dtype not in STATE_DTYPES:
@@ -180,7 +183,7 @@ def check_accumulate(
             check_device("sumsq", sumsq, "row", row)
     if sumsq.numel() != 1:
         raise ValueError(f"sumsq must be one number, got shape {tuple(sumsq.shape)}")
-    device, strided, end = other.device, torch.strided, math.inf if row is None else row.numel()
+    device, end = other.device, math.inf if row is None else row.numel()
     wide = torch.float32 if device.type == "mps" else torch.float64
     if sumsq.dtype is not wide:
         check_dtype("the dtype of sumsq", sumsq.dtype, (wide,))
@@ -199,23 +202,47 @@ def check_accumulate(
             f"segments must be a CPU int64 tensor of shape ({len(grads)}, 2), got {segments.dtype} of shape "
             f"{tuple(segments.shape)} on {segments.device}"
         )
-    ready = True
-    for index, ((offset, numel), grad) in enumerate(zip(segments.tolist(), grads, strict=True)):
+    numels = _numels(segments.numpy().tobytes(), end)
+    tensors: list[Tensor | None] = grads
+    addresses: list[int] = []
+    codes: list[int] = []
+    pointers, code_of, strided = device.type in ("cpu", "cuda"), DTYPES.get, torch.strided
+    for grad, numel in zip(grads, numels, strict=True):  # some hundred a task: once, and nothing that need not be
+        if grad is None:
+            addresses.append(0)
+            codes.append(_MISSING)
+            continue
+        code = code_of(grad.dtype, _MISSING)
+        if code == _MISSING or grad.layout is not strided or grad.device != device or grad.numel() != numel:
+            _refuse_gradient(len(codes), grad, numel, where, other)
+        if not grad.is_contiguous() or grad.is_neg():
+            tensors = list(grads) if tensors is grads else tensors
+            tensors[len(codes)] = grad = grad.contiguous().resolve_neg()
+        addresses.append(grad.data_ptr() if pointers else 0)
+        codes.append(code)
+    some = min(codes, default=0) % _MISSING
+    return Gradients(tensors, addresses, bytes(codes).replace(bytes([_MISSING]), bytes([some])))
+
+
+_MISSING = 255
+
+
+def _refuse_gradient(index: int, grad: Tensor, numel: int, where: str, other: Tensor) -> None:
+    check_dtype(f"the dtype of grads[{index}]", grad.dtype, GRAD_DTYPES)
+    if grad.layout is not torch.strided:
+        raise TypeError(f"grads[{index}] must be a dense tensor, got layout {grad.layout}")
+    check_device(f"grads[{index}]", grad, where, other)
+    raise ValueError(f"grads[{index}] has {grad.numel()} elements, its segment has {numel}")
+
+
+@lru_cache(512)
+def _numels(segments: bytes, end: float) -> list[int]:
+    """Of each segment, if all lie within a row of ``end`` elements."""
+    pairs = memoryview(segments).cast("q").tolist()
+    for index, (offset, numel) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
         if offset < 0 or numel < 0 or offset + numel > end:
             raise ValueError(f"segment {index} covers [{offset}, {offset + numel}) of a row of {end} elements")
-        if grad is None:
-            continue
-        if grad.dtype not in GRAD_DTYPES:
-            check_dtype(f"the dtype of grads[{index}]", grad.dtype, GRAD_DTYPES)
-        if grad.layout is not strided:
-            raise TypeError(f"grads[{index}] must be a dense tensor, got layout {grad.layout}")
-        if grad.device != device:
-            check_device(f"grads[{index}]", grad, where, other)
-        if grad.numel() != numel:
-            raise ValueError(f"grads[{index}] has {grad.numel()} elements, its segment has {numel}")
-        if not grad.is_contiguous() or grad.is_neg():
-            ready = False
-    return grads if ready else [None if g is None else g.contiguous().resolve_neg() for g in grads]
+    return pairs[1::2]
 
 
 def check_balance_rows(step: BalanceRows) -> None:
@@ -284,5 +311,5 @@ def _check_loss_scale(loss_scale: Tensor) -> None:
 
 
 def _check_named_scale(scale: str) -> None:
-    if scale not in (*SCALES, "constant"):
+    if scale not in SCALES and scale != "constant":
         raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))} or 'constant', got {scale!r}")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 OLDEST = (3, 3)  # the first with cooperative launches
+CAPABILITY = (7, 0)  # what Triton compiles for
 MOST_TASKS = 64
 
 
@@ -45,6 +46,8 @@ def missing(device: torch.device) -> str | None:
         return "it serves CUDA tensors only"
     if torch.version.hip is not None:
         return "it is made for NVIDIA GPUs, this torch is for AMD ones"
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < CAPABILITY:
+        return f"Triton needs compute capability 7.0, {device} has less"
     version = _version()
     if version is None:
         return f"triton is not installed: it needs triton >= {OLDEST[0]}.{OLDEST[1]}"
@@ -78,5 +81,6 @@ def gathers_early(device: torch.device) -> bool:
 def __getattr__(name: str) -> Any:
     """The functions of `backends.Backend`, from `launches`, which is imported when one is first called."""
     if name in ("balance_", "accumulate_", "combine_out", "balance_rows_", "gramian"):
-        return getattr(_launches(), name)
+        found = globals()[name] = getattr(_launches(), name)
+        return found
     raise AttributeError(name)

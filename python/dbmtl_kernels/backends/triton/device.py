@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 
 COOPERATIVE_LAUNCH = 95  # CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
 ENVIRONMENT = "DBMTL_TRITON_LAUNCHES"
+# CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE and CUDA_ERROR_NOT_SUPPORTED, as cuGetErrorString and Triton call them.
+REFUSALS = ("too many blocks in cooperative launch", "operation not supported")
 
 
 @cache
@@ -82,6 +85,28 @@ def launches(device: torch.device) -> tuple[int, str]:
     return _launches(os.environ.get(ENVIRONMENT, ""), device)
 
 
+_refused: dict[torch.device, str] = {}
+
+
+def refuse(device: torch.device, error: RuntimeError) -> None:
+    """A cooperative launch failed and wrote nothing: from now on it takes two on this device, which is said once.
+
+    A process that has a part of the GPU (MPS, a green context) is refused what the GPU's properties allow.
+
+    Raises:
+        RuntimeError: it failed for another reason, or one launch was asked for.
+    """
+    if not any(reason in str(error) for reason in REFUSALS):
+        raise error
+    if os.environ.get(ENVIRONMENT) == "1":
+        raise RuntimeError(f"{ENVIRONMENT}=1 was asked for but {device} refused it: {error}") from error
+    _refused[device] = f"the driver refused a cooperative launch: {error}"
+    _launches.cache_clear()
+    warnings.warn(
+        f"dbmtl_kernels: balance_ takes two launches on {device}, as {_refused[device]}", RuntimeWarning, stacklevel=3
+    )
+
+
 @cache
 def _launches(asked: str, device: torch.device) -> tuple[int, str]:
     if asked not in ("", "1", "2"):
@@ -90,6 +115,8 @@ def _launches(asked: str, device: torch.device) -> tuple[int, str]:
         return 2, f"{ENVIRONMENT}=2"
     if device.type != "cuda":
         return int(asked or 1), "interpreted"
+    if asked != "1" and device in _refused:
+        return 2, _refused[device]
     able = has_cooperative_launch(device)
     if asked == "1" and not able:
         raise RuntimeError(f"{ENVIRONMENT}=1 was asked for but {device} cannot launch cooperatively")

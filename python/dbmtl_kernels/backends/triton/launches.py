@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..arguments import BalanceRows, Coefficients
+from ..arguments import BalanceRows, Coefficients, Gradients
+from ..memory import Arena, capturing, stream_of, zeros_of
 from . import device as driver
 from . import rows as row_kernels
 from . import tables
 from .dense import balance_kernel
 from .kernels import NUM_COUNTERS
+from .launcher import INTERPRETED
+from .launcher import launch as _launch
+from .launcher import options as _options
 from .tuning import Tuning, choose, fast_fp64
 
-# Under TRITON_INTERPRET=1 kernels are plain Python, and their programs run one after another.
-INTERPRETED = not isinstance(balance_kernel, triton.runtime.JITFunction)
 # The interpreter has no multiprocessors: this many programs stand for them where none waits for another.
 INTERPRETED_PROGRAMS = 3
 # Blocks of a gradient that a program gathers after one look at the tables.
 CHUNK_BLOCKS = 8
 GRAMIAN_TILES = 16
+# Counters of so many launches are there for a graph that is captured after a step.
+CAPTURED = 1024
 
 
-def _bits(x: float) -> int:
-    return int(struct.unpack("<q", struct.pack("<d", x))[0])
+_doubles, _integers = struct.Struct("<4d"), struct.Struct("<4q")
+
+
+def _bits(*numbers: float) -> tuple[int, ...]:
+    """Of four doubles."""
+    return _integers.unpack(_doubles.pack(*numbers))
 
 
 def _pad(num_tasks: int, least: int = 2) -> int:
@@ -47,22 +56,11 @@ def _stride(rows: Tensor) -> int:
     return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
 
 
-def _options(tuning: Tuning, cooperative: bool = False) -> dict[str, Any]:
-    """For the compiler. Products and sums are not fused, so that state has the bits of the CPU kernels."""
-    options = {"num_warps": tuning.warps, "maxnreg": tuning.registers, "enable_fp_fusion": False}
-    return {**options, "launch_cooperative_grid": True} if cooperative else options
-
-
-def _launch(kernel: Any, grid: int, *args: Any, tuning: Tuning, cooperative: bool = False, **meta: Any) -> None:
-    options = {} if INTERPRETED else _options(tuning, cooperative)
-    kernel[(grid,)](*args, **meta, **options)
-
-
 class Workspace:
-    """Scratch of one stream, and counters, which set themselves back to zero."""
+    """Scratch of one stream or of one captured launch, and counters, which set themselves back to zero."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+    def __init__(self, device: torch.device, counters: Tensor) -> None:
+        self.counters = counters
         self._device = device
         self._scratch: dict[str, Tensor] = {}
 
@@ -74,21 +72,21 @@ class Workspace:
         return found
 
 
-_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+_workspaces: dict[tuple[torch.device, int], tuple[Workspace, Arena]] = {}
 
 
 def workspace(device: torch.device) -> Workspace:
-    """The workspace of the current stream. A captured launch gets its own, cleared within the graph."""
-    if device.type == "cpu":
-        stream = 0
-    elif torch.cuda.is_current_stream_capturing():
-        return Workspace(device)
-    else:
-        stream = torch.cuda.current_stream(device).cuda_stream
-    found = _workspaces.get((device, stream))
+    """The workspace of the current stream. A captured launch gets its own, with counters that a step before made."""
+    size = 4 * NUM_COUNTERS
+    if capturing(device):
+        return Workspace(device, zeros_of(device).take(size).view(torch.int32))
+    key = device, stream_of(device)
+    found = _workspaces.get(key)
     if found is None:
-        found = _workspaces[device, stream] = Workspace(device)
-    return found
+        zeros = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+        found = _workspaces[key] = Workspace(device, zeros), zeros_of(device)
+    found[1].prepare(CAPTURED * size)
+    return found[0]
 
 
 def _tuning(kernel: str, device: torch.device, size: int, element_size: int = 4) -> Tuning:
@@ -112,30 +110,62 @@ def _num_slots(programs: int, tiles: int) -> int:
     return 3 * programs + tiles // 8
 
 
-class _DensePlan(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _DensePlan:
     """What `balance_` needs to know of a problem, worked out once."""
 
     tuning: Tuning
     tiles: int
+    programs: int
     units: int
     grad_units: int
+    slots: int
+    norms: torch.dtype
     meta: dict[str, Any]
+    known: dict[Any, list[Any]] = field(default_factory=dict)
+
+    def launch(
+        self, device: torch.device, cooperative: bool, tensors: tuple[Tensor, ...], numbers: tuple[int, ...]
+    ) -> None:
+        """Once or twice. After the first time only what may differ in a plan, and is compiled for, is looked at."""
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        key = cooperative, addresses[0] % 16 == 0, addresses[1] % 16 == 0, addresses[2] % 16 == 0
+        known = self.known.get(key)
+        if known is not None:
+            for run in known:
+                run(*addresses, *numbers)
+            return
+        args = (*tensors, *numbers)
+        grid = _cooperative_programs(device, self, args) if cooperative else self.programs
+        runs = [
+            _launch(balance_kernel, grid, *args, tuning=self.tuning, cooperative=cooperative, **self.meta, PHASE=phase)
+            for phase in ((0,) if cooperative else (1, 2))
+        ]
+        if None not in runs:
+            self.known[key] = runs
 
 
 @lru_cache(1024)
 def _dense_plan(
-    device: torch.device, num_tasks: int, num_params: int, grad_stride: int, scale: str, size: int
+    device: torch.device, shape: torch.Size, grad_stride: int, grad: torch.dtype, state: torch.dtype, scale: str
 ) -> _DensePlan:
+    num_tasks, num_params = shape
+    size = max(grad.itemsize, state.itemsize)
     vec = min(_vector(num_params, grad_stride), 16 // size)
     fast = size == 8 or fast_fp64(driver.capability(device))
     tuning = _tuning("balance" if fast else "balance in pairs", device, num_params, size)
     if vec == 1:  # elements one by one take more registers
         tuning = tuning._replace(block=tuning.block // 2)
+    pad = _pad(num_tasks)
     meta = {
-        "K_PAD": _pad(num_tasks), "VEC": vec, "BLOCK": tuning.block, "SCALE": scale,
-        "FAST_FP64": fast,
+        "K_PAD": pad, "VEC": vec, "BLOCK": tuning.block, "SCALE": scale, "FAST_FP64": fast,
     }  # fmt: skip
-    return _DensePlan(tuning, -(-num_params // tuning.block), num_params // vec, grad_stride // vec, meta)
+    tiles = -(-num_params // tuning.block)
+    programs = _programs(device, tuning.programs, tiles)
+    return _DensePlan(
+        tuning, tiles, programs, num_params // vec, grad_stride // vec, _num_slots(programs, tiles) * pad,
+        torch.float64 if state == torch.float64 else torch.float32, meta,
+    )  # fmt: skip
 
 
 _resident: dict[Any, int] = {}
@@ -159,34 +189,31 @@ def _cooperative_programs(device: torch.device, plan: _DensePlan, args: tuple[An
 
 def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float) -> tuple[Tensor, Tensor]:
     """One cooperative launch, or two (`device.launches`)."""
-    num_tasks, num_params = ema.shape
-    device = ema.device
-    out = torch.empty(num_params, dtype=grads.dtype, device=device)
-    norms = torch.empty(num_tasks, dtype=torch.float64 if ema.dtype == torch.float64 else torch.float32, device=device)
-    plan = _dense_plan(
-        device, num_tasks, num_params, _stride(grads), scale, max(grads.element_size(), ema.element_size())
-    )
+    shape, device = ema.shape, ema.device
+    num_tasks, num_params = shape
+    plan = _dense_plan(device, shape, _stride(grads), grads.dtype, ema.dtype, scale)
+    out, norms = grads.new_empty(num_params), grads.new_empty(num_tasks, dtype=plan.norms)
     with driver.current(device):
         space = workspace(device)
-        most = _programs(device, plan.tuning.programs, plan.tiles)
-        args = (
-            grads, ema, out, norms, space.scratch("slots", _num_slots(most, plan.tiles) * plan.meta["K_PAD"]),
-            space.scratch("weights", 2 * num_tasks), space.counters, plan.units, plan.grad_units, _bits(beta),
-            _bits(1.0 - beta), _bits(eps), _bits(constant), num_tasks,
+        tensors = (
+            grads, ema, out, norms, space.scratch("slots", plan.slots), space.scratch("weights", 2 * num_tasks),
+            space.counters,
         )  # fmt: skip
+        numbers = (plan.units, plan.grad_units, *_bits(beta, 1.0 - beta, eps, constant), num_tasks)
         if driver.launches(device)[0] == 1:
-            grid = _cooperative_programs(device, plan, args)
-            _launch(balance_kernel, grid, *args, tuning=plan.tuning, cooperative=True, **plan.meta, PHASE=0)
-        else:
-            for phase in (1, 2):
-                _launch(balance_kernel, most, *args, tuning=plan.tuning, **plan.meta, PHASE=phase)
+            try:
+                plan.launch(device, True, tensors, numbers)
+                return out, norms
+            except RuntimeError as error:
+                driver.refuse(device, error)
+        plan.launch(device, False, tensors, numbers)
     return out, norms
 
 
 def accumulate_(
     row: Tensor | None,
     sumsq: Tensor,
-    grads: list[Tensor | None],
+    grads: Gradients,
     segments: Tensor,
     coefficients: Coefficients,
     loss_scale: Tensor | None,
@@ -209,8 +236,8 @@ def accumulate_(
         _launch(
             row_kernels.accumulate_kernel, grid, row, addresses, chunks, coefficients, sumsq,
             space.scratch("slots", _num_slots(grid, len(chunks))), space.counters,
-            None if loss_scale is None else loss_scale.to(device),
-            len(chunks), CODES=codes, BLOCK=tuning.block, tuning=tuning,
+            None if loss_scale is None else loss_scale.to(device), len(chunks),
+            CODES=codes, BLOCK=tuning.block, tuning=tuning,
             ROW_ALIGNED=row is None or (aligned and row.data_ptr() % 16 == 0),
             FAST_FP64=fast,
         )  # fmt: skip
@@ -250,7 +277,7 @@ def balance_rows_(step: BalanceRows) -> None:
             stats.nonfinite.view(torch.uint8), stats.nonfinite_steps,
             None if active is None else active.view(torch.uint8), None if loss_scale is None else loss_scale.to(device),
             space.scratch("weights", grid * 2 * num_tasks), space.counters, *groups, rows.stride(0) // vec,
-            _bits(step.propagate_above), _bits(step.eps), _bits(step.constant), int(step.fresh), int(step.accumulate),
+            *_bits(step.propagate_above, step.eps, step.constant, 0.0)[:3], int(step.fresh), int(step.accumulate),
             num_tasks, K_PAD=_pad(num_tasks), VEC=vec, BLOCK=tuning.block, SCALE=step.scale,
             tuning=tuning,
         )  # fmt: skip
