@@ -1,5 +1,6 @@
 """Sums of squares of the Triton kernels: their accuracy, and the same bits whoever took which tile."""
 
+from fractions import Fraction
 from importlib import import_module
 
 import dbmtl_kernels as dbk
@@ -10,7 +11,7 @@ from dbmtl_kernels import backends, ops
 
 pytestmark = pytest.mark.interpreter
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-BOUND = 2.0**-44  # of `add_squares` where fp64 is slow
+BOUND = 2.0**-43  # of `add_squares` where fp64 is slow
 
 
 @pytest.fixture
@@ -58,6 +59,19 @@ def test_the_sum_is_exact_within_its_bound(fast_fp64, dtype, exponent):
         x[::7] = 0
         exact = float((x.double() ** 2).sum())
         assert abs(sum_of_squares(x) - exact) <= BOUND * exact
+
+
+# Found by a search: the worst known, 1.13 * 2**-44.
+WORST = "1.001p+0 1.2808a6p-5 1.5a6e08p-4 1.7853cap-6 1.9c8260p-5 1.1597a6p-7 1.cf9b30p-13 1.733492p-12"
+
+
+def test_the_worst_sum_known_is_within_the_bound(fast_fp64):
+    x = torch.zeros(1023)
+    x[::128] = torch.tensor([float.fromhex("0x" + number) for number in WORST.split()])
+    exact = sum(Fraction(float(number)) ** 2 for number in x)
+    error = abs(Fraction(sum_of_squares(x)) - exact) / exact
+    assert error <= (2.0**-52 if fast_fp64 else BOUND)
+    assert fast_fp64 or error > 2.0**-44
 
 
 def test_what_is_not_finite_stays_so(fast_fp64):

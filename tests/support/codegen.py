@@ -50,9 +50,9 @@ def accumulate(dtypes, state, sizes=(8192, 77), loss_scale=None, step=32, task=0
     launches.accumulate_(row, sumsq, given, segments, coefficients, loss_scale)
 
 
-def combine(num_tasks, size, dtype):
+def combine(num_tasks, size, dtype, out=None):
     rows = torch.zeros(num_tasks, size, dtype=dtype)
-    launches.combine_out(rows, torch.ones(num_tasks), torch.zeros(size, dtype=dtype), False)
+    launches.combine_out(rows, torch.ones(num_tasks), torch.zeros(size, dtype=out or dtype), False)
 
 
 def balance_rows(num_tasks, outs, state=F32, active=None, loss_scale=None, above=1.0):
@@ -73,6 +73,7 @@ CASES = {
     "dense bf16": partial(balance, 3, 1 << 21, BF16, F32),
     "dense, two launches": partial(balance, 3, 1 << 21, F32, F32, form=2),
     "dense, odd P": partial(balance, 3, (1 << 21) + 1, F32, F32),
+    "dense bf16, odd P": partial(balance, 3, (1 << 21) + 1, BF16, BF16),
     "accumulate fp32": partial(accumulate, [F32], F32),
     "accumulate bf16": partial(accumulate, [BF16], F32),
     "accumulate fp16, scaled": partial(accumulate, [F16], F32, loss_scale=torch.ones(())),
@@ -85,6 +86,10 @@ CASES = {
     "sum bf16": partial(accumulate, [BF16], None),
     "combine fp32": partial(combine, 3, 1 << 16, F32),
     "combine bf16": partial(combine, 11, 1 << 16, BF16),
+    "combine, odd P": partial(combine, 3, (1 << 16) + 1, F32),
+    "combine bf16, odd P": partial(combine, 5, (1 << 16) + 1, BF16),
+    "combine bf16 to fp64": partial(combine, 3, 1 << 16, BF16, F64),
+    "combine fp64 to bf16": partial(combine, 3, 1 << 16, F64, BF16),
     "rows fp32": partial(balance_rows, 3, [F32]),
     "rows mixed, scaled, partial": partial(
         balance_rows, 11, [F32, BF16, F16], active=torch.ones(11, dtype=torch.bool), loss_scale=torch.ones(())
@@ -92,6 +97,7 @@ CASES = {
     "rows K=64": partial(balance_rows, 64, [F32]),
     "rows bf16": partial(balance_rows, 3, [BF16], BF16),
     "rows fp32, bf16 state": partial(balance_rows, 3, [F32], BF16),
+    "rows bf16 to all": partial(balance_rows, 3, [F32, BF16, F16, F64], BF16),
     "gramian fp32": lambda: launches.gramian(torch.zeros(3, 1 << 16, dtype=F32)),
     "gramian K=64": lambda: launches.gramian(torch.zeros(64, 1 << 16, dtype=F32)),
     "gramian K=64 bf16": lambda: launches.gramian(torch.zeros(64, 1 << 16, dtype=BF16)),
@@ -99,8 +105,8 @@ CASES = {
 
 
 def events(ptx):
-    """What matters for the order of memory accesses: stores, barriers, atomics, loads past the L1 cache."""
-    pattern = r"\bst\.global|\bbar\.sync|\b(?:atom|red)\.global[\w.]*|\bld\.global\.gpu\.acquire|\bld\.global\.cg"
+    """What matters for the order of memory accesses: stores, barriers, atomics, loads and those past the L1 cache."""
+    pattern = r"\bst\.global|\bbar\.sync|\b(?:atom|red)\.global[\w.]*|\bld\.global(?:\.gpu\.acquire|\.cg)?"
     found = re.findall(pattern, ptx)
     return [event for i, event in enumerate(found) if i == 0 or event != found[i - 1]]
 

@@ -53,12 +53,15 @@ def widen(x, wide: tl.constexpr):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """``x`` rounded to nearest, ties to even; NaN stays NaN."""
-    if BY_BITS and dtype == tl.bfloat16:
+    """``x`` rounded to nearest, ties to even; NaN stays NaN. To bfloat16 by way of float32, as the CPU kernels do."""
+    if dtype == tl.bfloat16:
         single = x.to(tl.float32)
-        bits = single.to(tl.uint32, bitcast=True)
-        upper = tl.where(single == single, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000) >> 16
-        return upper.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        if BY_BITS:
+            bits = single.to(tl.uint32, bitcast=True)
+            upper = tl.where(single == single, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000) >> 16
+            return upper.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        else:
+            return single.to(dtype)
     else:
         return x.to(dtype)
 
@@ -160,7 +163,7 @@ def combine_tile(rows, row_stride, weights, out, column, bound, accumulate, clea
 
 @triton.jit
 def static_rounds(num_tiles):
-    """How many tiles each program takes in turn, one at least; the rest, an eighth or so, goes to whoever is free."""
+    """How many tiles each program takes in turn, one at least; the rest, an eighth of many, goes to whoever is free."""
     return tl.maximum(num_tiles // tl.num_programs(0) * 7 // 8, 1)
 
 

@@ -89,10 +89,15 @@ def workspace(device: torch.device) -> Workspace:
     return found[0]
 
 
-def _tuning(kernel: str, device: torch.device, size: int, element_size: int = 4) -> Tuning:
-    """The line of the table, its block as many bytes of a row in every dtype."""
+def _tuning(kernel: str, device: torch.device, size: int, element_size: int, vec: int) -> Tuning:
+    """The line of the table, its block as many bytes in every dtype.
+
+    Eight elements a thread at least, as squares are summed (`squares.add_squares`); and no more where they are taken
+    one by one, which needs more registers.
+    """
     tuning = choose(kernel, driver.capability(device), size)
-    tuning = tuning._replace(block=tuning.block * 4 // element_size)
+    least = 8 * 32 * tuning.warps
+    tuning = tuning._replace(block=least if vec == 1 else max(least, tuning.block * 4 // element_size))
     if INTERPRETED:  # every block costs the same there, however long: at most a dozen or so a row
         block = min(1 << 16, int(triton.next_power_of_2(size // 16 + 1)))
         tuning = tuning._replace(block=max(tuning.block, block))
@@ -153,9 +158,7 @@ def _dense_plan(
     size = max(grad.itemsize, state.itemsize)
     vec = min(_vector(num_params, grad_stride), 16 // size)
     fast = size == 8 or fast_fp64(driver.capability(device))
-    tuning = _tuning("balance" if fast else "balance in pairs", device, num_params, size)
-    if vec == 1:  # elements one by one take more registers
-        tuning = tuning._replace(block=tuning.block // 2)
+    tuning = _tuning("balance" if fast else "balance in pairs", device, num_params, size, vec)
     pad = _pad(num_tasks)
     meta = {
         "K_PAD": pad, "VEC": vec, "BLOCK": tuning.block, "SCALE": scale, "FAST_FP64": fast,
@@ -229,7 +232,8 @@ def accumulate_(
         line = "accumulate narrow" if size == 2 else "accumulate"
         if row is None:
             line = "sum" if fast else "sum in pairs"
-        tuning = _tuning(line, device, int(segments[:, 1].sum()) if row is None else row.numel(), size)
+        numel = int(segments[:, 1].sum()) if row is None else row.numel()
+        tuning = _tuning(line, device, numel, size, vec=16 // size)
         chunks, aligned = tables.chunks(segments, CHUNK_BLOCKS * tuning.block, device)
         grid = _programs(device, tuning.programs, len(chunks))
         space = workspace(device)
@@ -247,8 +251,9 @@ def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) ->
     """One launch."""
     num_tasks, num_params = rows.shape
     device, stride = rows.device, _stride(rows)
-    tuning = _tuning("combine", device, num_params, rows.element_size())
-    vec = min(_vector(num_params, stride), 16 // max(rows.element_size(), out.element_size()))
+    size = out.element_size()
+    vec = min(_vector(num_params, stride), 16 // max(rows.element_size(), size))
+    tuning = _tuning("combine", device, num_params, max(rows.element_size(), size // 2), vec)
     grid = _programs(device, tuning.programs, -(-num_params // tuning.block))
     with driver.current(device):
         _launch(
@@ -262,9 +267,10 @@ def balance_rows_(step: BalanceRows) -> None:
     rows, stats, active, loss_scale = step.rows, step.stats, step.active, step.loss_scale
     num_tasks, num_params = rows.shape
     device = rows.device
-    tuning = _tuning("combine", device, num_params, rows.element_size())
-    size = max(rows.element_size(), *(out.element_size() for out in step.outs))
-    vec = min(_vector(rows.stride(0), *step.starts, *(out.numel() for out in step.outs)), 16 // size)
+    size = max(out.element_size() for out in step.outs)
+    vec = _vector(rows.stride(0), *step.starts, *(out.numel() for out in step.outs))
+    vec = min(vec, 16 // max(rows.element_size(), size))
+    tuning = _tuning("combine", device, num_params, max(rows.element_size(), size // 2), vec)
     groups: list[Any] = []
     for out, start in zip(step.outs, step.starts, strict=True):
         groups += (out, start // vec, out.numel() // vec)
@@ -291,7 +297,7 @@ def gramian(rows: Tensor) -> Tensor:
         return 0.5 * (product + product.T)
     device, stride = rows.device, _stride(rows)
     pad = _pad(num_tasks, 16)
-    tuning = _tuning("gramian", device, pad)
+    tuning = choose("gramian", driver.capability(device), pad)
     block = max(16, tuning.block * 4 // rows.element_size())  # as many bytes of a row in every dtype
     vec = _vector(num_params, stride)
     grid = _programs(device, tuning.programs, -(-num_params // (block * GRAMIAN_TILES)))

@@ -55,8 +55,10 @@ def add_squares(total, x, ADJACENT: tl.constexpr, FAST_FP64: tl.constexpr):
 
     ``ADJACENT`` (1, 2, 4 or 8) of the eight lie side by side. In fp64 (``FAST_FP64``, or of fp64 numbers) the square of
     an fp32 number is exact, so ``fma`` rounds only the sum. Else eight numbers are scaled by a power of two that brings
-    the largest into [1, 4), their squares summed as a pair of fp32 numbers, and that widened: within 2**-44 of the fp64
-    sum, and inf or NaN where that is. What underflows meanwhile is less than 2**-120 of the largest square.
+    the largest below 4, and to 1 at least if it is a normal number; their squares are summed as a pair of fp32 numbers,
+    and that is widened. The pair is within 2**-43 of the exact sum S, and inf or NaN where that is: with u = 2**-24 the
+    low parts are rounded by 3 u**2 S in the four pairs of squares and by 5, 7 and 9 u**2 S where these are added up.
+    What underflows meanwhile is less than 2**-120 of the largest square.
     """
     a, b = halves(x, ADJACENT >= 2)
     aa, ab = halves(a, ADJACENT >= 4)
