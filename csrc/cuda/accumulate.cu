@@ -7,8 +7,8 @@
 namespace dbmtl {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kChunk = kThreads * kElements * 4;  // elements between two looks at the list
+constexpr int kThreads = 256, kBlocks = 3;  // of them on a multiprocessor
+constexpr int kChunk = kThreads * 32;       // elements between two looks at the list
 
 struct Piece {
   const void* grad;
@@ -39,42 +39,48 @@ constexpr int kSmall = (4096 - int(sizeof(GatherHead))) / int(sizeof(Piece));
 constexpr int kLarge = (32764 - int(sizeof(GatherHead))) / int(sizeof(Piece));
 static_assert(sizeof(GatherArguments<kSmall>) <= 4096 && sizeof(GatherArguments<kLarge>) <= 32764, "argument space");
 
-// The sum of squares of this thread's part of one chunk.
-template <class S, class G, bool kAligned, class V>
+template <int kUnit>
+constexpr int kCount = kUnit > 1 ? 4 * kUnit : 8;  // of a thread's elements: 64 bytes of the wider of gradients and row
+
+// The sum of squares of this thread's part of [begin, end): kFull, of whole strides of the block.
+template <class S, class G, int kUnit, bool kFull, class V>
 __device__ double gather(S* row, const G* grad, int64_t offset, int64_t begin, int64_t end, V decay, V gain) {
   double sum = 0.0;
-  for (; begin < end; begin += kThreads * kElements) {
-    const Slice<kAligned> slice(begin, threadIdx.x, kThreads);
-    V g[kElements], m[kElements];
-    load<Hint::kStream>(g, grad, slice, grad == nullptr ? 0 : end);
-    load<Hint::kKeep>(m, row + offset, slice, row == nullptr || decay == V(0) ? 0 : end);
-    S stored[kElements];
+#pragma unroll 1
+  for (; begin < end; begin += kThreads * kCount<kUnit>) {
+    const Slice<kUnit, kThreads, kFull> slice(begin, end);
+    Pack<G, kUnit, kCount<kUnit>> g;
+    Pack<S, kUnit, kCount<kUnit>> m;
+    load<Hint::kStream>(g, grad, slice, grad != nullptr);
+    load<Hint::kKeep>(m, row + offset, slice, row != nullptr && decay != V(0));
+    S stored[kCount<kUnit>];
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      narrow_lane(stored + e, updated(m[e], g[e], decay, gain, grad != nullptr));
-      const double x = double(widen_lane(stored[e]));
-      if (inside(slice, end, e)) sum += x * x;
-    }
-    if (row != nullptr) store<Hint::kKeep>(row + offset, stored, slice, end);
+    for (int e = 0; e < kCount<kUnit>; ++e)
+      narrow_lane(stored + e, updated(V(m[e]), V(g[e]), decay, gain, grad != nullptr));
+    sum += thread_squares(stored, slice);
+    if (row != nullptr) store<Hint::kKeep>(row + offset, stored, slice);
   }
   return sum;
 }
 
 template <class S, class G, class V>
 __device__ double gather_piece(S* row, const Piece& piece, int64_t begin, int64_t end, V decay, V gain) {
+  constexpr int kUnit = kUnitOf<S, G>;
   const G* grad = gain == V(0) ? nullptr : static_cast<const G*>(piece.grad);
-  const bool aligned = reinterpret_cast<uintptr_t>(grad) % 16 == 0 &&
-                       (row == nullptr || reinterpret_cast<uintptr_t>(row + piece.offset) % 16 == 0);
-  if (!aligned) return gather<S, G, false>(row, grad, piece.offset, begin, end, decay, gain);
-  // Whole groups of kElements 128 bits at a time, the last few one by one.
-  const int64_t whole = begin + (end - begin) / kElements * kElements;
-  double sum = gather<S, G, true>(row, grad, piece.offset, begin, whole, decay, gain);
-  if (whole < end) sum += gather<S, G, false>(row, grad, piece.offset, whole, end, decay, gain);
+  const bool aligned = reinterpret_cast<uintptr_t>(grad) % alignof(Unit<G, kUnit>) == 0 &&
+                       (row == nullptr || reinterpret_cast<uintptr_t>(row + piece.offset) % alignof(Unit<S, kUnit>) == 0);
+  // Whole strides of the block, whole units, and the last few one by one.
+  constexpr int kStride = kThreads * kCount<kUnit>;
+  const int64_t full = aligned ? begin + (end - begin) / kStride * kStride : begin;
+  const int64_t whole = aligned ? full + (end - full) / kUnit * kUnit : begin;
+  double sum = gather<S, G, kUnit, true>(row, grad, piece.offset, begin, full, decay, gain);
+  if (full < whole) sum += gather<S, G, kUnit, false>(row, grad, piece.offset, full, whole, decay, gain);
+  if (whole < end) sum += gather<S, G, 1, false>(row, grad, piece.offset, whole, end, decay, gain);
   return sum;
 }
 
 template <class S, int kPieces>
-__global__ void __launch_bounds__(kThreads, 2) accumulate_kernel(const __grid_constant__ GatherArguments<kPieces> a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) accumulate_kernel(const __grid_constant__ GatherArguments<kPieces> a) {
   using V = Wide<S>;
   __shared__ double scratch[kThreads / kWarp];
   const GatherHead& h = a.head;
@@ -163,7 +169,7 @@ extern "C" int32_t dbmtl_accumulate(const dbmtl_accumulate_args* args) {
       chunks += more;
     }
     head.num_chunks = int32_t(chunks);
-    const int blocks = int(std::clamp<int64_t>(chunks, 1, int64_t(device.multiprocessors) * 2));
+    const int blocks = int(std::clamp<int64_t>(chunks, 1, int64_t(device.multiprocessors) * kBlocks));
     switch (args->row.dtype) {
       case DBMTL_F64: DBMTL_TRY(launch_pieces<double>(head, pieces, blocks, stream)); break;
       case DBMTL_F32: DBMTL_TRY(launch_pieces<float>(head, pieces, blocks, stream)); break;

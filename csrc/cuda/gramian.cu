@@ -44,16 +44,18 @@ __device__ inline void load_strip(V (&strip)[kMaxRows][kStrip + 1], const Gramia
     constexpr int kPerVector = 16 / sizeof(S), kVectors = kStrip / kPerVector;
     for (int i = threadIdx.x; i < rows * kVectors; i += kThreads) {
       const int row = i / kVectors, column = i % kVectors * kPerVector;
-      Vector<S> in = {};
-      if (row < num_tasks) in = load_vector<Hint::kKeep>(first + row * a.rows.stride + column);
+      Pack<S, kPerVector, kPerVector> in;
+      load_unit<Hint::kKeep>(in, 0, first + row * a.rows.stride + column, row < num_tasks);
 #pragma unroll
-      for (int k = 0; k < kPerVector; ++k) strip[row][column + k] = V(widen_lane(in.v[k]));
+      for (int k = 0; k < kPerVector; ++k) strip[row][column + k] = in[k];
     }
   } else {
     for (int i = threadIdx.x; i < rows * kStrip; i += kThreads) {
       const int row = i / kStrip, column = i % kStrip;
       const bool there = row < num_tasks && begin + column < a.rows.num_params;
-      strip[row][column] = there ? V(widen_lane(load_one(first + row * a.rows.stride + column))) : V(0);
+      Pack<S, 1, 1> in;
+      load_unit<Hint::kKeep>(in, 0, first + row * a.rows.stride + column, there);
+      strip[row][column] = in[0];
     }
   }
 }
@@ -134,7 +136,8 @@ extern "C" int32_t dbmtl_gramian(const dbmtl_gramian_args* args) {
   if (rows.num_tasks == 0) return DBMTL_OK;
   GramianArguments a = {rows, args->gramian, 0, slots_of(args->where), counters_of(args->where)};
   if (rows.num_tasks == 1) a.rows.stride = 0;  // any: it is not used
-  a.aligned = on_16_bytes(rows.data) && a.rows.stride * kElementSize[rows.dtype] % 16 == 0;
+  const int64_t unit = 16 / kElementSize[rows.dtype];
+  a.aligned = on_units(unit, rows.data, rows.dtype) && a.rows.stride % unit == 0;
   const int64_t strips = (rows.num_params + kStrip - 1) / kStrip;
   const int blocks = int(std::clamp<int64_t>(strips, 1, int64_t(current_device().multiprocessors) * 2));
   const cudaStream_t stream = static_cast<cudaStream_t>(args->where.stream);

@@ -45,9 +45,9 @@ double* slots_of(const dbmtl_where& where);
 // Numbers that a block of the Gramian leaves in the slots.
 int64_t gramian_slots(int64_t num_tasks);
 
-template <class... P>
-bool on_16_bytes(const P*... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+// Whether units of so many elements can be loaded from there with one access each.
+inline bool on_units(int64_t unit, const void* pointer, int64_t dtype) {
+  return reinterpret_cast<uintptr_t>(pointer) % uintptr_t(unit * kElementSize[dtype]) == 0;
 }
 
 #ifndef DBMTL_EMULATED

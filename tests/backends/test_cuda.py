@@ -1,17 +1,12 @@
-"""The CUDA C++ kernels: emulated on this CPU against the native ones, and what nvcc made of them."""
+"""The CUDA C++ kernels, emulated on this CPU, against the native ones."""
 
-import ctypes
 import math
-import os
-import re
-import subprocess
-from pathlib import Path
+from functools import partial
 
 import emulator
 import numpy as np
 import pytest
 import torch
-import triton
 from dbmtl_kernels.backends import c_library as c
 from dbmtl_kernels.backends.arguments import BalanceRows, Stats
 from dbmtl_kernels.backends.c_library import cuda, native
@@ -20,16 +15,6 @@ from dbmtl_kernels.ops.arguments import check_accumulate
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, F64, BF16, F16)
 BOTH = (cuda, native)
-ARCHITECTURES = ("80", "90", "100") if os.environ.get("CI") else ("90",)
-# Registers a thread at most, and static shared memory, by kernel; nothing may spill or lie in local memory. 512 threads
-# of the dense op have 128 registers, two blocks of 256 threads of the others as many.
-RESOURCES = {
-    "balance_kernel": (128, 1024), "accumulate_kernel": (128, 2048), "rows_kernel": (128, 8192),
-    "gramian_kernel": (128, 37000),
-}  # fmt: skip
-
-
-# --- emulated -----------------------------------------------------------------------------------------------------
 
 
 def same_bits(a, b):
@@ -147,7 +132,7 @@ def moved(monkeypatch, num_tasks, size, dtype):
     grads, ema = torch.randn(num_tasks, size).to(dtype), torch.zeros(num_tasks, size, dtype=dtype)
     emulator.traffic(cuda.library())
     cuda.balance_(grads, ema, 0.9, 1e-8, "max", 0.0)
-    read, written, _ = emulator.traffic(cuda.library())
+    read, written, *_ = emulator.traffic(cuda.library())
     return read // dtype.itemsize, written // dtype.itemsize
 
 
@@ -238,13 +223,51 @@ def test_the_gramian_loads_128_bits_where_rows_are_aligned(state):
             rows = torch.empty(5 * stride + 8, dtype=state)[first:].as_strided((5, size), (stride, 1)).copy_(values)
             emulator.traffic(cuda.library())
             found.append(cuda.gramian(rows))
-            read, written, vectors = emulator.traffic(cuda.library())
+            read, written, vectors, _ = emulator.traffic(cuda.library())
             aligned = (first % per_vector, stride % per_vector) == (0, 0)
             assert (read, written) == (values.nbytes, 0)
             assert vectors == (5 * (size // 64) * 64 // per_vector if aligned else 0)
         for gram in found:
             same_bits(gram, found[0])
         torch.testing.assert_close(found[0], native.gramian(values), rtol=1e-5, atol=1e-3)
+
+
+def sectors_are_full(call):
+    """All that the warps' accesses touch they use; matched by their order, so that all threads must have as many."""
+    emulator.traffic(cuda.library())
+    call()
+    read, written, _, sectors = emulator.traffic(cuda.library())
+    assert read + written == 32 * sectors
+
+
+@pytest.mark.parametrize("state", [F32, F64, BF16])
+@pytest.mark.usefixtures("emulated_cuda")
+def test_a_warps_access_is_one_stretch(state, monkeypatch):
+    """Of whole tiles on aligned addresses; the last of a tile, and what is left of it, may touch a sector twice."""
+    size = 3 * 8192  # whole tiles of every dtype on 3 multiprocessors
+    row = torch.randn(3, size).to(state)
+    for other in DTYPES:
+        grads, out = torch.randn(3, size).to(other), torch.empty(size, dtype=other)
+        for shared in ("40000", "200000"):  # state on chip: none and all of it
+            monkeypatch.setenv("DBMTL_EMULATED_SHARED_BYTES", shared)
+            if (other == F64) == (state == F64):
+                sectors_are_full(partial(cuda.balance_, grads, row, 0.9, 1e-8, "max", 0.0))
+        whole = torch.tensor([[0, size]])
+        sectors_are_full(
+            partial(cuda.accumulate_, row[0], torch.zeros(1, dtype=F64), [grads[0]], whole, (0.9, 0.1), None)
+        )
+        sectors_are_full(partial(cuda.combine_out, row, torch.ones(3), out, True))
+    sectors_are_full(partial(cuda.gramian, torch.ones(4, size, dtype=state)))
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_the_emulation_counts_the_sectors_of_a_stride():
+    """Rows that begin in the middle of a sector: each warp's access touches one more than it fills."""
+    rows = torch.randn(2, 8208)[:, 4:8196]
+    emulator.traffic(cuda.library())
+    cuda.combine_out(rows, torch.ones(2), torch.empty(8192), False)
+    read, written, _, sectors = emulator.traffic(cuda.library())
+    assert 32 * sectors == read + written + 32 * (2 * 8192 // 128)
 
 
 @pytest.mark.usefixtures("emulated_cuda")
@@ -254,114 +277,3 @@ def test_the_emulation_refuses_a_misaligned_access_as_a_device_does():
     args = c.CombineArgs(off, c._array(ones), c._array(out), 0, cuda._where(ones.device, 2))
     with pytest.raises(RuntimeError, match="misaligned"):
         cuda.check(cuda.library().dbmtl_combine(args))
-
-
-# --- what nvcc made of them -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def library():
-    path = emulator.nvcc_library(ARCHITECTURES)
-    if path is None:
-        pytest.skip("no nvcc here")
-    return path
-
-
-def dump(option, path):
-    tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
-
-
-@pytest.fixture(scope="module")
-def built(library):
-    """By architecture and mangled kernel: (registers, stack, shared, local, SASS)."""
-    found = {}
-    arch = name = ""
-    for line in dump("-res-usage", library).splitlines():
-        if match := re.search(r"arch = (sm_\d+)", line):
-            arch = match.group(1)
-        elif match := re.search(r"Function (\S+):", line):
-            name = match.group(1)
-        elif "probe" not in name and (match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line)):
-            found[arch, name] = [*map(int, match.groups()), ""]
-    for line in dump("-sass", library).splitlines():
-        if match := re.search(r"arch = (sm_\d+)", line):
-            arch = match.group(1)
-        elif match := re.search(r"Function : (\S+)", line):
-            name = match.group(1)
-        elif "/*" in line and (arch, name) in found:
-            found[arch, name][4] += line + "\n"
-    return found
-
-
-def kernel_of(name):
-    return next(kernel for kernel in RESOURCES if kernel in name)
-
-
-def test_every_kernel_is_built_for_every_architecture(built, library):
-    architectures = {f"sm_{arch}" for arch in ARCHITECTURES}
-    kinds = {(arch, kernel_of(name)) for arch, name in built}
-    assert kinds == {(arch, kernel) for arch in architectures for kernel in RESOURCES}
-    assert len(built) == len(architectures) * (14 + 6 + 3 + 3)
-    assert re.search(r"sm_\d+\.ptx", dump("-lptx", library))  # for what comes after
-
-
-def test_resources_are_within_the_table(built):
-    for (arch, name), (registers, stack, shared, local, sass) in built.items():
-        most, memory = RESOURCES[kernel_of(name)]
-        where = arch, name
-        assert registers <= most, where
-        assert shared <= memory + 1024, where  # of which sm_90 keeps 1 KB for itself
-        assert stack == local == 0, where
-        assert not re.search(r"\b(LDL|STL)\b", sass), where
-
-
-def test_aligned_kernels_move_128_bits(built):
-    for (arch, name), (*_, sass) in built.items():
-        where = arch, name
-        kernel = kernel_of(name)
-        if kernel == "balance_kernel":
-            aligned = re.search(r"Lb([01])E", name).group(1) == "1"
-            wide = re.search(r"\b(LDG|STG)\.E\.[\w.]*128", sass) is not None
-            assert wide == aligned, where
-            if aligned:
-                assert re.search(r"\bLDS\.128", sass), where  # tiles cached across the barrier
-        else:
-            assert re.search(r"\bLDG\.E\.[\w.]*128", sass), where
-            assert re.search(r"\bSTG\.E\.[\w.]*128", sass) or kernel == "gramian_kernel", where  # stores K x K numbers
-
-
-def test_barriers_lie_behind_fences(built):
-    """A block's threads have arrived and a fence lies before it counts itself in; the barrier is polled."""
-    for (arch, name), (*_, sass) in built.items():
-        kernel = kernel_of(name)
-        events = re.findall(r"\b(BAR\.SYNC|MEMBAR\.SC\.GPU|ATOMG?\.E\.ADD\.STRONG\.GPU|STRONG\.SYS)", sass)
-        arrival = next(i for i, event in enumerate(events) if event.startswith("ATOM"))
-        before, after = events[:arrival], events[arrival + 1 :]
-        assert before[-1] == "MEMBAR.SC.GPU", (arch, name)
-        assert "BAR.SYNC" in before, (arch, name)
-        assert "MEMBAR.SC.GPU" in after, (arch, name)
-        assert ("STRONG.SYS" in events) == (kernel == "balance_kernel"), (arch, name)
-        if kernel != "rows_kernel":  # which has no slots
-            assert re.search(r"LDG\.E\.64\.STRONG\.GPU", sass), (arch, name)
-
-
-def test_products_are_not_fused_with_sums(built):
-    """State must have the bits of the CPU kernels. The few FFMA are those of the division and the square root."""
-    for (arch, name), (*_, sass) in built.items():
-        assert len(re.findall(r"\bFFMA\b", sass)) <= 8, (arch, name)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver")
-def test_a_library_without_a_driver_says_so(library):
-    """It loads; asking it for anything gives a status."""
-    alone = c.CLibrary("cuda", "libdbmtl_cuda", True, "")
-    alone.path = library
-    assert "no CUDA device to run on" in alone.missing(torch.device("cuda"))
-    assert alone.missing(torch.device("cpu")) == "it serves CUDA tensors only"
-    with pytest.raises(RuntimeError, match="no CUDA device to run on"):
-        alone.library()
-    ones, out = torch.ones(2, 2), torch.ones(2)
-    args = c.CombineArgs(c._rows(ones), c._array(out), c._array(out), 0, c.Where(0, ones.data_ptr(), None))
-    assert ctypes.CDLL(str(library)).dbmtl_combine(ctypes.byref(args)) == 4
-    assert (out == 1).all()

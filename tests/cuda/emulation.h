@@ -3,6 +3,7 @@
 #pragma once
 #include <ucontext.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -30,8 +31,11 @@
 #define blockDim (emulation::block->dim)
 
 using cudaStream_t = void*;
-struct int4 {
+struct alignas(16) int4 {
   int x, y, z, w;
+};
+struct alignas(8) int2 {
+  int x, y;
 };
 
 namespace emulation {
@@ -40,11 +44,15 @@ struct Index {
   unsigned x;
 };
 
-// Rows, gradients and results that the kernels moved, since it was last asked for (emulation.cpp).
+// Rows, gradients and results that the kernels moved, since it was last asked for (emulation.cpp). Sectors are the 32 bytes
+// in which memory is moved: those that the accesses of a warp touch, each access for itself.
 struct Traffic {
-  std::atomic<int64_t> read{0}, written{0}, vectors{0}, misaligned{0};
+  std::atomic<int64_t> read{0}, written{0}, vectors{0}, sectors{0}, misaligned{0};
 };
 inline Traffic traffic;
+
+// Whether this launch sums squares in pairs of floats, as it would on some devices.
+inline std::atomic<bool> float_pairs{false};
 
 class Block {
  public:
@@ -58,6 +66,8 @@ class Block {
     traffic.read += moved_[0];
     traffic.written += moved_[1];
     traffic.vectors += vectors_;
+    count_sectors();
+    traffic.sectors += sectors_;
     traffic.misaligned += misaligned_;
   }
 
@@ -65,6 +75,12 @@ class Block {
     moved_[written] += bytes;
     vectors_ += bytes == 16;
     misaligned_ += reinterpret_cast<uintptr_t>(p) % unsigned(bytes) != 0;
+    // The n-th accesses of its threads since a barrier are one access of a warp.
+    Warp& warp = warps_[current_ / 32];
+    const unsigned nth = warp.accesses[lane()]++;
+    if (warp.touched.size() <= nth) warp.touched.resize(nth + 1);
+    for (uintptr_t at = reinterpret_cast<uintptr_t>(p) / 32; at <= (reinterpret_cast<uintptr_t>(p) + bytes - 1) / 32; ++at)
+      if (std::vector<uintptr_t>& t = warp.touched[nth]; std::find(t.begin(), t.end(), at) == t.end()) t.push_back(at);
   }
 
   Index thread_index() const { return {current_}; }
@@ -95,6 +111,7 @@ class Block {
     ++arrived_;
     while (generation == generation_ && arrived_ < alive_) wait();
     if (generation == generation_) {
+      count_sectors();
       arrived_ = 0;
       ++generation_;
     }
@@ -109,12 +126,14 @@ class Block {
     return result;
   }
 
-  double shuffle_down(double value, int offset) {
+  unsigned lane() const { return current_ % 32; }
+
+  // What another lane of the warp has; a double holds any of the numbers that are exchanged.
+  double from_lane(double value, unsigned other) {
     Warp& warp = warps_[current_ / 32];
-    const unsigned lane = current_ % 32;
-    warp.values[lane] = value;
+    warp.values[lane()] = value;
     warp_barrier(warp);
-    const double result = lane + offset < 32 ? warp.values[lane + offset] : value;
+    const double result = warp.values[other];
     warp_barrier(warp);
     return result;
   }
@@ -128,9 +147,20 @@ class Block {
   struct Warp {
     double values[32];
     unsigned arrived = 0, generation = 0;
+    unsigned accesses[32] = {};
+    std::vector<std::vector<uintptr_t>> touched;  // sectors, by access
   };
 
   static void enter();
+  void count_sectors() {
+    for (Warp& warp : warps_) {
+      for (std::vector<uintptr_t>& touched : warp.touched) {
+        sectors_ += int64_t(touched.size());
+        touched.clear();
+      }
+      std::fill(warp.accesses, warp.accesses + 32, 0u);
+    }
+  }
   void wait() { swapcontext(&fibers_[current_].context, &scheduler_); }
   void warp_barrier(Warp& warp) {
     const unsigned generation = warp.generation;
@@ -148,7 +178,7 @@ class Block {
   ucontext_t scheduler_;
   unsigned current_ = 0, alive_ = 0, arrived_ = 0, generation_ = 0;
   bool any_ = false;
-  int64_t moved_[2] = {0, 0}, vectors_ = 0, misaligned_ = 0;
+  int64_t moved_[2] = {0, 0}, vectors_ = 0, sectors_ = 0, misaligned_ = 0;
 };
 
 inline thread_local Block* block = nullptr;
@@ -163,8 +193,18 @@ inline void Block::enter() {
 
 inline void __syncthreads() { emulation::block->synchronize(); }
 inline int __syncthreads_or(int predicate) { return emulation::block->synchronize_or(predicate); }
-inline double __shfl_down_sync(unsigned, double value, int offset) {
-  return emulation::block->shuffle_down(value, offset);
+template <class T>
+T __shfl_down_sync(unsigned, T value, int offset) {
+  const unsigned lane = emulation::block->lane();
+  return T(emulation::block->from_lane(value, lane + offset < 32 ? lane + offset : lane));
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return T(emulation::block->from_lane(value, emulation::block->lane() ^ unsigned(mask)));
+}
+inline unsigned __reduce_max_sync(unsigned lanes, unsigned value) {
+  for (int mask = 16; mask > 0; mask /= 2) value = std::max(value, __shfl_xor_sync(lanes, value, mask));
+  return value;
 }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline unsigned atomicAdd(unsigned* p, unsigned x) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); }
@@ -175,10 +215,6 @@ T __ldcs(const T* p) {
 template <class T>
 T __ldcg(const T* p) {
   return *p;
-}
-template <class T>
-void __stwb(T* p, T x) {
-  *p = x;
 }
 template <class T>
 void __stcs(T* p, T x) {
@@ -203,6 +239,7 @@ int32_t prepare(void (*)(A), int, const Device&, Prepared*) {
 
 template <class A>
 int32_t launch_kernel(void (*kernel)(A), int blocks, int threads, size_t shared, cudaStream_t, bool, A arguments) {
+  emulation::float_pairs = from_environment("DBMTL_EMULATED_FLOAT_PAIRS", 0) != 0;
   std::vector<std::thread> running;
   for (int b = 0; b < blocks; ++b)
     running.emplace_back([&, b] {

@@ -37,8 +37,11 @@ def serving_cpu():
 
 
 def traffic(library):
-    """Bytes of rows, gradients and results read and written since the last call, and accesses of 128 bits."""
-    numbers = (ctypes.c_int64 * 3)()
+    """Bytes of rows, gradients and results read and written since the last call, accesses of 128 bits, and sectors.
+
+    Sectors are the pieces of 32 bytes that each access of a warp touched.
+    """
+    numbers = (ctypes.c_int64 * 4)()
     library.emulated_traffic(numbers)
     return tuple(numbers)
 
