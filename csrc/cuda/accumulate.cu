@@ -2,13 +2,13 @@
 // nothing is uploaded. As many as fit in 4 KB go by default, in 32 KB where the driver and the device take that.
 #include <algorithm>
 
-#include "device.cuh"
+#include "deal.cuh"
 
 namespace dbmtl {
 namespace {
 
-constexpr int kThreads = 256, kBlocks = 3;  // of them on a multiprocessor
-constexpr int kChunk = kThreads * 32;       // elements between two looks at the list
+constexpr int kThreads = 256;
+constexpr int kChunk = kThreads * 32;  // elements between two looks at the list
 
 struct Piece {
   const void* grad;
@@ -25,7 +25,8 @@ struct GatherHead {
   Counters* counters;
   dbmtl_array loss_scale;
   const double* coefficients;  // decay, gain
-  int32_t num_pieces, num_chunks;
+  Deal deal;             // of chunks
+  int32_t num_pieces;
   int32_t add;  // to what an earlier launch left in sumsq
 };
 
@@ -80,7 +81,7 @@ __device__ double gather_piece(S* row, const Piece& piece, int64_t begin, int64_
 }
 
 template <class S, int kPieces>
-__global__ void __launch_bounds__(kThreads, kBlocks) accumulate_kernel(const __grid_constant__ GatherArguments<kPieces> a) {
+__global__ void __launch_bounds__(kThreads, kGatherBlocks) accumulate_kernel(const __grid_constant__ GatherArguments<kPieces> a) {
   using V = Wide<S>;
   __shared__ double scratch[kThreads / kWarp];
   const GatherHead& h = a.head;
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) accumulate_kernel(const __g
   if (h.loss_scale.data != nullptr) scaled = unscaled(scaled, number(h.loss_scale.data, h.loss_scale.dtype));
   const V decay = row == nullptr ? V(0) : V(h.coefficients[0]), gain = V(scaled);
   double sum = 0.0;
-  for (int chunk = blockIdx.x; chunk < h.num_chunks; chunk += gridDim.x) {
+  const auto gather_chunk = [&](int64_t chunk) {
     int low = 0, high = h.num_pieces - 1;  // the last piece that does not begin after this chunk
     while (low < high) {
       const int middle = (low + high + 1) / 2;
@@ -115,12 +116,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks) accumulate_kernel(const __g
     } else {
       sum += gather_piece<S, f16>(row, piece, begin, end, decay, gain);
     }
-  }
-  sum = block_sum(sum, scratch);
-  if (threadIdx.x == 0) h.slots[blockIdx.x] = sum;
-  if (!is_last(h.counters)) return;
+  };
+  deal(h.deal, &h.counters->drawn[0], gather_chunk, [&](unsigned slot) {
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0) h.slots[slot] = sum;
+    sum = 0.0;
+  });
+  if (!is_last(&h.counters->finished)) return;
   double total = 0.0;
-  for (int b = threadIdx.x; b < int(gridDim.x); b += kThreads) total += __ldcg(h.slots + b);
+  for (int s = threadIdx.x; s < slots_used(h.deal); s += kThreads) total += __ldcg(h.slots + s);
   total = block_sum(total, scratch);
   if (threadIdx.x == 0) *h.sumsq = h.add ? *h.sumsq + total : total;
 }
@@ -153,7 +157,7 @@ extern "C" int32_t dbmtl_accumulate(const dbmtl_accumulate_args* args) {
   const Device device = current_device();
   const int at_once = device.large_arguments ? kLarge : kSmall;
   GatherHead head = {args->row.data, args->sumsq, slots_of(args->where), counters_of(args->where),
-                     args->loss_scale, args->coefficients, 0, 0, 0};
+                     args->loss_scale, args->coefficients, {}, 0, 0};
   const cudaStream_t stream = static_cast<cudaStream_t>(args->where.stream);
   Piece pieces[kLarge];
   int64_t i = 0;
@@ -168,8 +172,8 @@ extern "C" int32_t dbmtl_accumulate(const dbmtl_accumulate_args* args) {
       pieces[head.num_pieces++] = {args->grads[i], segments[2 * i], numel, int32_t(chunks), args->grad_dtypes[i]};
       chunks += more;
     }
-    head.num_chunks = int32_t(chunks);
-    const int blocks = int(std::clamp<int64_t>(chunks, 1, int64_t(device.multiprocessors) * kBlocks));
+    const int blocks = int(std::clamp<int64_t>(chunks, 1, int64_t(device.multiprocessors) * kGatherBlocks));
+    head.deal = deal_out(chunks, blocks);
     switch (args->row.dtype) {
       case DBMTL_F64: DBMTL_TRY(launch_pieces<double>(head, pieces, blocks, stream)); break;
       case DBMTL_F32: DBMTL_TRY(launch_pieces<float>(head, pieces, blocks, stream)); break;

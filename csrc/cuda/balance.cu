@@ -1,9 +1,11 @@
 // The dense op in one cooperative launch. Each block keeps as many pieces of its new state (a tile of one task each) in
 // shared memory, across the grid barrier, as fit: those are read and written once. The rest is read again, last tiles
-// first, as what phase one touched last is still in L2.
+// first, as what phase one touched last is still in L2. Where the driver refuses such a launch there are two, one for each
+// phase, and nothing is kept.
 #include <algorithm>
+#include <utility>
 
-#include "device.cuh"
+#include "deal.cuh"
 
 namespace dbmtl {
 namespace {
@@ -12,6 +14,7 @@ constexpr int kThreads = 512;
 constexpr int kTasksAtOnce = 2;     // in phase one, loaded before the first of them is used
 constexpr int kLeastColumns = 256;  // of a tile
 constexpr int kColumnStep = 64;     // 128 bytes of bf16
+constexpr int kLargeState = 16;     // times what fits in the shared memory of all multiprocessors
 template <class S, int kUnit>
 constexpr int kCount = kElements<S, kUnit>;
 
@@ -20,8 +23,13 @@ struct BalanceArguments {
   int num_tasks;
   int columns;  // of a tile
   int cached;   // pieces of each block in shared memory: the first ones, task after task and tile after tile
+  int64_t kept; // tiles, of all blocks, of which some pieces are; each block's go to it by turns
+  int64_t hot;  // positions in phase two before those tiles
+  bool first, second;  // phases of this launch
+  Deal deals[2];       // of each phase
   Counters* counters;
-  double* slots;
+  double* slots;  // [K][stride], then K sums
+  int64_t stride;
 };
 
 // Shared memory: sums per warp and task, then norms and weights, then the cached tiles.
@@ -74,9 +82,32 @@ __device__ inline void load_cached(Pack<S, kUnit, kCount>& x, const Raw<sizeof(S
   }
 }
 
-// Where the tile that begins at `begin` ends.
-__device__ inline int64_t end_of(const BalanceArguments& a, int64_t begin) {
-  return begin + a.columns < a.call.ema.num_params ? begin + a.columns : a.call.ema.num_params;
+// The tile at a position of phase two: from the last ones down, as long as they go by turns; then those that are kept; then
+// the rest, dealt out to whoever asks. -1 if there is none.
+__device__ inline int64_t tile_at(const BalanceArguments& a, int64_t position) {
+  const int64_t tiles = a.deals[0].tiles, after = position - a.hot;
+  if (after < 0 || after >= a.kept) {
+    const int64_t tile = tiles - 1 - (after < 0 ? position : position - a.kept);
+    return tile < a.kept ? -1 : tile;
+  }
+  const unsigned last = unsigned(a.kept) / gridDim.x - 1;
+  const int64_t tile = blockIdx.x + int64_t(last - unsigned(after) / gridDim.x) * gridDim.x;
+  return tile < tiles ? tile : -1;
+}
+
+// The first of a tile's pieces in its block's shared memory; beyond them if it has none there.
+__device__ inline int64_t piece_of(const BalanceArguments& a, int64_t tile) {
+  return tile < a.kept ? int64_t(unsigned(tile) / gridDim.x) * a.num_tasks : a.cached;
+}
+
+// What phase one leaves: the sum of each task's slots, lanes by turns and then a fixed tree.
+__device__ inline void add_slots(const BalanceArguments& a) {
+  for (int t = threadIdx.x / kWarp; t < a.num_tasks; t += kThreads / kWarp) {
+    double sum = 0.0;
+    for (int s = threadIdx.x % kWarp; s < slots_used(a.deals[0]); s += kWarp) sum += __ldcg(a.slots + t * a.stride + s);
+    sum = warp_sum(sum);
+    if (threadIdx.x % kWarp == 0) a.slots[a.num_tasks * a.stride + t] = sum;
+  }
 }
 
 template <class S, class G, int kUnit>
@@ -90,14 +121,15 @@ __global__ void __launch_bounds__(kThreads, 1) balance_kernel(const __grid_const
   S* ema = static_cast<S*>(a.call.ema.data);
   const V decay = V(a.call.beta), gain = V(1.0 - a.call.beta);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t tiles = (a.call.ema.num_params + a.columns - 1) / a.columns;
-  const int64_t mine = tiles > blockIdx.x ? (tiles - blockIdx.x + gridDim.x - 1) / gridDim.x : 0;
-  for (int i = threadIdx.x; i < a.num_tasks * (kThreads / kWarp); i += kThreads) part.sums[i] = 0.0;
-  __syncthreads();
+  const unsigned opened = *reinterpret_cast<volatile unsigned*>(&a.counters->opened);
+  const auto slice_of = [&](int64_t tile) {
+    const int64_t begin = tile * a.columns, end = begin + a.columns;
+    return Slice<kUnit, kThreads>(begin, end < a.call.ema.num_params ? end : a.call.ema.num_params);
+  };
 
-  for (int64_t i = 0; i < mine; ++i) {
-    const int64_t begin = (blockIdx.x + i * gridDim.x) * a.columns, end = end_of(a, begin);
-    const Slice<kUnit, kThreads> slice(begin, end);
+  const auto update = [&](int64_t tile) {
+    const Slice<kUnit, kThreads> slice = slice_of(tile);
+    const int64_t first = piece_of(a, tile);
 #pragma unroll 1
     for (int t0 = 0; t0 < a.num_tasks; t0 += kTasksAtOnce) {
       Grads g[kTasksAtOnce];
@@ -118,32 +150,35 @@ __global__ void __launch_bounds__(kThreads, 1) balance_kernel(const __grid_const
         for (int e = 0; e < kCount<S, kUnit>; ++e)  // zeros where outside
           narrow_lane(&stored[u][e], updated(V(m[u][e]), V(g[u][e]), decay, gain, true));
         store<Hint::kKeep>(ema + t * a.call.ema.stride, stored[u], slice);
-        const int64_t piece = i * a.num_tasks + t;
+        const int64_t piece = first + t;
         if (piece < a.cached) store_cached(cached_units<S, kUnit>(a, part.tiles, piece), slice, stored[u]);
       }
       const double sum = warp_squares(stored);
       const int t = t0 + lane / (kWarp / 2);
       if (lane % (kWarp / 2) == 0 && t < a.num_tasks) part.sums[t * (kThreads / kWarp) + warp] += sum;
     }
+  };
+  if (a.first) {
+    for (int i = threadIdx.x; i < a.num_tasks * (kThreads / kWarp); i += kThreads) part.sums[i] = 0.0;
+    __syncthreads();
+    deal(a.deals[0], &a.counters->drawn[0], update, [&](unsigned slot) {
+      __syncthreads();
+      for (int t = threadIdx.x; t < a.num_tasks; t += kThreads) {
+        double sum = 0.0;
+        for (int w = 0; w < kThreads / kWarp; ++w) {
+          sum += part.sums[t * (kThreads / kWarp) + w];
+          part.sums[t * (kThreads / kWarp) + w] = 0.0;
+        }
+        a.slots[t * a.stride + slot] = sum;
+      }
+    });
+    grid_barrier(a.counters, opened, a.second, [&] { add_slots(a); });
   }
-  __syncthreads();
+  if (!a.second) return;
+
   for (int t = threadIdx.x; t < a.num_tasks; t += kThreads) {
-    double sum = 0.0;
-    for (int w = 0; w < kThreads / kWarp; ++w) sum += part.sums[t * (kThreads / kWarp) + w];
-    a.slots[int64_t(blockIdx.x) * a.num_tasks + t] = sum;
-  }
-
-  grid_barrier(a.counters);
-
-  // Every block adds the slots in the same order: lanes take turns, then a fixed tree.
-  for (int t = warp; t < a.num_tasks; t += kThreads / kWarp) {
-    double sum = 0.0;
-    for (int b = lane; b < int(gridDim.x); b += kWarp) sum += __ldcg(a.slots + int64_t(b) * a.num_tasks + t);
-    sum = warp_sum(sum);
-    if (lane == 0) {
-      part.norms[t] = sqrt(sum);
-      part.use[t] = is_finite(part.norms[t]);
-    }
+    part.norms[t] = sqrt(__ldcg(a.slots + a.num_tasks * a.stride + t));
+    part.use[t] = is_finite(part.norms[t]);
   }
   __syncthreads();
   bool forget = false;
@@ -160,11 +195,12 @@ __global__ void __launch_bounds__(kThreads, 1) balance_kernel(const __grid_const
   }
   forget = __syncthreads_or(forget);
 
-  for (int64_t i = mine - 1; i >= 0; --i) {
-    const int64_t begin = (blockIdx.x + i * gridDim.x) * a.columns, end = end_of(a, begin);
-    const Slice<kUnit, kThreads> slice(begin, end);
+  const auto combine = [&](int64_t position) {
+    const int64_t tile = tile_at(a, position);
+    if (tile < 0) return;
+    const Slice<kUnit, kThreads> slice = slice_of(tile);
+    const int64_t first = piece_of(a, tile);
     V total[kCount<S, kUnit>] = {};
-    const int64_t first = i * a.num_tasks;
     const auto from_memory = [&](State& row, int t, bool there) {
       load<Hint::kStream>(row, ema + t * a.call.ema.stride, slice, there);
     };
@@ -191,10 +227,22 @@ __global__ void __launch_bounds__(kThreads, 1) balance_kernel(const __grid_const
       for (int t = 0; t < a.num_tasks; ++t)
         if (!part.use[t]) store<Hint::kKeep>(ema + t * a.call.ema.stride, zeros, slice);
     }
-  }
+  };
+  deal(a.deals[1], &a.counters->drawn[1], combine, [](unsigned) {});
 }
 
-int64_t divided_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+// Deals the tiles out, with so many pieces of each block in shared memory.
+void plan(BalanceArguments& a, int64_t tiles, int blocks, int64_t cached) {
+  a.cached = int(cached);
+  const int64_t rounds = a.num_tasks > 0 ? divided_up(cached, a.num_tasks) : 0;
+  a.kept = rounds * blocks;
+  a.deals[0] = deal_out(tiles, blocks, std::max<int64_t>(rounds, 1));
+  const int64_t others = std::max<int64_t>(tiles - a.kept, 0);
+  Deal& second = a.deals[1] = deal_out(others, blocks, others > 0);
+  a.hot = second.turns;
+  second.turns += a.kept;
+  second.tiles = a.kept + std::max(others, a.hot);
+}
 
 template <class S, class G, int kUnit>
 int32_t launch(BalanceArguments a) {
@@ -206,13 +254,27 @@ int32_t launch(BalanceArguments a) {
   const int64_t rounds = divided_up(num_params, most * kMostColumns);
   const int64_t even = divided_up(divided_up(num_params, most * std::max<int64_t>(rounds, 1)), kColumnStep);
   a.columns = int(std::clamp<int64_t>(even * kColumnStep, kLeastColumns, kMostColumns));
+  a.stride = most * kSlots;
+  const int64_t tiles = divided_up(num_params, a.columns), pieces = rounds * a.num_tasks;
+  const int blocks = int(std::clamp<int64_t>(tiles, 1, most));
   const size_t fixed = fixed_shared_bytes(a.num_tasks), size = size_t(a.columns) * sizeof(S);
-  a.cached = int(std::min<int64_t>((size_t(device.shared_bytes) - fixed) / size, rounds * a.num_tasks));
+  const int64_t fit = (size_t(device.shared_bytes) - fixed) / size;
   static Prepared prepared;
   DBMTL_TRY(prepare(kernel, kThreads, device, &prepared));
-  const int blocks = int(std::clamp<int64_t>(divided_up(num_params, a.columns), 1, most));
-  return launch_kernel(kernel, blocks, kThreads, fixed + size_t(a.cached) * size,
-                       static_cast<cudaStream_t>(a.call.where.stream), true, a);
+  const cudaStream_t stream = static_cast<cudaStream_t>(a.call.where.stream);
+  a.first = a.second = true;
+  if (!refusals[device.index]) {
+    // A small part of a large state is not worth the room, which is the L1 cache's otherwise.
+    plan(a, tiles, blocks, pieces > kLargeState * fit ? 0 : std::min(fit, pieces));
+    const int32_t status = launch_kernel(kernel, blocks, kThreads, fixed + a.cached * size, stream, true, a);
+    if (status != kRefused) return status;
+  }
+  plan(a, tiles, blocks, 0);
+  a.second = false;
+  DBMTL_TRY(launch_kernel(kernel, blocks, kThreads, fixed, stream, false, a));
+  std::swap(a.first, a.second);
+  DBMTL_TRY(launch_kernel(kernel, blocks, kThreads, fixed, stream, false, a));
+  return refused(device);
 }
 
 template <class S, class G>
@@ -241,7 +303,11 @@ using namespace dbmtl;
 
 extern "C" int32_t dbmtl_balance(const dbmtl_balance_args* args) {
   DBMTL_TRY(check(*args));
-  BalanceArguments a = {*args, int(args->ema.num_tasks), 0, 0, counters_of(args->where), slots_of(args->where)};
+  BalanceArguments a = {};
+  a.call = *args;
+  a.num_tasks = int(args->ema.num_tasks);
+  a.counters = counters_of(args->where);
+  a.slots = slots_of(args->where);
   dbmtl_rows &grads = a.call.grads, &ema = a.call.ema;
   if (a.call.out.dtype != grads.dtype) return fail(DBMTL_UNSUPPORTED_DTYPE, "out: dtype is not that of grads");
   if ((grads.dtype == DBMTL_F64) != (ema.dtype == DBMTL_F64))

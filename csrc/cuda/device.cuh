@@ -265,42 +265,41 @@ __device__ inline double block_sum(double x, double* scratch) {
   return x;
 }
 
-// Counters that set themselves back to zero, and one that only says how often the barrier has opened.
+// Counters that set themselves back to zero, and one that only says how often the grid's barrier has opened.
 struct Counters {
-  unsigned arrived, opened, ticket, unused;
+  unsigned arrived, opened, finished, drawn[2];
 };
 
-// Wait until every block of the (cooperative) grid has arrived here.
-__device__ inline void grid_barrier(Counters* counters) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    const unsigned opened = *reinterpret_cast<volatile unsigned*>(&counters->opened);
-    __threadfence();
-    if (atomicAdd(&counters->arrived, 1u) == gridDim.x - 1) {
-      counters->arrived = 0;
-      __threadfence();
-      atomicAdd(&counters->opened, 1u);
-    } else {
-      while (*reinterpret_cast<volatile unsigned*>(&counters->opened) == opened) DBMTL_SPIN();
-    }
-    __threadfence();
-  }
-  __syncthreads();
-}
-
 // Whether this block is the last of the grid to arrive here; it then sees what the others wrote before.
-__device__ inline bool is_last(Counters* counters) {
+__device__ inline bool is_last(unsigned* arrived) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    last = atomicAdd(&counters->ticket, 1u) == gridDim.x - 1;
-    if (last) counters->ticket = 0;
+    last = atomicAdd(arrived, 1u) == gridDim.x - 1;
+    if (last) *arrived = 0;
     __threadfence();
   }
   __syncthreads();
   return last;
+}
+
+// A barrier of the (cooperative) grid: the last block to arrive does something for all of them before it opens the way.
+// `opened` is what the counter said when the kernel began. Without `wait` the others go on.
+template <class Last>
+__device__ inline void grid_barrier(Counters* counters, unsigned opened, bool wait, Last last) {
+  if (is_last(&counters->arrived)) {
+    last();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      __threadfence();
+      atomicAdd(&counters->opened, 1u);
+    }
+  } else if (wait && threadIdx.x == 0) {
+    while (*reinterpret_cast<volatile unsigned*>(&counters->opened) == opened) DBMTL_SPIN();
+    __threadfence();
+  }
+  __syncthreads();
 }
 
 }  // namespace dbmtl

@@ -61,7 +61,7 @@ __device__ inline void load_strip(V (&strip)[kMaxRows][kStrip + 1], const Gramia
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, 2) gramian_kernel(const __grid_constant__ GramianArguments a) {
+__global__ void __launch_bounds__(kThreads, kGramianBlocks) gramian_kernel(const __grid_constant__ GramianArguments a) {
   using V = Wide<S>;
   __shared__ V strip[kMaxRows][kStrip + 1];
   __shared__ double partial[kThreads];
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 2) gramian_kernel(const __grid_const
     for (int g = 0; g < groups; ++g) sum += partial[g * blocks + threadIdx.x];
     a.slots[int64_t(blockIdx.x) * numbers + threadIdx.x * kPairs + i] = sum;
   }
-  if (!is_last(a.counters)) return;
+  if (!is_last(&a.counters->finished)) return;
   for (int n = threadIdx.x; n < numbers; n += kThreads) {
     double sum = 0.0;
     for (int b = 0; b < int(gridDim.x); ++b) sum += __ldcg(a.slots + int64_t(b) * numbers + n);
@@ -139,7 +139,7 @@ extern "C" int32_t dbmtl_gramian(const dbmtl_gramian_args* args) {
   const int64_t unit = 16 / kElementSize[rows.dtype];
   a.aligned = on_units(unit, rows.data, rows.dtype) && a.rows.stride % unit == 0;
   const int64_t strips = (rows.num_params + kStrip - 1) / kStrip;
-  const int blocks = int(std::clamp<int64_t>(strips, 1, int64_t(current_device().multiprocessors) * 2));
+  const int blocks = int(std::clamp<int64_t>(strips, 1, int64_t(current_device().multiprocessors) * kGramianBlocks));
   const cudaStream_t stream = static_cast<cudaStream_t>(args->where.stream);
   switch (rows.dtype) {
     case DBMTL_F32: return launch_kernel(gramian_kernel<float>, blocks, kThreads, 0, stream, false, a);

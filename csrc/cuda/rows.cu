@@ -2,19 +2,19 @@
 // statistics are kept besides. One launch each.
 #include <algorithm>
 
-#include "device.cuh"
+#include "deal.cuh"
 
 namespace dbmtl {
 namespace {
 
 constexpr int kThreads = 256, kBlocks = 2;  // of them on a multiprocessor
-template <class S, int kUnit>
-constexpr int kColumns = kThreads * kElements<S, kUnit>;  // of a tile
 
 struct RowsArguments {
   dbmtl_balance_rows_args step;          // without stats where weights are given
   dbmtl_array given;                     // weights, or null at the end of a step
   int32_t aligned[DBMTL_MAX_OUTS];
+  int64_t first_tile[DBMTL_MAX_OUTS];    // of each out, among the tiles of all
+  Deal deal;
   Counters* counters;
 };
 
@@ -28,42 +28,40 @@ struct Stats {
   uint8_t now[kMaxTasks];
 };
 
+// One tile.
 template <class S, class O, int kUnit>
-__device__ void combine(const RowsArguments& a, const dbmtl_out& out, const Stats<Wide<S>>& stats, bool forget) {
+__device__ void combine(const RowsArguments& a, const dbmtl_out& out, int64_t tile, const Stats<Wide<S>>& stats,
+                        bool forget) {
   using V = Wide<S>;
   const int num_tasks = int(a.step.rows.num_tasks);
   S* rows = static_cast<S*>(a.step.rows.data) + out.start;
   O* to = static_cast<O*>(out.data);
   constexpr int kCount = kElements<S, kUnit>;
-  for (int64_t begin = int64_t(blockIdx.x) * kColumns<S, kUnit>; begin < out.numel;
-       begin += int64_t(gridDim.x) * kColumns<S, kUnit>) {
-    const Slice<kUnit, kThreads> slice(begin, out.numel);
-    Pack<O, kUnit, kCount> before;
-    V total[kCount];
-    load<Hint::kStream>(before, to, slice, a.step.accumulate != 0);
+  const Slice<kUnit, kThreads> slice(tile * (kThreads * kCount), out.numel);
+  Pack<O, kUnit, kCount> before;
+  V total[kCount];
+  load<Hint::kStream>(before, to, slice, a.step.accumulate != 0);
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) total[e] = V(before[e]);
-    add_rows<S, kUnit>(total, num_tasks, stats.carried, [&](auto& row, int t, bool there) {
-      load<Hint::kStream>(row, rows + t * a.step.rows.stride, slice, there);
-    });
-    O result[kCount];
+  for (int e = 0; e < kCount; ++e) total[e] = V(before[e]);
+  add_rows<S, kUnit>(total, num_tasks, stats.carried, [&](auto& row, int t, bool there) {
+    load<Hint::kStream>(row, rows + t * a.step.rows.stride, slice, there);
+  });
+  O result[kCount];
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) narrow_lane(result + e, total[e]);
-    store<Hint::kStream>(to, result, slice);
-    if (forget) {
-      const S zeros[kCount] = {};
-      for (int t = 0; t < num_tasks; ++t)
-        if (stats.nonfinite[t]) store<Hint::kKeep>(rows + t * a.step.rows.stride, zeros, slice);
-    }
-  }
+  for (int e = 0; e < kCount; ++e) narrow_lane(result + e, total[e]);
+  store<Hint::kStream>(to, result, slice);
+  if (!forget) return;
+  const S zeros[kCount] = {};
+  for (int t = 0; t < num_tasks; ++t)
+    if (stats.nonfinite[t]) store<Hint::kKeep>(rows + t * a.step.rows.stride, zeros, slice);
 }
 
 template <class S, class O>
-__device__ void combine_out(const RowsArguments& a, int index, const Stats<Wide<S>>& stats, bool forget) {
+__device__ void combine_out(const RowsArguments& a, int index, int64_t tile, const Stats<Wide<S>>& stats, bool forget) {
   if (a.aligned[index])
-    combine<S, O, kUnitOf<S, O>>(a, a.step.outs[index], stats, forget);
+    combine<S, O, kUnitOf<S, O>>(a, a.step.outs[index], tile, stats, forget);
   else
-    combine<S, O, 1>(a, a.step.outs[index], stats, forget);
+    combine<S, O, 1>(a, a.step.outs[index], tile, stats, forget);
 }
 
 // Every block forms the weights for itself. Returns whether a row is to be set to zero.
@@ -102,16 +100,22 @@ template <class S>
 __global__ void __launch_bounds__(kThreads, kBlocks) rows_kernel(const __grid_constant__ RowsArguments a) {
   __shared__ Stats<Wide<S>> stats;
   const bool forget = form_weights(a, stats);
-  for (int i = 0; i < int(a.step.num_outs); ++i) {
-    switch (a.step.outs[i].dtype) {
-      case DBMTL_F32: combine_out<S, float>(a, i, stats, forget); break;
-      case DBMTL_F64: combine_out<S, double>(a, i, stats, forget); break;
-      case DBMTL_BF16: combine_out<S, bf16>(a, i, stats, forget); break;
-      default: combine_out<S, f16>(a, i, stats, forget);
-    }
-  }
+  deal(
+      a.deal, &a.counters->drawn[0],
+      [&](int64_t tile) {
+        int i = 0;
+        while (i + 1 < int(a.step.num_outs) && a.first_tile[i + 1] <= tile) ++i;
+        tile -= a.first_tile[i];
+        switch (a.step.outs[i].dtype) {
+          case DBMTL_F32: combine_out<S, float>(a, i, tile, stats, forget); break;
+          case DBMTL_F64: combine_out<S, double>(a, i, tile, stats, forget); break;
+          case DBMTL_BF16: combine_out<S, bf16>(a, i, tile, stats, forget); break;
+          default: combine_out<S, f16>(a, i, tile, stats, forget);
+        }
+      },
+      [](unsigned) {});
   // Only when every block has read them may they be changed.
-  if (a.given.data != nullptr || !is_last(a.counters)) return;
+  if (a.given.data != nullptr || !is_last(&a.counters->finished)) return;
   for (int t = threadIdx.x; t < int(a.step.rows.num_tasks); t += kThreads) {
     a.step.norms[t] = stats.norms[t];
     a.step.weights[t] = stats.weights[t];
@@ -132,9 +136,11 @@ int32_t launch(RowsArguments& a) {
     a.aligned[i] = on_units(unit, at(rows.data, out.start, rows.dtype), rows.dtype) &&
                    on_units(unit, out.data, out.dtype) && out.numel % unit == 0 && rows.stride % unit == 0;
     const int64_t columns = kThreads * elements_of(int(kElementSize[rows.dtype]), a.aligned[i] ? int(unit) : 1);
-    tiles += (out.numel + columns - 1) / columns;
+    a.first_tile[i] = tiles;
+    tiles += divided_up(out.numel, columns);
   }
   const int blocks = int(std::clamp<int64_t>(tiles, 1, int64_t(current_device().multiprocessors) * kBlocks));
+  a.deal = deal_out(tiles, blocks);
   const cudaStream_t stream = static_cast<cudaStream_t>(a.step.where.stream);
   switch (rows.dtype) {
     case DBMTL_F32: return launch_kernel(rows_kernel<float>, blocks, kThreads, 0, stream, false, a);
@@ -166,6 +172,7 @@ extern "C" int32_t dbmtl_combine(const dbmtl_combine_args* args) {
 extern "C" int32_t dbmtl_balance_rows(const dbmtl_balance_rows_args* args) {
   DBMTL_TRY(check(*args));
   DBMTL_TRY(ready(args->rows.num_tasks, args->where));
-  RowsArguments a = {*args, {}, {}, nullptr};
+  RowsArguments a = {};
+  a.step = *args;
   return launch(a);
 }

@@ -1,6 +1,7 @@
 """The CUDA C++ kernels, emulated on this CPU, against the native ones."""
 
 import math
+import warnings
 from functools import partial
 
 import emulator
@@ -77,6 +78,40 @@ def test_a_gathered_row(state):
     gathered(row, [None] * 4, segments, (0.0, -1.0), torch.tensor(torch.nan))
 
 
+EXTREMES = {
+    "all magnitudes": lambda x: x * 2.0 ** torch.randint(-149, 128, x.shape),
+    "subnormal": lambda x: x * 2.0**-140,
+    "large": lambda x: 3e38 * x.sign(),
+    "ordinary": lambda x: x,
+    "zeros": lambda x: 0.0 * x,
+    "one": lambda x: torch.where(torch.arange(x.numel()) == 4000, 2.0**-149, 0.0),
+    "inf": lambda x: torch.where(torch.arange(x.numel()) == 77, -torch.inf, x),
+    "nan": lambda x: torch.where(torch.arange(x.numel()) == 78, torch.nan, x * 1e38),
+    "inf and nan": lambda x: torch.where(torch.arange(x.numel()) == 5, torch.inf, x / (x > 0)),
+}
+
+
+@pytest.mark.parametrize("case", EXTREMES)
+@pytest.mark.parametrize("pairs", ["0", "1"])
+@pytest.mark.usefixtures("emulated_cuda")
+def test_squares_in_doubles_and_in_pairs_of_floats(pairs, case, monkeypatch):
+    """The bound of csrc/common/squares.h for 16 numbers of a thread, and for a warp what a norm of float32 shows."""
+    monkeypatch.setenv("DBMTL_EMULATED_FLOAT_PAIRS", pairs)
+    values = EXTREMES[case](torch.randn(20003).double()).float()
+    exact = (
+        math.fsum(x * x for x in values.tolist()) if values.isfinite().all() else values.double().square().sum().item()
+    )
+    sumsq = torch.zeros(1, dtype=F64)
+    cuda.accumulate_(torch.zeros(20003), sumsq, [values], torch.tensor([[0, 20003]]), (0.0, 1.0), None)
+    torch.testing.assert_close(sumsq.item(), exact, rtol=2**-38 if pairs == "1" else 1e-14, atol=0, equal_nan=True)
+    values = values[:20000].expand(3, -1)
+    exact = values.double().square().sum(dim=1).sqrt()
+    ema = torch.zeros(3, 20000)
+    _, norms = cuda.balance_(values.contiguous(), ema, 0.0, 1e-8, "constant", 1.0)
+    torch.testing.assert_close(norms, exact.float(), rtol=2**-23, atol=0, equal_nan=True)
+    dense(values.contiguous(), torch.randn(3, 20000), 0.5)
+
+
 @pytest.mark.parametrize("state", [F32, F64, BF16])
 @pytest.mark.usefixtures("emulated_cuda")
 def test_combined_rows(state):
@@ -125,10 +160,10 @@ def test_the_end_of_a_step(case):
             same_bits(ours, theirs)
 
 
-def moved(monkeypatch, num_tasks, size, dtype):
-    """Elements read and written by the dense op on 4 multiprocessors of an H200."""
+def moved(monkeypatch, num_tasks, size, dtype, shared=227 * 1024):
+    """Elements read and written by the dense op on 4 multiprocessors, of an H200 unless said otherwise."""
     monkeypatch.setenv("DBMTL_EMULATED_MULTIPROCESSORS", "4")
-    monkeypatch.setenv("DBMTL_EMULATED_SHARED_BYTES", str(227 * 1024))
+    monkeypatch.setenv("DBMTL_EMULATED_SHARED_BYTES", str(shared))
     grads, ema = torch.randn(num_tasks, size).to(dtype), torch.zeros(num_tasks, size, dtype=dtype)
     emulator.traffic(cuda.library())
     cuda.balance_(grads, ema, 0.9, 1e-8, "max", 0.0)
@@ -153,6 +188,67 @@ def test_40_mb_move_in_part_twice(monkeypatch):
     read, written = moved(monkeypatch, 3, size, F32)
     assert 6.5 * size < read < 7.5 * size
     assert written == 4 * size
+
+
+@pytest.mark.parametrize(("rounds", "kept"), [(10, 2), (11, 0)])
+@pytest.mark.usefixtures("emulated_cuda")
+def test_a_state_far_larger_than_what_fits_leaves_the_room_to_the_cache(rounds, kept, monkeypatch):
+    """Two pieces of 4,096 numbers fit: the most that is worth it is 16 times as many, 10 tiles of 3 tasks."""
+    size = 4 * 4096 * rounds
+    read, _ = moved(monkeypatch, 3, size, F32, shared=40000)
+    assert read == 9 * size - kept * 4 * 4096
+
+
+@pytest.mark.parametrize("error", [720, 801])
+@pytest.mark.usefixtures("emulated_cuda")
+def test_a_refused_cooperative_launch_becomes_two(error, monkeypatch):
+    """Too large for what is left of the device, or not supported at all: it is said once, and the state is the same."""
+    grads, states = torch.randn(3, 70000), [torch.randn(3, 70000)]
+    states += [states[0].clone() for _ in range(2)]
+    one = cuda.balance_(grads, states[0], 0.9, 1e-8, "max", 0.0)
+    monkeypatch.setenv("DBMTL_EMULATED_REFUSAL", str(error))
+    emulator.traffic(cuda.library())
+    with pytest.warns(RuntimeWarning, match="refuses cooperative launches here: the dense op takes two launches"):
+        two = cuda.balance_(grads, states[1], 0.9, 1e-8, "max", 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = cuda.balance_(grads, states[2], 0.9, 1e-8, "max", 0.0)
+    assert emulator.traffic(cuda.library())[4] == 4
+    for found in ((states[1], *two), (states[2], *again)):
+        for ours, theirs in zip(found, (states[0], *one), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        same_bits(found[0], states[0])
+    dense(grads, states[0])
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_another_error_is_an_error(monkeypatch):
+    monkeypatch.setenv("DBMTL_EMULATED_REFUSAL", "716")
+    with pytest.raises(RuntimeError, match="misaligned address"):
+        cuda.balance_(torch.ones(2, 8), torch.ones(2, 8), 0.9, 1e-8, "max", 0.0)
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_the_bits_are_the_same_however_tiles_are_dealt(monkeypatch):
+    """A block that is slow to ask gets none of the tiles that are drawn; which block that is must not be seen."""
+    grads, state, ones = torch.randn(3, 1 << 18), torch.randn(3, 1 << 18), torch.ones(3)
+    monkeypatch.setenv("DBMTL_EMULATED_SHARED_BYTES", "40000")
+    monkeypatch.setenv("DBMTL_EMULATED_MULTIPROCESSORS", "2")
+    found, asked = [], []
+    for slow in ("-1", "0", "1"):
+        monkeypatch.setenv("DBMTL_EMULATED_SLOW_BLOCK", slow)
+        ema, row, sumsq, out = state.clone(), state[0].clone(), torch.zeros(1, dtype=F64), torch.empty(1 << 18)
+        emulator.draws(cuda.library(), 6)
+        results = cuda.balance_(grads, ema, 0.9, 1e-8, "max", 0.0)
+        cuda.accumulate_(row, sumsq, [grads[0]], torch.tensor([[0, 1 << 18]]), (0.9, 0.1), None)
+        asked.append(emulator.draws(cuda.library(), 6))
+        cuda.combine_out(state, ones, out, False)
+        found.append((ema, *results, row, sumsq, out))
+    assert asked[1] != asked[2]
+    assert asked[1][0] < asked[2][0]
+    for other in found[1:]:
+        for ours, theirs in zip(other, found[0], strict=True):
+            same_bits(ours, theirs)
 
 
 @pytest.mark.parametrize("shared", ["40000", "100000", "150000"])
@@ -181,7 +277,7 @@ def test_any_number_of_blocks(multiprocessors, monkeypatch):
         dense(grads, torch.zeros(4, 50000), 0.5)
         torch.testing.assert_close(cuda.gramian(grads), native.gramian(grads), rtol=1e-5, atol=1e-2)
     (workspace,) = cuda._workspaces.values()
-    assert workspace[:16].view(torch.int32)[[0, 2, 3]].tolist() == [0, 0, 0]
+    assert workspace[:20].view(torch.int32)[[0, 2, 3, 4]].tolist() == [0] * 4
 
 
 @pytest.mark.parametrize("large", ["0", "1"])
@@ -223,7 +319,7 @@ def test_the_gramian_loads_128_bits_where_rows_are_aligned(state):
             rows = torch.empty(5 * stride + 8, dtype=state)[first:].as_strided((5, size), (stride, 1)).copy_(values)
             emulator.traffic(cuda.library())
             found.append(cuda.gramian(rows))
-            read, written, vectors, _ = emulator.traffic(cuda.library())
+            read, written, vectors, *_ = emulator.traffic(cuda.library())
             aligned = (first % per_vector, stride % per_vector) == (0, 0)
             assert (read, written) == (values.nbytes, 0)
             assert vectors == (5 * (size // 64) * 64 // per_vector if aligned else 0)
@@ -236,7 +332,7 @@ def sectors_are_full(call):
     """All that the warps' accesses touch they use; matched by their order, so that all threads must have as many."""
     emulator.traffic(cuda.library())
     call()
-    read, written, _, sectors = emulator.traffic(cuda.library())
+    read, written, _, sectors, *_ = emulator.traffic(cuda.library())
     assert read + written == 32 * sectors
 
 
@@ -266,7 +362,7 @@ def test_the_emulation_counts_the_sectors_of_a_stride():
     rows = torch.randn(2, 8208)[:, 4:8196]
     emulator.traffic(cuda.library())
     cuda.combine_out(rows, torch.ones(2), torch.empty(8192), False)
-    read, written, _, sectors = emulator.traffic(cuda.library())
+    read, written, _, sectors, *_ = emulator.traffic(cuda.library())
     assert 32 * sectors == read + written + 32 * (2 * 8192 // 128)
 
 

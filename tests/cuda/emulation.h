@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -31,6 +32,16 @@
 #define blockDim (emulation::block->dim)
 
 using cudaStream_t = void*;
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorMisalignedAddress = 716,
+  cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorNotSupported = 801
+};
+struct dim3 {
+  unsigned x;
+  explicit dim3(unsigned x) : x(x) {}
+};
 struct alignas(16) int4 {
   int x, y, z, w;
 };
@@ -47,7 +58,9 @@ struct Index {
 // Rows, gradients and results that the kernels moved, since it was last asked for (emulation.cpp). Sectors are the 32 bytes
 // in which memory is moved: those that the accesses of a warp touch, each access for itself.
 struct Traffic {
-  std::atomic<int64_t> read{0}, written{0}, vectors{0}, sectors{0}, misaligned{0};
+  std::atomic<int64_t> read{0}, written{0}, vectors{0}, sectors{0}, misaligned{0}, launches{0};
+  std::atomic<int> blocks{0}, slow_block{-1};  // of the last launch; the one that takes its time
+  std::atomic<int64_t> draws[16];              // of a block, modulo 16
 };
 inline Traffic traffic;
 
@@ -81,6 +94,12 @@ class Block {
     if (warp.touched.size() <= nth) warp.touched.resize(nth + 1);
     for (uintptr_t at = reinterpret_cast<uintptr_t>(p) / 32; at <= (reinterpret_cast<uintptr_t>(p) + bytes - 1) / 32; ++at)
       if (std::vector<uintptr_t>& t = warp.touched[nth]; std::find(t.begin(), t.end(), at) == t.end()) t.push_back(at);
+  }
+
+  // Asks for a tile.
+  void draws() {
+    if (int(block_index.x) == traffic.slow_block) std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    ++traffic.draws[block_index.x % 16];
   }
 
   Index thread_index() const { return {current_}; }
@@ -208,6 +227,14 @@ inline unsigned __reduce_max_sync(unsigned lanes, unsigned value) {
 }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline unsigned atomicAdd(unsigned* p, unsigned x) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); }
+inline unsigned atomicInc(unsigned* p, unsigned last) {
+  emulation::block->draws();
+  unsigned before = __atomic_load_n(p, __ATOMIC_SEQ_CST);
+  while (!__atomic_compare_exchange_n(p, &before, before >= last ? 0 : before + 1, false, __ATOMIC_SEQ_CST,
+                                      __ATOMIC_SEQ_CST)) {
+  }
+  return before;
+}
 template <class T>
 T __ldcs(const T* p) {
   return *p;
@@ -237,9 +264,14 @@ int32_t prepare(void (*)(A), int, const Device&, Prepared*) {
   return 0;
 }
 
+// A cooperative launch can be refused.
 template <class A>
-int32_t launch_kernel(void (*kernel)(A), int blocks, int threads, size_t shared, cudaStream_t, bool, A arguments) {
+cudaError_t start(void (*kernel)(A), int blocks, int threads, size_t shared, cudaStream_t, bool cooperative, A arguments) {
+  if (const int error = from_environment("DBMTL_EMULATED_REFUSAL", 0); cooperative && error != 0) return cudaError_t(error);
   emulation::float_pairs = from_environment("DBMTL_EMULATED_FLOAT_PAIRS", 0) != 0;
+  emulation::traffic.blocks = blocks;
+  emulation::traffic.slow_block = from_environment("DBMTL_EMULATED_SLOW_BLOCK", -1);
+  ++emulation::traffic.launches;
   std::vector<std::thread> running;
   for (int b = 0; b < blocks; ++b)
     running.emplace_back([&, b] {
@@ -248,7 +280,12 @@ int32_t launch_kernel(void (*kernel)(A), int blocks, int threads, size_t shared,
       own.run([&] { kernel(arguments); });
     });
   for (std::thread& t : running) t.join();
-  return emulation::traffic.misaligned.exchange(0) ? fail(5, "emulated: misaligned address") : 0;
+  return emulation::traffic.misaligned.exchange(0) ? cudaErrorMisalignedAddress : cudaSuccess;
 }
 
 }  // namespace dbmtl
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorMisalignedAddress ? "misaligned address" : "refused";
+}
