@@ -3,14 +3,17 @@
 import ctypes
 import os
 import re
+from typing import NamedTuple
 
 import emulator
 import pytest
 import sass
 import torch
 from dbmtl_kernels.backends import c_library as c
+from dbmtl_kernels.backends.c_library import cuda
 
-ARCHITECTURES = ("80", "90", "100") if os.environ.get("CI") else ("90",)
+ARCHITECTURES = ("80", "86", "90", "100") if os.environ.get("CI") else ("86", "90")
+PAIRS = ("sm_86",)  # squares are summed in pairs of floats there, as fp64 is slow
 # Registers a thread at most, and static shared memory, by kernel; nothing may spill or lie in local memory. 512 threads
 # of the dense op have 128 registers, two blocks of 256 threads of the others as many.
 RESOURCES = {
@@ -53,6 +56,79 @@ def kernel_of(name):
     return next(kernel for kernel in RESOURCES if kernel in name)
 
 
+def dtypes_of(name):
+    """The dtype of a mangled kernel's rows, and elements of a unit (of the dense op alone)."""
+    found = re.search(r"_kernelI((?:NS_\d(?:bf16|f16)E|S\d_|[fd])+)(?:Li(\d+))?E", name)
+    return re.match(r"\w*?(bf16|f16|[fd])", found[1])[1], int(found[2] or 0)
+
+
+class Main(NamedTuple):
+    """A loop over whole tiles on aligned addresses, or all of the Gramian, and the elements of rows that it takes."""
+
+    line: str
+    loop: sass.Loop
+    elements: int
+
+
+def main_loops(name, text):
+    """Phases one and two of the dense op; one for each dtype of the gradients that are gathered and of results of rows.
+
+    Left out: tails, misaligned rows, and the one tile of a block of which a part is in shared memory. K is an argument
+    of the kernels: with K = 3, three of the four rows that are loaded at once are there; 11 and 64 fill all.
+    """
+    kernel, (rows, _) = kernel_of(name), dtypes_of(name)
+    code = sass.parse(text)
+    if kernel == "gramian_kernel":
+        return [Main("gramian_kernel", sass.Loop(code), 0)]
+    size = {"d": 8, "f": 4, "bf16": 2}[rows]
+    found = [x for x in sass.loops(code) if x.count("[FD]MUL2?") >= 8 and x.loaded(8) >= 64]
+    if kernel == "rows_kernel":
+        return [Main(f"{kernel} {rows}", x, 4 * 32 // size) for x in found if not x.count("STG")]
+    if kernel == "balance_kernel":
+        (one,) = [x for x in found if x.count("STG")]
+        two = min((x for x in found if not x.count("STG")), key=lambda x: x.count("LDS"))
+        return [Main(f"{kernel} {rows} 1", one, 2 * 32 // size), Main(f"{kernel} {rows} 2", two, 4 * 32 // size)]
+    forms = {}  # whole strides of a block come first, then the same with bounds
+    for loop in sorted((x for x in found if x.loaded(16)), key=lambda x: len(x.body)):
+        loads = tuple(sorted(one.loads for one in loop.body if one.loads))
+        forms.setdefault((loads, loop.count(r"F2F\.F32\.F64") > 0 or size == 8), []).append(loop)
+    return [
+        Main(f"{kernel} {rows}" + " of d" * wide, x, 64 // (8 if wide else 2 if size == 2 and sum(loads) == 128 else 4))
+        for (loads, wide), loops in forms.items()
+        for x in loops[: len(loops) // 2]
+    ]
+
+
+# Of each kernel and dtype of rows (of the dense op, phase; of what gathers fp64 gradients, too): KB of loads in flight
+# on a multiprocessor, at least; instructions and slow ones (fp64 and its conversions) of a loop for an element of a row,
+# at most, with squares in doubles and in pairs of floats. 3.35 TB/s need some 23 KB on each of an H100's multiprocessors.
+THREADS = {"balance_kernel": 512, "accumulate_kernel": 256, "rows_kernel": 256, "gramian_kernel": 256}
+BLOCKS = {"balance_kernel": 1, "accumulate_kernel": 3, "rows_kernel": 2, "gramian_kernel": 2}
+FIGURES = {
+    "balance_kernel f 1": (48, (16.5, 2.5), (30, 0.5)),
+    "balance_kernel f 2": (64, (5.2, 0), (5.2, 0)),
+    "balance_kernel bf16 1": (64, (16, 2.25), (28, 0.25)),
+    "balance_kernel bf16 2": (64, (6.2, 0), (6.2, 0)),
+    "balance_kernel d 1": (64, (26, 5.25), (26, 5.25)),
+    "balance_kernel d 2": (64, (10.5, 2.25), (10.5, 2.25)),
+    "accumulate_kernel f": (72, (11.3, 2.1), (22, 0.35)),
+    "accumulate_kernel f of d": (72, (12.8, 3.2), (25, 1.65)),
+    "accumulate_kernel bf16": (72, (14, 2.1), (25, 0.35)),
+    "accumulate_kernel bf16 of d": (60, (16.5, 3.2), (29, 1.65)),
+    "accumulate_kernel d of d": (60, (19, 5.25), (19, 5.25)),
+    "rows_kernel f": (64, (5.3, 0), (5.3, 0)),
+    "rows_kernel bf16": (64, (6, 0), (6, 0)),
+    "rows_kernel d": (64, (10.5, 2.25), (10.5, 2.25)),
+    "gramian_kernel": (64, (0, 0), (0, 0)),
+}
+
+
+def in_flight(main, claimed, threads, blocks):
+    """Whether a loop has as many KB in flight on a multiprocessor as its line claims."""
+    found = main.loop.in_flight() * threads * blocks / 1024
+    assert found >= claimed, f"{main.line}: {found:.0f} KB in flight, {claimed} claimed"
+
+
 def test_every_kernel_is_built_for_every_architecture(built, library):
     architectures = {f"sm_{arch}" for arch in ARCHITECTURES}
     kinds = {(arch, kernel_of(name)) for arch, name in built}
@@ -86,6 +162,49 @@ def test_aligned_kernels_move_128_bits(built):
             assert re.search(r"\bSTG\.E\.[\w.]*128", text) or kernel == "gramian_kernel", where  # stores K x K numbers
 
 
+def test_bytes_in_flight_and_instructions_are_within_the_figures(built):
+    lines = set()
+    for (arch, name), (registers, *_, text) in built.items():
+        kernel, (_, unit) = kernel_of(name), dtypes_of(name)
+        if unit == 1:
+            continue  # misaligned
+        threads, blocks = THREADS[kernel], BLOCKS[kernel]
+        assert 65536 // (-(-registers // 8) * 8 * threads) >= blocks, (arch, name)
+        for main in main_loops(name, text):
+            lines.add(main.line)
+            kilobytes, *bounds = FIGURES[main.line]
+            in_flight(main, kilobytes, threads, blocks)
+            if main.elements:
+                instructions, slow = bounds[arch in PAIRS]
+                assert len(main.loop.body) / main.elements <= instructions, (arch, name, main.line)
+                assert main.loop.slow / main.elements <= slow, (arch, name, main.line)
+    assert lines == set(FIGURES)
+
+
+def test_a_claim_that_the_code_does_not_keep_is_named(built):
+    name, (*_, text) = next((n, x) for (_, n), x in built.items() if "rows_kernelIf" in n)
+    with pytest.raises(AssertionError, match="rows_kernel f: 64 KB in flight, 65 claimed"):
+        in_flight(main_loops(name, text)[0], 65, THREADS["rows_kernel"], BLOCKS["rows_kernel"])
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_the_blocks_of_the_figures_are_launched(monkeypatch):
+    """On one multiprocessor, for sizes that need more."""
+    monkeypatch.setenv("DBMTL_EMULATED_MULTIPROCESSORS", "1")
+    row, size = torch.ones(2, 1 << 16), 1 << 16
+    calls = {
+        "balance_kernel": lambda: cuda.balance_(row, row.clone(), 0.9, 1e-8, "max", 0.0),
+        "accumulate_kernel": lambda: cuda.accumulate_(
+            row[0], torch.zeros(1).double(), [row[1]], torch.tensor([[0, size]]), (0.9, 0.1), None
+        ),
+        "rows_kernel": lambda: cuda.combine_out(row, torch.ones(2), torch.empty(size), False),
+        "gramian_kernel": lambda: cuda.gramian(row),
+    }
+    for kernel, call in calls.items():
+        call()
+        assert emulator.traffic(cuda.library())[4:] == (1, BLOCKS[kernel], THREADS[kernel])
+
+
 def test_barriers_lie_behind_fences(built):
     """A block's threads have arrived and a fence lies before it counts itself in; the barrier is polled."""
     for (arch, name), (*_, text) in built.items():
@@ -102,9 +221,15 @@ def test_barriers_lie_behind_fences(built):
 
 
 def test_products_are_not_fused_with_sums(built):
-    """State must have the bits of the CPU kernels. The few FFMA are those of the division and the square root."""
+    """State must have the bits of the CPU kernels. The few FFMA are those of the division and the square root; in pairs
+    of floats, one for the error of each square."""
     for (arch, name), (*_, text) in built.items():
-        assert len(re.findall(r"\bFFMA\b", text)) <= 8, (arch, name)
+        if arch not in PAIRS or kernel_of(name) in ("rows_kernel", "gramian_kernel") or dtypes_of(name)[0] == "d":
+            assert len(re.findall(r"\bFFMA\b", text)) <= 8, (arch, name)
+        elif dtypes_of(name)[1] != 1:
+            for main in main_loops(name, text):
+                squares = main.elements if main.loop.count("STG") else 0
+                assert main.loop.count("FFMA") == squares, (arch, name, main.line)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver")

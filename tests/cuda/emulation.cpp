@@ -2,7 +2,7 @@
 #include "runtime.h"
 
 // Bytes read and written since the last call, how many of the accesses had 128 bits, sectors, launches, and
-// blocks of the last one.
+// blocks and threads of the last one.
 extern "C" __attribute__((visibility("default"))) void emulated_traffic(int64_t* found) {
   found[0] = emulation::traffic.read.exchange(0);
   found[1] = emulation::traffic.written.exchange(0);
@@ -10,6 +10,7 @@ extern "C" __attribute__((visibility("default"))) void emulated_traffic(int64_t*
   found[3] = emulation::traffic.sectors.exchange(0);
   found[4] = emulation::traffic.launches.exchange(0);
   found[5] = emulation::traffic.blocks;
+  found[6] = emulation::traffic.threads;
 }
 
 // How often each of so many blocks has asked for a tile since the last call.

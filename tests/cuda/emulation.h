@@ -59,7 +59,8 @@ struct Index {
 // in which memory is moved: those that the accesses of a warp touch, each access for itself.
 struct Traffic {
   std::atomic<int64_t> read{0}, written{0}, vectors{0}, sectors{0}, misaligned{0}, launches{0};
-  std::atomic<int> blocks{0}, slow_block{-1};  // of the last launch; the one that takes its time
+  std::atomic<int> blocks{0}, threads{0};      // of the last launch
+  std::atomic<int> slow_block{-1};             // takes its time
   std::atomic<int64_t> draws[16];              // of a block, modulo 16
 };
 inline Traffic traffic;
@@ -270,6 +271,7 @@ cudaError_t start(void (*kernel)(A), int blocks, int threads, size_t shared, cud
   if (const int error = from_environment("DBMTL_EMULATED_REFUSAL", 0); cooperative && error != 0) return cudaError_t(error);
   emulation::float_pairs = from_environment("DBMTL_EMULATED_FLOAT_PAIRS", 0) != 0;
   emulation::traffic.blocks = blocks;
+  emulation::traffic.threads = threads;
   emulation::traffic.slow_block = from_environment("DBMTL_EMULATED_SLOW_BLOCK", -1);
   ++emulation::traffic.launches;
   std::vector<std::thread> running;

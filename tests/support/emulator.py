@@ -39,8 +39,8 @@ def serving_cpu():
 
 def traffic(library):
     """Bytes of rows, gradients and results read and written since the last call, accesses of 128 bits, sectors (of 32
-    bytes, that each access of a warp touched), launches, and the blocks of the last of these."""
-    numbers = (ctypes.c_int64 * 6)()
+    bytes, that each access of a warp touched), launches, and blocks and threads of the last of these."""
+    numbers = (ctypes.c_int64 * 7)()
     library.emulated_traffic(numbers)
     return tuple(numbers)
 
