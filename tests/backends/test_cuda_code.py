@@ -100,8 +100,8 @@ def main_loops(name, text):
 
 
 # Of each kernel and dtype of rows (of the dense op, phase; of what gathers fp64 gradients, too): KB of loads in flight
-# on a multiprocessor, at least; instructions and slow ones (fp64 and its conversions) of a loop for an element of a row,
-# at most, with squares in doubles and in pairs of floats. 3.35 TB/s need some 23 KB on each of an H100's multiprocessors.
+# on a multiprocessor, at least; instructions and slow ones (fp64 and its conversions) of a loop for an element of a
+# row, at most, with squares in doubles and in pairs of floats. 3.35 TB/s need some 23 KB on each of 132 of them.
 THREADS = {"balance_kernel": 512, "accumulate_kernel": 256, "rows_kernel": 256, "gramian_kernel": 256}
 BLOCKS = {"balance_kernel": 1, "accumulate_kernel": 3, "rows_kernel": 2, "gramian_kernel": 2}
 FIGURES = {
