@@ -39,12 +39,16 @@ def dense(grads, ema, beta=0.9, scale="max"):
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=1e-6)
 
 
+def accumulate(serve, row, sumsq, grads, segments, coefficients, loss_scale=None):
+    given = check_accumulate(row, sumsq, grads, segments, coefficients, loss_scale)
+    serve.accumulate_(row, sumsq, given, segments, coefficients, loss_scale)
+
+
 def gathered(row, grads, segments, coefficients, loss_scale=None):
     """One row on both, with the same bits."""
     rows, sums = [row.clone() for _ in BOTH], [torch.full((1,), 5.0, dtype=F64) for _ in BOTH]
     for serve, state, sumsq in zip(BOTH, rows, sums, strict=True):
-        given = check_accumulate(state, sumsq, grads, segments, coefficients, loss_scale)
-        serve.accumulate_(state, sumsq, given, segments, coefficients, loss_scale)
+        accumulate(serve, state, sumsq, grads, segments, coefficients, loss_scale)
     same_bits(*rows)
     torch.testing.assert_close(*sums, rtol=1e-12, atol=0, equal_nan=True)
 
@@ -102,7 +106,7 @@ def test_squares_in_doubles_and_in_pairs_of_floats(pairs, case, monkeypatch):
         math.fsum(x * x for x in values.tolist()) if values.isfinite().all() else values.double().square().sum().item()
     )
     sumsq = torch.zeros(1, dtype=F64)
-    cuda.accumulate_(torch.zeros(20003), sumsq, [values], torch.tensor([[0, 20003]]), (0.0, 1.0), None)
+    accumulate(cuda, torch.zeros(20003), sumsq, [values], torch.tensor([[0, 20003]]), (0.0, 1.0))
     torch.testing.assert_close(sumsq.item(), exact, rtol=2**-38 if pairs == "1" else 1e-14, atol=0, equal_nan=True)
     values = values[:20000].expand(3, -1)
     exact = values.double().square().sum(dim=1).sqrt()
@@ -240,7 +244,7 @@ def test_the_bits_are_the_same_however_tiles_are_dealt(monkeypatch):
         ema, row, sumsq, out = state.clone(), state[0].clone(), torch.zeros(1, dtype=F64), torch.empty(1 << 18)
         emulator.draws(cuda.library(), 6)
         results = cuda.balance_(grads, ema, 0.9, 1e-8, "max", 0.0)
-        cuda.accumulate_(row, sumsq, [grads[0]], torch.tensor([[0, 1 << 18]]), (0.9, 0.1), None)
+        accumulate(cuda, row, sumsq, [grads[0]], torch.tensor([[0, 1 << 18]]), (0.9, 0.1))
         asked.append(emulator.draws(cuda.library(), 6))
         cuda.combine_out(state, ones, out, False)
         found.append((ema, *results, row, sumsq, out))
@@ -349,9 +353,7 @@ def test_a_warps_access_is_one_stretch(state, monkeypatch):
             if (other == F64) == (state == F64):
                 sectors_are_full(partial(cuda.balance_, grads, row, 0.9, 1e-8, "max", 0.0))
         whole = torch.tensor([[0, size]])
-        sectors_are_full(
-            partial(cuda.accumulate_, row[0], torch.zeros(1, dtype=F64), [grads[0]], whole, (0.9, 0.1), None)
-        )
+        sectors_are_full(partial(accumulate, cuda, row[0], torch.zeros(1, dtype=F64), [grads[0]], whole, (0.9, 0.1)))
         sectors_are_full(partial(cuda.combine_out, row, torch.ones(3), out, True))
     sectors_are_full(partial(cuda.gramian, torch.ones(4, size, dtype=state)))
 

@@ -11,6 +11,7 @@ import sass
 import torch
 from dbmtl_kernels.backends import c_library as c
 from dbmtl_kernels.backends.c_library import cuda
+from dbmtl_kernels.ops.arguments import check_accumulate
 
 ARCHITECTURES = ("80", "86", "90", "100") if os.environ.get("CI") else ("86", "90")
 PAIRS = ("sm_86",)  # squares are summed in pairs of floats there, as fp64 is slow
@@ -191,16 +192,18 @@ def test_a_claim_that_the_code_does_not_keep_is_named(built):
 def test_the_blocks_of_the_figures_are_launched(monkeypatch):
     """On one multiprocessor, for sizes that need more."""
     monkeypatch.setenv("DBMTL_EMULATED_MULTIPROCESSORS", "1")
-    row, size = torch.ones(2, 1 << 16), 1 << 16
+    row, size, sumsq = torch.ones(2, 1 << 16), 1 << 16, torch.zeros(1).double()
+    given = torch.tensor([[0, size]]), (0.9, 0.1), None
     calls = {
         "balance_kernel": lambda: cuda.balance_(row, row.clone(), 0.9, 1e-8, "max", 0.0),
         "accumulate_kernel": lambda: cuda.accumulate_(
-            row[0], torch.zeros(1).double(), [row[1]], torch.tensor([[0, size]]), (0.9, 0.1), None
+            row[0], sumsq, check_accumulate(row[0], sumsq, [row[1]], *given), *given
         ),
         "rows_kernel": lambda: cuda.combine_out(row, torch.ones(2), torch.empty(size), False),
         "gramian_kernel": lambda: cuda.gramian(row),
     }
     for kernel, call in calls.items():
+        emulator.traffic(cuda.library())
         call()
         assert emulator.traffic(cuda.library())[4:] == (1, BLOCKS[kernel], THREADS[kernel])
 
