@@ -63,6 +63,16 @@ def dtypes_of(name):
     return re.match(r"\w*?(bf16|f16|[fd])", found[1])[1], int(found[2] or 0)
 
 
+def loads_of(loop, least=4):
+    """Those of at least so many bytes."""
+    return {one for one in loop.body if one.loads >= least}
+
+
+def loaded(loop, least=4):
+    """Bytes of a thread in one round, by such loads."""
+    return sum(one.loads for one in loop.body if one.loads >= least)
+
+
 class Main(NamedTuple):
     """A loop over whole tiles on aligned addresses, or all of the Gramian, and the elements of rows that it takes."""
 
@@ -82,7 +92,7 @@ def main_loops(name, text):
     if kernel == "gramian_kernel":
         return [Main("gramian_kernel", sass.Loop(code), 0)]
     size = {"d": 8, "f": 4, "bf16": 2}[rows]
-    found = [x for x in sass.loops(code) if x.count("[FD]MUL2?") >= 8 and x.loaded(8) >= 64]
+    found = [x for x in sass.loops(code) if x.count("[FD]MUL2?") >= 8 and loaded(x, 8) >= 64]
     if kernel == "rows_kernel":
         return [Main(f"{kernel} {rows}", x, 4 * 32 // size) for x in found if not x.count("STG")]
     if kernel == "balance_kernel":
@@ -90,7 +100,7 @@ def main_loops(name, text):
         two = min((x for x in found if not x.count("STG")), key=lambda x: x.count("LDS"))
         return [Main(f"{kernel} {rows} 1", one, 2 * 32 // size), Main(f"{kernel} {rows} 2", two, 4 * 32 // size)]
     forms = {}  # whole strides of a block come first, then the same with bounds
-    for loop in sorted((x for x in found if x.loaded(16)), key=lambda x: len(x.body)):
+    for loop in sorted((x for x in found if loaded(x, 16)), key=lambda x: len(x.body)):
         loads = tuple(sorted(one.loads for one in loop.body if one.loads))
         forms.setdefault((loads, loop.count(r"F2F\.F32\.F64") > 0 or size == 8), []).append(loop)
     return [
@@ -126,7 +136,7 @@ FIGURES = {
 
 def in_flight(main, claimed, threads, blocks):
     """Whether a loop has as many KB in flight on a multiprocessor as its line claims."""
-    found = main.loop.in_flight() * threads * blocks / 1024
+    found = main.loop.in_flight(loads_of(main.loop)) * threads * blocks / 1024
     assert found >= claimed, f"{main.line}: {found:.0f} KB in flight, {claimed} claimed"
 
 
