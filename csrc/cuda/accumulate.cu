@@ -68,8 +68,8 @@ template <class S, class G, class V>
 __device__ double gather_piece(S* row, const Piece& piece, int64_t begin, int64_t end, V decay, V gain) {
   constexpr int kUnit = kUnitOf<S, G>;
   const G* grad = gain == V(0) ? nullptr : static_cast<const G*>(piece.grad);
-  const bool aligned = reinterpret_cast<uintptr_t>(grad) % alignof(Unit<G, kUnit>) == 0 &&
-                       (row == nullptr || reinterpret_cast<uintptr_t>(row + piece.offset) % alignof(Unit<S, kUnit>) == 0);
+  const bool aligned_row = reinterpret_cast<uintptr_t>(row + piece.offset) % alignof(Unit<S, kUnit>) == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(grad) % alignof(Unit<G, kUnit>) == 0 && (row == nullptr || aligned_row);
   // Whole strides of the block, whole units, and the last few one by one.
   constexpr int kStride = kThreads * kCount<kUnit>;
   const int64_t full = aligned ? begin + (end - begin) / kStride * kStride : begin;
@@ -81,7 +81,8 @@ __device__ double gather_piece(S* row, const Piece& piece, int64_t begin, int64_
 }
 
 template <class S, int kPieces>
-__global__ void __launch_bounds__(kThreads, kGatherBlocks) accumulate_kernel(const __grid_constant__ GatherArguments<kPieces> a) {
+__global__ void __launch_bounds__(kThreads, kGatherBlocks)
+    accumulate_kernel(const __grid_constant__ GatherArguments<kPieces> a) {
   using V = Wide<S>;
   __shared__ double scratch[kThreads / kWarp];
   const GatherHead& h = a.head;

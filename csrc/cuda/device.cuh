@@ -21,7 +21,8 @@ constexpr int kRowsAtOnce = 4;  // loaded before the first of them is used
 // Whether squares are summed in pairs of floats (common/squares.h): where fp64 has one sixty-fourth of the rate of fp32.
 #ifdef DBMTL_EMULATED
 inline bool float_pairs() { return emulation::float_pairs; }
-#elif __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1030 || __CUDA_ARCH__ >= 1200
+#elif __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1030 || \
+    __CUDA_ARCH__ >= 1200
 __device__ constexpr bool float_pairs() { return true; }
 #else
 __device__ constexpr bool float_pairs() { return false; }
@@ -222,7 +223,8 @@ __device__ inline double thread_squares(const S (&x)[kCount], const Slice<kUnit,
   for (int j = 0; j < kCount / kUnit; ++j) {
     double more = sum;
 #pragma unroll
-    for (int e = j * kUnit; e < (j + 1) * kUnit; ++e) more = fma(double(widen_lane(x[e])), double(widen_lane(x[e])), more);
+    for (int e = j * kUnit; e < (j + 1) * kUnit; ++e)
+      more = fma(double(widen_lane(x[e])), double(widen_lane(x[e])), more);
     sum = slice.holds(j) ? more : sum;
   }
   return sum;

@@ -19,7 +19,7 @@ struct GramianArguments {
   dbmtl_rows rows;
   dbmtl_array gramian;
   int aligned;
-  int columns;  // of a strip, a power of two
+  int columns, shift;  // of a strip: 2^shift
   double* slots;
   Counters* counters;
 };
@@ -37,10 +37,10 @@ __device__ inline void pair_of(int index, int* row, int* column) {
   *column = index - r * (r + 1) / 2;
 }
 
-// The strip of columns from `begin` on. Zeros for rows and columns that are not there.
 template <class S>
 using Vector = Pack<S, 16 / sizeof(S), 16 / sizeof(S)>;
 
+// Some columns of all rows, in shared memory. Zeros for rows and columns that are not there.
 template <class S>
 struct Strip {
   static constexpr int kPerVector = 16 / sizeof(S);
@@ -55,8 +55,8 @@ struct Strip {
     return static_cast<const S*>(a.rows.data) + row * a.rows.stride + column;
   }
   // Of the vectors that this thread loads, the u-th: a row of `padded`, and its first column in the strip.
-  __device__ int row_of(int u) const { return (int(threadIdx.x) + u * kThreads) * kPerVector / a.columns; }
-  __device__ int column_of(int u) const { return (int(threadIdx.x) + u * kThreads) * kPerVector % a.columns; }
+  __device__ int row_of(int u) const { return (int(threadIdx.x) + u * kThreads) * kPerVector >> a.shift; }
+  __device__ int column_of(int u) const { return (int(threadIdx.x) + u * kThreads) * kPerVector & (a.columns - 1); }
 
   // All of a thread's loads are in flight together.
   __device__ void load(int64_t begin, int padded) const {
@@ -76,6 +76,7 @@ struct Strip {
       const int row = row_of(u);
       const int64_t column = begin + column_of(u);
       if (row >= int(a.rows.num_tasks) || whole(row, column)) continue;
+#pragma unroll 1
       for (int k = 0; k < kPerVector && column + k < a.rows.num_params; ++k) {
         Pack<S, 1, 1> one;
         load_unit<Hint::kKeep>(one, 0, address(row, column + k), true);
@@ -102,33 +103,40 @@ __global__ void __launch_bounds__(kThreads, kGramianBlocks) gramian_kernel(const
   int top, left;
   pair_of(mine, &top, &left);
   double total[kPairs] = {};
+  const auto multiply = [&](V (&sum)[kPairs], int v) {
+    Vector<S> x[kSide];
+#pragma unroll
+    for (int i = 0; i < kSide; ++i) x[i] = strip.at(top + i * side, v);
+#pragma unroll
+    for (int j = 0; j < kSide; ++j) {
+      const Vector<S> y = strip.at(left + j * side, v);
+#pragma unroll
+      for (int i = 0; i < kSide; ++i)
+#pragma unroll
+        for (int e = 0; e < Strip<S>::kPerVector; ++e)
+          sum[i * kSide + j] = sum[i * kSide + j] + V(x[i][e]) * V(y[e]);
+    }
+  };
 #pragma unroll 1
-  for (int64_t begin = int64_t(blockIdx.x) * a.columns; begin < a.rows.num_params; begin += int64_t(gridDim.x) * a.columns) {
+  for (int64_t begin = int64_t(blockIdx.x) * a.columns; begin < a.rows.num_params;
+       begin += int64_t(gridDim.x) * a.columns) {
     __syncthreads();
     strip.load(begin, side * kSide);
     __syncthreads();
     if (group >= groups) continue;
+    if constexpr (std::is_same<S, double>::value) {
 #pragma unroll 1
-    for (int v0 = group; v0 < vectors; v0 += groups * kInARow) {
-      V sum[kPairs] = {};
-      const int end = v0 + groups * kInARow < vectors ? v0 + groups * kInARow : vectors;
+      for (int v = group; v < vectors; v += groups) multiply(total, v);
+    } else {
 #pragma unroll 1
-      for (int v = v0; v < end; v += groups) {
-        Vector<S> x[kSide];
+      for (int v0 = group; v0 < vectors; v0 += groups * kInARow) {
+        V sum[kPairs] = {};
+        const int end = v0 + groups * kInARow < vectors ? v0 + groups * kInARow : vectors;
+#pragma unroll 1
+        for (int v = v0; v < end; v += groups) multiply(sum, v);
 #pragma unroll
-        for (int i = 0; i < kSide; ++i) x[i] = strip.at(top + i * side, v);
-#pragma unroll
-        for (int j = 0; j < kSide; ++j) {
-          const Vector<S> y = strip.at(left + j * side, v);
-#pragma unroll
-          for (int i = 0; i < kSide; ++i)
-#pragma unroll
-            for (int e = 0; e < Strip<S>::kPerVector; ++e)
-              sum[i * kSide + j] = sum[i * kSide + j] + V(x[i][e]) * V(y[e]);
-        }
+        for (int i = 0; i < kPairs; ++i) total[i] += double(sum[i]);
       }
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) total[i] += double(sum[i]);
     }
   }
   const int numbers = blocks * kPairs;
@@ -174,16 +182,17 @@ extern "C" int32_t dbmtl_gramian(const dbmtl_gramian_args* args) {
   if (rows.num_tasks > kMaxRows) return fail(DBMTL_INVALID_ARGUMENT, "num_tasks: the Gramian takes at most 64");
   DBMTL_TRY(ready(rows.num_tasks, args->where));
   if (rows.num_tasks == 0) return DBMTL_OK;
-  GramianArguments a = {rows, args->gramian, 0, 0, slots_of(args->where), counters_of(args->where)};
+  GramianArguments a = {rows, args->gramian, 0, 0, 0, slots_of(args->where), counters_of(args->where)};
   if (rows.num_tasks == 1) a.rows.stride = 0;  // any: it is not used
   const int64_t unit = 16 / kElementSize[rows.dtype];
   a.aligned = on_units(unit, rows.data, rows.dtype) && a.rows.stride % unit == 0;
   // As many columns as fit, but a strip for every block.
   const int64_t padded = (rows.num_tasks + kSide - 1) / kSide * kSide;
   const int64_t most = int64_t(current_device().multiprocessors) * kGramianBlocks;
-  a.columns = 64;
-  while (2 * a.columns * padded * kElementSize[rows.dtype] <= kStripBytes && 2 * a.columns * most <= rows.num_params)
-    a.columns *= 2;
+  a.shift = 6;
+  while (padded * kElementSize[rows.dtype] << (a.shift + 1) <= kStripBytes && most << (a.shift + 1) <= rows.num_params)
+    ++a.shift;
+  a.columns = 1 << a.shift;
   const int64_t strips = (rows.num_params + a.columns - 1) / a.columns;
   const int blocks = int(std::clamp<int64_t>(strips, 1, most));
   const cudaStream_t stream = static_cast<cudaStream_t>(args->where.stream);

@@ -21,7 +21,9 @@ int32_t refused(const Device& device) {
 
 #ifdef DBMTL_EMULATED
 static int32_t available() { return DBMTL_OK; }
-Device current_device() { return {0, emulated_multiprocessors(), emulated_shared_bytes(), emulated_large_arguments()}; }
+Device current_device() {
+  return {0, emulated_multiprocessors(), emulated_shared_bytes() - kOwnShared, emulated_large_arguments()};
+}
 #else
 
 __global__ void probe() {}
@@ -65,6 +67,7 @@ Device current_device() {
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) == cudaSuccess &&
       cudaDriverGetVersion(&driver) == cudaSuccess;
   if (!ok) return {index, 0, 0, false};
+  d.shared_bytes -= kOwnShared;
   d.large_arguments = major >= 7 && driver >= 12010;
   return known[index] = d;
 }

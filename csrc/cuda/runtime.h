@@ -20,6 +20,7 @@ namespace dbmtl {
 struct Counters;
 
 constexpr int kMostDevices = 64;
+constexpr int kOwnShared = 64;  // bytes at most that the dense kernel declares for itself
 
 // The workspace is as large as these allow, whatever the sizes of a call.
 constexpr int kTickets = 4;          // of a block, at most (deal.cuh)
@@ -30,7 +31,7 @@ constexpr int kGramianBlocks = 2;
 struct Device {
   int index;
   int multiprocessors;   // 0 if the driver would not say
-  int shared_bytes;      // that a block may ask for
+  int shared_bytes;      // that a block may ask for beside its kernel's own
   bool large_arguments;  // 32 KB of kernel arguments, not 4 KB
 };
 
