@@ -57,9 +57,27 @@ DBMTL_HD static inline U f16_bits(const F& f) {
 }
 
 DBMTL_HD static inline float to_float(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+#ifdef __CUDA_ARCH__  // the hardware's: the same bits of numbers, another NaN
+__device__ static inline float to_float(f16 x) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x.bits));
+  return f;
+}
+__device__ static inline bf16 to_bf16(float f) {
+  bf16 x;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(x.bits) : "f"(f));
+  return x;
+}
+__device__ static inline f16 to_f16(float f) {
+  f16 x;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(x.bits) : "f"(f));
+  return x;
+}
+#else
 DBMTL_HD static inline float to_float(f16 x) { return bit_cast<float>(bits_of_f16<uint32_t, float>(x.bits)); }
 DBMTL_HD static inline bf16 to_bf16(float f) { return {uint16_t(bf16_bits<uint32_t>(f))}; }
 DBMTL_HD static inline f16 to_f16(float f) { return {uint16_t(f16_bits<uint32_t>(f))}; }
+#endif
 
 // Between storage and arithmetic types, one number at a time.
 DBMTL_HD static inline float widen_lane(float x) { return x; }

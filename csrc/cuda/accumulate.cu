@@ -2,13 +2,13 @@
 // nothing is uploaded. As many as fit in 4 KB go by default, in 32 KB where the driver and the device take that.
 #include <algorithm>
 
-#include "device.cuh"
+#include "deal.cuh"
 
 namespace dbmtl {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kChunk = kThreads * kElements * 4;  // elements between two looks at the list
+constexpr int kChunk = kThreads * 32;  // elements between two looks at the list
 
 struct Piece {
   const void* grad;
@@ -25,7 +25,8 @@ struct GatherHead {
   Counters* counters;
   dbmtl_array loss_scale;
   const double* coefficients;  // decay, gain
-  int32_t num_pieces, num_chunks;
+  Deal deal;             // of chunks
+  int32_t num_pieces;
   int32_t add;  // to what an earlier launch left in sumsq
 };
 
@@ -39,42 +40,49 @@ constexpr int kSmall = (4096 - int(sizeof(GatherHead))) / int(sizeof(Piece));
 constexpr int kLarge = (32764 - int(sizeof(GatherHead))) / int(sizeof(Piece));
 static_assert(sizeof(GatherArguments<kSmall>) <= 4096 && sizeof(GatherArguments<kLarge>) <= 32764, "argument space");
 
-// The sum of squares of this thread's part of one chunk.
-template <class S, class G, bool kAligned, class V>
+template <int kUnit>
+constexpr int kCount = kUnit > 1 ? 4 * kUnit : 8;  // of a thread's elements: 64 bytes of the wider of gradients and row
+
+// The sum of squares of this thread's part of [begin, end): kFull, of whole strides of the block.
+template <class S, class G, int kUnit, bool kFull, class V>
 __device__ double gather(S* row, const G* grad, int64_t offset, int64_t begin, int64_t end, V decay, V gain) {
   double sum = 0.0;
-  for (; begin < end; begin += kThreads * kElements) {
-    const Slice<kAligned> slice(begin, threadIdx.x, kThreads);
-    V g[kElements], m[kElements];
-    load<Hint::kStream>(g, grad, slice, grad == nullptr ? 0 : end);
-    load<Hint::kKeep>(m, row + offset, slice, row == nullptr || decay == V(0) ? 0 : end);
-    S stored[kElements];
+#pragma unroll 1
+  for (; begin < end; begin += kThreads * kCount<kUnit>) {
+    const Slice<kUnit, kThreads, kFull> slice(begin, end);
+    Pack<G, kUnit, kCount<kUnit>> g;
+    Pack<S, kUnit, kCount<kUnit>> m;
+    load<Hint::kStream>(g, grad, slice, grad != nullptr);
+    load<Hint::kKeep>(m, row + offset, slice, row != nullptr && decay != V(0));
+    S stored[kCount<kUnit>];
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      narrow_lane(stored + e, updated(m[e], g[e], decay, gain, grad != nullptr));
-      const double x = double(widen_lane(stored[e]));
-      if (inside(slice, end, e)) sum += x * x;
-    }
-    if (row != nullptr) store<Hint::kKeep>(row + offset, stored, slice, end);
+    for (int e = 0; e < kCount<kUnit>; ++e)
+      narrow_lane(stored + e, updated(V(m[e]), V(g[e]), decay, gain, grad != nullptr));
+    sum += thread_squares(stored, slice);
+    if (row != nullptr) store<Hint::kKeep>(row + offset, stored, slice);
   }
   return sum;
 }
 
 template <class S, class G, class V>
 __device__ double gather_piece(S* row, const Piece& piece, int64_t begin, int64_t end, V decay, V gain) {
+  constexpr int kUnit = kUnitOf<S, G>;
   const G* grad = gain == V(0) ? nullptr : static_cast<const G*>(piece.grad);
-  const bool aligned = reinterpret_cast<uintptr_t>(grad) % 16 == 0 &&
-                       (row == nullptr || reinterpret_cast<uintptr_t>(row + piece.offset) % 16 == 0);
-  if (!aligned) return gather<S, G, false>(row, grad, piece.offset, begin, end, decay, gain);
-  // Whole groups of kElements 128 bits at a time, the last few one by one.
-  const int64_t whole = begin + (end - begin) / kElements * kElements;
-  double sum = gather<S, G, true>(row, grad, piece.offset, begin, whole, decay, gain);
-  if (whole < end) sum += gather<S, G, false>(row, grad, piece.offset, whole, end, decay, gain);
+  const bool aligned_row = reinterpret_cast<uintptr_t>(row + piece.offset) % alignof(Unit<S, kUnit>) == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(grad) % alignof(Unit<G, kUnit>) == 0 && (row == nullptr || aligned_row);
+  // Whole strides of the block, whole units, and the last few one by one.
+  constexpr int kStride = kThreads * kCount<kUnit>;
+  const int64_t full = aligned ? begin + (end - begin) / kStride * kStride : begin;
+  const int64_t whole = aligned ? full + (end - full) / kUnit * kUnit : begin;
+  double sum = gather<S, G, kUnit, true>(row, grad, piece.offset, begin, full, decay, gain);
+  if (full < whole) sum += gather<S, G, kUnit, false>(row, grad, piece.offset, full, whole, decay, gain);
+  if (whole < end) sum += gather<S, G, 1, false>(row, grad, piece.offset, whole, end, decay, gain);
   return sum;
 }
 
 template <class S, int kPieces>
-__global__ void __launch_bounds__(kThreads, 2) accumulate_kernel(const __grid_constant__ GatherArguments<kPieces> a) {
+__global__ void __launch_bounds__(kThreads, kGatherBlocks)
+    accumulate_kernel(const __grid_constant__ GatherArguments<kPieces> a) {
   using V = Wide<S>;
   __shared__ double scratch[kThreads / kWarp];
   const GatherHead& h = a.head;
@@ -83,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 2) accumulate_kernel(const __grid_co
   if (h.loss_scale.data != nullptr) scaled = unscaled(scaled, number(h.loss_scale.data, h.loss_scale.dtype));
   const V decay = row == nullptr ? V(0) : V(h.coefficients[0]), gain = V(scaled);
   double sum = 0.0;
-  for (int chunk = blockIdx.x; chunk < h.num_chunks; chunk += gridDim.x) {
+  const auto gather_chunk = [&](int64_t chunk) {
     int low = 0, high = h.num_pieces - 1;  // the last piece that does not begin after this chunk
     while (low < high) {
       const int middle = (low + high + 1) / 2;
@@ -109,12 +117,15 @@ __global__ void __launch_bounds__(kThreads, 2) accumulate_kernel(const __grid_co
     } else {
       sum += gather_piece<S, f16>(row, piece, begin, end, decay, gain);
     }
-  }
-  sum = block_sum(sum, scratch);
-  if (threadIdx.x == 0) h.slots[blockIdx.x] = sum;
-  if (!is_last(h.counters)) return;
+  };
+  deal(h.deal, &h.counters->drawn[0], gather_chunk, [&](unsigned slot) {
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0) h.slots[slot] = sum;
+    sum = 0.0;
+  });
+  if (!is_last(&h.counters->finished)) return;
   double total = 0.0;
-  for (int b = threadIdx.x; b < int(gridDim.x); b += kThreads) total += __ldcg(h.slots + b);
+  for (int s = threadIdx.x; s < slots_used(h.deal); s += kThreads) total += __ldcg(h.slots + s);
   total = block_sum(total, scratch);
   if (threadIdx.x == 0) *h.sumsq = h.add ? *h.sumsq + total : total;
 }
@@ -147,7 +158,7 @@ extern "C" int32_t dbmtl_accumulate(const dbmtl_accumulate_args* args) {
   const Device device = current_device();
   const int at_once = device.large_arguments ? kLarge : kSmall;
   GatherHead head = {args->row.data, args->sumsq, slots_of(args->where), counters_of(args->where),
-                     args->loss_scale, args->coefficients, 0, 0, 0};
+                     args->loss_scale, args->coefficients, {}, 0, 0};
   const cudaStream_t stream = static_cast<cudaStream_t>(args->where.stream);
   Piece pieces[kLarge];
   int64_t i = 0;
@@ -162,8 +173,8 @@ extern "C" int32_t dbmtl_accumulate(const dbmtl_accumulate_args* args) {
       pieces[head.num_pieces++] = {args->grads[i], segments[2 * i], numel, int32_t(chunks), args->grad_dtypes[i]};
       chunks += more;
     }
-    head.num_chunks = int32_t(chunks);
-    const int blocks = int(std::clamp<int64_t>(chunks, 1, int64_t(device.multiprocessors) * 2));
+    const int blocks = int(std::clamp<int64_t>(chunks, 1, int64_t(device.multiprocessors) * kGatherBlocks));
+    head.deal = deal_out(chunks, blocks);
     switch (args->row.dtype) {
       case DBMTL_F64: DBMTL_TRY(launch_pieces<double>(head, pieces, blocks, stream)); break;
       case DBMTL_F32: DBMTL_TRY(launch_pieces<float>(head, pieces, blocks, stream)); break;

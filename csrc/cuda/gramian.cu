@@ -1,5 +1,5 @@
-// rows @ rows.T in one pass: a block takes a strip of columns of all rows into shared memory; a thread multiplies four
-// rows by four, over some of the columns. Products are summed in fp32 within a strip (fp64 of fp64 rows), then in fp64.
+// rows @ rows.T in one pass: a block takes a strip of columns of all rows into shared memory; a thread multiplies four rows
+// by four, over some of the columns. Up to 128 products are summed in fp32 (fp64 of fp64 rows), then in fp64.
 #include <algorithm>
 
 #include "device.cuh"
@@ -9,14 +9,17 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMaxRows = 64;
-constexpr int kStrip = 64;  // columns
-constexpr int kSide = 4;    // rows of a thread's block of pairs
+constexpr int kSide = 4;            // rows of a thread's block of pairs
 constexpr int kPairs = kSide * kSide;
+constexpr int kStripBytes = 32768;  // of all rows
+constexpr int kAtOnce = kStripBytes / 16 / kThreads;  // vectors of a strip that a thread loads
+constexpr int kInARow = 16;         // vectors whose products are summed in fp32
 
 struct GramianArguments {
   dbmtl_rows rows;
   dbmtl_array gramian;
   int aligned;
+  int columns, shift;  // of a strip: 2^shift
   double* slots;
   Counters* counters;
 };
@@ -34,60 +37,107 @@ __device__ inline void pair_of(int index, int* row, int* column) {
   *column = index - r * (r + 1) / 2;
 }
 
-// The strip of columns from `begin` on: zeros for rows and columns that are not there.
-template <class S, class V>
-__device__ inline void load_strip(V (&strip)[kMaxRows][kStrip + 1], const GramianArguments& a, int64_t begin,
-                                  int rows) {
-  const S* first = static_cast<const S*>(a.rows.data) + begin;
-  const int num_tasks = int(a.rows.num_tasks);
-  if (a.aligned && begin + kStrip <= a.rows.num_params) {
-    constexpr int kPerVector = 16 / sizeof(S), kVectors = kStrip / kPerVector;
-    for (int i = threadIdx.x; i < rows * kVectors; i += kThreads) {
-      const int row = i / kVectors, column = i % kVectors * kPerVector;
-      Vector<S> in = {};
-      if (row < num_tasks) in = load_vector<Hint::kKeep>(first + row * a.rows.stride + column);
+template <class S>
+using Vector = Pack<S, 16 / sizeof(S), 16 / sizeof(S)>;
+
+// Some columns of all rows, in shared memory. Zeros for rows and columns that are not there.
+template <class S>
+struct Strip {
+  static constexpr int kPerVector = 16 / sizeof(S);
+  const GramianArguments& a;
+  int4* shared;
+
+  __device__ int pitch() const { return a.columns / kPerVector + 1; }  // in vectors: eight rows lie in different banks
+  __device__ Vector<S>& at(int row, int vector) const {
+    return reinterpret_cast<Vector<S>*>(shared)[row * pitch() + vector];
+  }
+  __device__ const S* address(int row, int64_t column) const {
+    return static_cast<const S*>(a.rows.data) + row * a.rows.stride + column;
+  }
+  // Of the vectors that this thread loads, the u-th: a row of `padded`, and its first column in the strip.
+  __device__ int row_of(int u) const { return (int(threadIdx.x) + u * kThreads) * kPerVector >> a.shift; }
+  __device__ int column_of(int u) const { return (int(threadIdx.x) + u * kThreads) * kPerVector & (a.columns - 1); }
+
+  // All of a thread's loads are in flight together.
+  __device__ void load(int64_t begin, int padded) const {
+    Vector<S> loaded[kAtOnce];
 #pragma unroll
-      for (int k = 0; k < kPerVector; ++k) strip[row][column + k] = V(widen_lane(in.v[k]));
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int row = row_of(u), column = column_of(u);
+      load_unit<Hint::kKeep>(loaded[u], 0, address(row, begin + column), whole(row, begin + column));
     }
-  } else {
-    for (int i = threadIdx.x; i < rows * kStrip; i += kThreads) {
-      const int row = i / kStrip, column = i % kStrip;
-      const bool there = row < num_tasks && begin + column < a.rows.num_params;
-      strip[row][column] = there ? V(widen_lane(load_one(first + row * a.rows.stride + column))) : V(0);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u)
+      if (row_of(u) < padded) at(row_of(u), column_of(u) / kPerVector) = loaded[u];
+    if (a.aligned && begin + a.columns <= a.rows.num_params) return;
+    // One by one, what does not lie on 16 bytes or is less than a vector.
+#pragma unroll 1
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int row = row_of(u);
+      const int64_t column = begin + column_of(u);
+      if (row >= int(a.rows.num_tasks) || whole(row, column)) continue;
+#pragma unroll 1
+      for (int k = 0; k < kPerVector && column + k < a.rows.num_params; ++k) {
+        Pack<S, 1, 1> one;
+        load_unit<Hint::kKeep>(one, 0, address(row, column + k), true);
+        memcpy(reinterpret_cast<S*>(&at(row, column_of(u) / kPerVector)) + k, &one, sizeof(S));
+      }
     }
   }
-}
+
+  __device__ bool whole(int row, int64_t column) const {
+    return a.aligned && row < int(a.rows.num_tasks) && column + kPerVector <= a.rows.num_params;
+  }
+};
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, 2) gramian_kernel(const __grid_constant__ GramianArguments a) {
+__global__ void __launch_bounds__(kThreads, kGramianBlocks) gramian_kernel(const __grid_constant__ GramianArguments a) {
   using V = Wide<S>;
-  __shared__ V strip[kMaxRows][kStrip + 1];
+  __shared__ int4 shared[kStripBytes / 16 + kMaxRows];
   __shared__ double partial[kThreads];
-  const int num_tasks = int(a.rows.num_tasks);
+  const Strip<S> strip = {a, shared};
+  const int num_tasks = int(a.rows.num_tasks), side = (num_tasks + kSide - 1) / kSide;
   const int blocks = num_blocks_of_pairs(num_tasks), groups = kThreads / blocks;
   const int mine = threadIdx.x % blocks, group = threadIdx.x / blocks;  // group >= groups: only helps to load
-  const int padded = (num_tasks + kSide - 1) / kSide * kSide;
+  const int vectors = a.columns / Strip<S>::kPerVector;
   int top, left;
   pair_of(mine, &top, &left);
   double total[kPairs] = {};
-  for (int64_t begin = int64_t(blockIdx.x) * kStrip; begin < a.rows.num_params; begin += int64_t(gridDim.x) * kStrip) {
+  const auto multiply = [&](V (&sum)[kPairs], int v) {
+    Vector<S> x[kSide];
+#pragma unroll
+    for (int i = 0; i < kSide; ++i) x[i] = strip.at(top + i * side, v);
+#pragma unroll
+    for (int j = 0; j < kSide; ++j) {
+      const Vector<S> y = strip.at(left + j * side, v);
+#pragma unroll
+      for (int i = 0; i < kSide; ++i)
+#pragma unroll
+        for (int e = 0; e < Strip<S>::kPerVector; ++e)
+          sum[i * kSide + j] = sum[i * kSide + j] + V(x[i][e]) * V(y[e]);
+    }
+  };
+#pragma unroll 1
+  for (int64_t begin = int64_t(blockIdx.x) * a.columns; begin < a.rows.num_params;
+       begin += int64_t(gridDim.x) * a.columns) {
     __syncthreads();
-    load_strip<S>(strip, a, begin, padded);
+    strip.load(begin, side * kSide);
     __syncthreads();
     if (group >= groups) continue;
-    V sum[kPairs] = {};
-    for (int column = group; column < kStrip; column += groups) {
-      V x[kSide], y[kSide];
+    if constexpr (std::is_same<S, double>::value) {
+#pragma unroll 1
+      for (int v = group; v < vectors; v += groups) multiply(total, v);
+    } else {
+#pragma unroll 1
+      for (int v0 = group; v0 < vectors; v0 += groups * kInARow) {
+        V sum[kPairs] = {};
+        const int end = v0 + groups * kInARow < vectors ? v0 + groups * kInARow : vectors;
+#pragma unroll 1
+        for (int v = v0; v < end; v += groups) multiply(sum, v);
 #pragma unroll
-      for (int i = 0; i < kSide; ++i) {
-        x[i] = strip[top * kSide + i][column];
-        y[i] = strip[left * kSide + i][column];
+        for (int i = 0; i < kPairs; ++i) total[i] += double(sum[i]);
       }
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) sum[i] = sum[i] + x[i / kSide] * y[i % kSide];
     }
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) total[i] += double(sum[i]);
   }
   const int numbers = blocks * kPairs;
 #pragma unroll
@@ -100,12 +150,12 @@ __global__ void __launch_bounds__(kThreads, 2) gramian_kernel(const __grid_const
     for (int g = 0; g < groups; ++g) sum += partial[g * blocks + threadIdx.x];
     a.slots[int64_t(blockIdx.x) * numbers + threadIdx.x * kPairs + i] = sum;
   }
-  if (!is_last(a.counters)) return;
+  if (!is_last(&a.counters->finished)) return;
   for (int n = threadIdx.x; n < numbers; n += kThreads) {
     double sum = 0.0;
     for (int b = 0; b < int(gridDim.x); ++b) sum += __ldcg(a.slots + int64_t(b) * numbers + n);
     pair_of(n / kPairs, &top, &left);
-    const int r = top * kSide + n % kPairs / kSide, c = left * kSide + n % kSide;
+    const int r = top + n % kPairs / kSide * side, c = left + n % kSide * side;
     if (r >= num_tasks || c >= num_tasks) continue;
     for (const int index : {r * num_tasks + c, c * num_tasks + r}) {
       if (a.gramian.dtype == DBMTL_F64)
@@ -132,11 +182,19 @@ extern "C" int32_t dbmtl_gramian(const dbmtl_gramian_args* args) {
   if (rows.num_tasks > kMaxRows) return fail(DBMTL_INVALID_ARGUMENT, "num_tasks: the Gramian takes at most 64");
   DBMTL_TRY(ready(rows.num_tasks, args->where));
   if (rows.num_tasks == 0) return DBMTL_OK;
-  GramianArguments a = {rows, args->gramian, 0, slots_of(args->where), counters_of(args->where)};
+  GramianArguments a = {rows, args->gramian, 0, 0, 0, slots_of(args->where), counters_of(args->where)};
   if (rows.num_tasks == 1) a.rows.stride = 0;  // any: it is not used
-  a.aligned = on_16_bytes(rows.data) && a.rows.stride * kElementSize[rows.dtype] % 16 == 0;
-  const int64_t strips = (rows.num_params + kStrip - 1) / kStrip;
-  const int blocks = int(std::clamp<int64_t>(strips, 1, int64_t(current_device().multiprocessors) * 2));
+  const int64_t unit = 16 / kElementSize[rows.dtype];
+  a.aligned = on_units(unit, rows.data, rows.dtype) && a.rows.stride % unit == 0;
+  // As many columns as fit, but a strip for every block.
+  const int64_t padded = (rows.num_tasks + kSide - 1) / kSide * kSide;
+  const int64_t most = int64_t(current_device().multiprocessors) * kGramianBlocks;
+  a.shift = 6;
+  while (padded * kElementSize[rows.dtype] << (a.shift + 1) <= kStripBytes && most << (a.shift + 1) <= rows.num_params)
+    ++a.shift;
+  a.columns = 1 << a.shift;
+  const int64_t strips = (rows.num_params + a.columns - 1) / a.columns;
+  const int blocks = int(std::clamp<int64_t>(strips, 1, most));
   const cudaStream_t stream = static_cast<cudaStream_t>(args->where.stream);
   switch (rows.dtype) {
     case DBMTL_F32: return launch_kernel(gramian_kernel<float>, blocks, kThreads, 0, stream, false, a);

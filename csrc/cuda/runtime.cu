@@ -1,20 +1,30 @@
+#include <algorithm>
+
 #include "device.cuh"
 
 namespace dbmtl {
 
 constexpr int64_t kCounterBytes = 256;  // slots begin on a line of their own
-constexpr int kBlocksAMultiprocessor = 2;
-
-#ifdef DBMTL_EMULATED
-static int32_t available() { return DBMTL_OK; }
-Device current_device() { return {0, emulated_multiprocessors(), emulated_shared_bytes(), emulated_large_arguments()}; }
-#else
 
 int32_t fail_cuda(cudaError_t error) {
   if (error == cudaSuccess) return DBMTL_OK;
   cudaGetLastError();  // it was this call's, not the next one's
   return fail(DBMTL_LAUNCH_FAILED, "CUDA: ", cudaGetErrorString(error));
 }
+
+std::atomic<bool> refusals[kMostDevices];
+int32_t refused(const Device& device) {
+  return refusals[device.index].exchange(true)
+             ? DBMTL_OK
+             : fail(DBMTL_NOTED, "the driver refuses cooperative launches here: the dense op takes two launches");
+}
+
+#ifdef DBMTL_EMULATED
+static int32_t available() { return DBMTL_OK; }
+Device current_device() {
+  return {0, emulated_multiprocessors(), emulated_shared_bytes() - kOwnShared, emulated_large_arguments()};
+}
+#else
 
 __global__ void probe() {}
 
@@ -23,10 +33,10 @@ static int current_index() {
   return cudaGetDevice(&index) == cudaSuccess && index < kMostDevices ? index : 0;
 }
 
-// Whether the current device can run what was built: there is code for it, and it can launch cooperatively.
+// Whether there is code for the current device.
 static int32_t available() {
   static thread_local bool found[kMostDevices];  // a device does not go away; a missing one may come
-  int count = 0, cooperative = 0;
+  int count = 0;
   cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess || count < 1) {
     cudaGetLastError();
@@ -41,9 +51,6 @@ static int32_t available() {
     cudaGetLastError();
     return fail(DBMTL_UNAVAILABLE, "the library has no code for this device: ", cudaGetErrorString(error));
   }
-  error = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, index);
-  if (error != cudaSuccess || !cooperative)
-    return fail(DBMTL_UNAVAILABLE, "the device cannot launch cooperatively");
   found[index] = true;
   return DBMTL_OK;
 }
@@ -60,6 +67,7 @@ Device current_device() {
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) == cudaSuccess &&
       cudaDriverGetVersion(&driver) == cudaSuccess;
   if (!ok) return {index, 0, 0, false};
+  d.shared_bytes -= kOwnShared;
   d.large_arguments = major >= 7 && driver >= 12010;
   return known[index] = d;
 }
@@ -91,9 +99,10 @@ const char* dbmtl_last_error(void) { return dbmtl::last_error; }
 int64_t dbmtl_workspace_bytes(int64_t num_tasks) {
   using namespace dbmtl;
   if (num_tasks < 1) num_tasks = 1;
-  const int64_t gramian = gramian_slots(num_tasks);  // of the most that it takes, if there are more
-  const int64_t a_block = gramian > num_tasks ? gramian : num_tasks;
-  return kCounterBytes + int64_t(sizeof(double)) * a_block * kBlocksAMultiprocessor * current_device().multiprocessors;
+  const int64_t dense = num_tasks * (kSlots * current_device().multiprocessors + 1);  // a sum besides
+  const int64_t a_multiprocessor =
+      std::max<int64_t>(gramian_slots(num_tasks) * kGramianBlocks, kGatherBlocks * kSlots);
+  return kCounterBytes + int64_t(sizeof(double)) * std::max(dense, a_multiprocessor * current_device().multiprocessors);
 }
 
 }  // extern "C"

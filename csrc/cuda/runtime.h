@@ -20,11 +20,18 @@ namespace dbmtl {
 struct Counters;
 
 constexpr int kMostDevices = 64;
+constexpr int kOwnShared = 64;  // bytes at most that the dense kernel declares for itself
+
+// The workspace is as large as these allow, whatever the sizes of a call.
+constexpr int kTickets = 4;          // of a block, at most (deal.cuh)
+constexpr int kSlots = 1 + kTickets;
+constexpr int kGatherBlocks = 3;     // on a multiprocessor
+constexpr int kGramianBlocks = 2;
 
 struct Device {
   int index;
   int multiprocessors;   // 0 if the driver would not say
-  int shared_bytes;      // that a block may ask for
+  int shared_bytes;      // that a block may ask for beside its kernel's own
   bool large_arguments;  // 32 KB of kernel arguments, not 4 KB
 };
 
@@ -45,13 +52,33 @@ double* slots_of(const dbmtl_where& where);
 // Numbers that a block of the Gramian leaves in the slots.
 int64_t gramian_slots(int64_t num_tasks);
 
-template <class... P>
-bool on_16_bytes(const P*... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+// Whether units of so many elements can be loaded from there with one access each.
+inline bool on_units(int64_t unit, const void* pointer, int64_t dtype) {
+  return reinterpret_cast<uintptr_t>(pointer) % uintptr_t(unit * kElementSize[dtype]) == 0;
 }
 
-#ifndef DBMTL_EMULATED
 int32_t fail_cuda(cudaError_t error);  // DBMTL_OK if there was none
+
+// A cooperative launch is refused on some devices, under MPS, in a green context. From the first refusal on a device takes
+// two launches.
+constexpr int32_t kRefused = -2;  // of launch_kernel alone; not a status
+inline bool is_refusal(cudaError_t error) {
+  return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported;
+}
+extern std::atomic<bool> refusals[kMostDevices];
+int32_t refused(const Device& device);  // DBMTL_NOTED, once
+
+#ifndef DBMTL_EMULATED
+// Every kernel takes one struct by value.
+template <class A>
+cudaError_t start(void (*kernel)(A), int blocks, int threads, size_t shared, cudaStream_t stream, bool cooperative,
+                  A arguments) {
+  void* pointers[] = {&arguments};
+  const void* function = reinterpret_cast<const void*>(kernel);
+  const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
+  return cooperative ? cudaLaunchCooperativeKernel(function, grid, block, pointers, shared, stream)
+                     : cudaLaunchKernel(function, grid, block, pointers, shared, stream);
+}
 
 // Let a cooperative kernel take all the shared memory there is, and see that a block of it fits on a multiprocessor. Once:
 // the limit belongs to the process, and another thread may be launching.
@@ -68,16 +95,14 @@ int32_t prepare(void (*kernel)(A), int threads, const Device& device, Prepared* 
   return DBMTL_OK;
 }
 
-// Every kernel takes one struct by value.
+#endif
+
 template <class A>
 int32_t launch_kernel(void (*kernel)(A), int blocks, int threads, size_t shared, cudaStream_t stream,
-                      bool cooperative, A arguments) {
-  void* pointers[] = {&arguments};
-  const void* function = reinterpret_cast<const void*>(kernel);
-  const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
-  return fail_cuda(cooperative ? cudaLaunchCooperativeKernel(function, grid, block, pointers, shared, stream)
-                               : cudaLaunchKernel(function, grid, block, pointers, shared, stream));
+                      bool cooperative, const A& arguments) {
+  const cudaError_t error = start(kernel, blocks, threads, shared, stream, cooperative, arguments);
+  const int32_t status = fail_cuda(error);
+  return cooperative && is_refusal(error) ? kRefused : status;
 }
-#endif
 
 }  // namespace dbmtl

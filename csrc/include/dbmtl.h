@@ -1,8 +1,8 @@
 /* The C ABI of dbmtl_kernels: plain structs of pointers and sizes, no torch, no Python.
  *
  * csrc/cpu and csrc/cuda implement it; ctypes loads them (python/dbmtl_kernels/backends/c_library.py). Rules:
- *   - A call takes one struct. It returns DBMTL_OK, or dbmtl_last_error() says what was wrong. No exception crosses the
- *     boundary.
+ *   - A call takes one struct. It returns DBMTL_OK (or DBMTL_NOTED), or dbmtl_last_error() says what was wrong. No
+ *     exception crosses the boundary.
  *   - The caller has checked the values. A call checks what protects memory (null pointers, dtypes, sizes), and then has
  *     written nothing. A device may still fail later, or a second launch of one call after the first:
  *     DBMTL_LAUNCH_FAILED.
@@ -31,6 +31,7 @@ extern "C" {
 #define DBMTL_MAX_OUTS 4
 
 typedef enum {
+  DBMTL_NOTED = -1, /* done; dbmtl_last_error() has something to say about it, once for each device */
   DBMTL_OK = 0,
   DBMTL_INVALID_ARGUMENT = 1,
   DBMTL_UNSUPPORTED_DTYPE = 2,

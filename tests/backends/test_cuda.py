@@ -1,17 +1,13 @@
-"""The CUDA C++ kernels: emulated on this CPU against the native ones, and what nvcc made of them."""
+"""The CUDA C++ kernels, emulated on this CPU, against the native ones."""
 
-import ctypes
 import math
-import os
-import re
-import subprocess
-from pathlib import Path
+import warnings
+from functools import partial
 
 import emulator
 import numpy as np
 import pytest
 import torch
-import triton
 from dbmtl_kernels.backends import c_library as c
 from dbmtl_kernels.backends.arguments import BalanceRows, Stats
 from dbmtl_kernels.backends.c_library import cuda, native
@@ -20,16 +16,6 @@ from dbmtl_kernels.ops.arguments import check_accumulate
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, F64, BF16, F16)
 BOTH = (cuda, native)
-ARCHITECTURES = ("80", "90", "100") if os.environ.get("CI") else ("90",)
-# Registers a thread at most, and static shared memory, by kernel; nothing may spill or lie in local memory. 512 threads
-# of the dense op have 128 registers, two blocks of 256 threads of the others as many.
-RESOURCES = {
-    "balance_kernel": (128, 1024), "accumulate_kernel": (128, 2048), "rows_kernel": (128, 8192),
-    "gramian_kernel": (128, 37000),
-}  # fmt: skip
-
-
-# --- emulated -----------------------------------------------------------------------------------------------------
 
 
 def same_bits(a, b):
@@ -53,12 +39,16 @@ def dense(grads, ema, beta=0.9, scale="max"):
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=1e-6)
 
 
+def accumulate(serve, row, sumsq, grads, segments, coefficients, loss_scale=None):
+    given = check_accumulate(row, sumsq, grads, segments, coefficients, loss_scale)
+    serve.accumulate_(row, sumsq, given, segments, coefficients, loss_scale)
+
+
 def gathered(row, grads, segments, coefficients, loss_scale=None):
     """One row on both, with the same bits."""
     rows, sums = [row.clone() for _ in BOTH], [torch.full((1,), 5.0, dtype=F64) for _ in BOTH]
     for serve, state, sumsq in zip(BOTH, rows, sums, strict=True):
-        given = check_accumulate(state, sumsq, grads, segments, coefficients, loss_scale)
-        serve.accumulate_(state, sumsq, given, segments, coefficients, loss_scale)
+        accumulate(serve, state, sumsq, grads, segments, coefficients, loss_scale)
     same_bits(*rows)
     torch.testing.assert_close(*sums, rtol=1e-12, atol=0, equal_nan=True)
 
@@ -90,6 +80,40 @@ def test_a_gathered_row(state):
         gathered(row, [*grads, torch.ones(3, dtype=F16)], segments, coefficients, scale)
         gathered(row, [grads[0], None, None, None], segments, coefficients, scale)
     gathered(row, [None] * 4, segments, (0.0, -1.0), torch.tensor(torch.nan))
+
+
+EXTREMES = {
+    "all magnitudes": lambda x: x * 2.0 ** torch.randint(-149, 128, x.shape),
+    "subnormal": lambda x: x * 2.0**-140,
+    "large": lambda x: 3e38 * x.sign(),
+    "ordinary": lambda x: x,
+    "zeros": lambda x: 0.0 * x,
+    "one": lambda x: torch.where(torch.arange(x.numel()) == 4000, 2.0**-149, 0.0),
+    "inf": lambda x: torch.where(torch.arange(x.numel()) == 77, -torch.inf, x),
+    "nan": lambda x: torch.where(torch.arange(x.numel()) == 78, torch.nan, x * 1e38),
+    "inf and nan": lambda x: torch.where(torch.arange(x.numel()) == 5, torch.inf, x / (x > 0)),
+}
+
+
+@pytest.mark.parametrize("case", EXTREMES)
+@pytest.mark.parametrize("pairs", ["0", "1"])
+@pytest.mark.usefixtures("emulated_cuda")
+def test_squares_in_doubles_and_in_pairs_of_floats(pairs, case, monkeypatch):
+    """The bound of csrc/common/squares.h for 16 numbers of a thread, and for a warp what a norm of float32 shows."""
+    monkeypatch.setenv("DBMTL_EMULATED_FLOAT_PAIRS", pairs)
+    values = EXTREMES[case](torch.randn(20003).double()).float()
+    exact = (
+        math.fsum(x * x for x in values.tolist()) if values.isfinite().all() else values.double().square().sum().item()
+    )
+    sumsq = torch.zeros(1, dtype=F64)
+    accumulate(cuda, torch.zeros(20003), sumsq, [values], torch.tensor([[0, 20003]]), (0.0, 1.0))
+    torch.testing.assert_close(sumsq.item(), exact, rtol=2**-38 if pairs == "1" else 1e-14, atol=0, equal_nan=True)
+    values = values[:20000].expand(3, -1)
+    exact = values.double().square().sum(dim=1).sqrt()
+    ema = torch.zeros(3, 20000)
+    _, norms = cuda.balance_(values.contiguous(), ema, 0.0, 1e-8, "constant", 1.0)
+    torch.testing.assert_close(norms, exact.float(), rtol=2**-23, atol=0, equal_nan=True)
+    dense(values.contiguous(), torch.randn(3, 20000), 0.5)
 
 
 @pytest.mark.parametrize("state", [F32, F64, BF16])
@@ -140,14 +164,14 @@ def test_the_end_of_a_step(case):
             same_bits(ours, theirs)
 
 
-def moved(monkeypatch, num_tasks, size, dtype):
-    """Elements read and written by the dense op on 4 multiprocessors of an H200."""
+def moved(monkeypatch, num_tasks, size, dtype, shared=227 * 1024):
+    """Elements read and written by the dense op on 4 multiprocessors, of an H200 unless said otherwise."""
     monkeypatch.setenv("DBMTL_EMULATED_MULTIPROCESSORS", "4")
-    monkeypatch.setenv("DBMTL_EMULATED_SHARED_BYTES", str(227 * 1024))
+    monkeypatch.setenv("DBMTL_EMULATED_SHARED_BYTES", str(shared))
     grads, ema = torch.randn(num_tasks, size).to(dtype), torch.zeros(num_tasks, size, dtype=dtype)
     emulator.traffic(cuda.library())
     cuda.balance_(grads, ema, 0.9, 1e-8, "max", 0.0)
-    read, written, _ = emulator.traffic(cuda.library())
+    read, written, *_ = emulator.traffic(cuda.library())
     return read // dtype.itemsize, written // dtype.itemsize
 
 
@@ -168,6 +192,67 @@ def test_40_mb_move_in_part_twice(monkeypatch):
     read, written = moved(monkeypatch, 3, size, F32)
     assert 6.5 * size < read < 7.5 * size
     assert written == 4 * size
+
+
+@pytest.mark.parametrize(("rounds", "kept"), [(10, 2), (11, 0)])
+@pytest.mark.usefixtures("emulated_cuda")
+def test_a_state_far_larger_than_what_fits_leaves_the_room_to_the_cache(rounds, kept, monkeypatch):
+    """Two pieces of 4,096 numbers fit: the most that is worth it is 16 times as many, 10 tiles of 3 tasks."""
+    size = 4 * 4096 * rounds
+    read, _ = moved(monkeypatch, 3, size, F32, shared=40000)
+    assert read == 9 * size - kept * 4 * 4096
+
+
+@pytest.mark.parametrize("error", [720, 801])
+@pytest.mark.usefixtures("emulated_cuda")
+def test_a_refused_cooperative_launch_becomes_two(error, monkeypatch):
+    """Too large for what is left of the device, or not supported at all: it is said once, and the state is the same."""
+    grads, states = torch.randn(3, 70000), [torch.randn(3, 70000)]
+    states += [states[0].clone() for _ in range(2)]
+    one = cuda.balance_(grads, states[0], 0.9, 1e-8, "max", 0.0)
+    monkeypatch.setenv("DBMTL_EMULATED_REFUSAL", str(error))
+    emulator.traffic(cuda.library())
+    with pytest.warns(RuntimeWarning, match="refuses cooperative launches here: the dense op takes two launches"):
+        two = cuda.balance_(grads, states[1], 0.9, 1e-8, "max", 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = cuda.balance_(grads, states[2], 0.9, 1e-8, "max", 0.0)
+    assert emulator.traffic(cuda.library())[4] == 4
+    for found in ((states[1], *two), (states[2], *again)):
+        for ours, theirs in zip(found, (states[0], *one), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        same_bits(found[0], states[0])
+    dense(grads, states[0])
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_another_error_is_an_error(monkeypatch):
+    monkeypatch.setenv("DBMTL_EMULATED_REFUSAL", "716")
+    with pytest.raises(RuntimeError, match="misaligned address"):
+        cuda.balance_(torch.ones(2, 8), torch.ones(2, 8), 0.9, 1e-8, "max", 0.0)
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_the_bits_are_the_same_however_tiles_are_dealt(monkeypatch):
+    """A block that is slow to ask gets none of the tiles that are drawn; which block that is must not be seen."""
+    grads, state, ones = torch.randn(3, 1 << 18), torch.randn(3, 1 << 18), torch.ones(3)
+    monkeypatch.setenv("DBMTL_EMULATED_SHARED_BYTES", "40000")
+    monkeypatch.setenv("DBMTL_EMULATED_MULTIPROCESSORS", "2")
+    found, asked = [], []
+    for slow in ("-1", "0", "1"):
+        monkeypatch.setenv("DBMTL_EMULATED_SLOW_BLOCK", slow)
+        ema, row, sumsq, out = state.clone(), state[0].clone(), torch.zeros(1, dtype=F64), torch.empty(1 << 18)
+        emulator.draws(cuda.library(), 6)
+        results = cuda.balance_(grads, ema, 0.9, 1e-8, "max", 0.0)
+        accumulate(cuda, row, sumsq, [grads[0]], torch.tensor([[0, 1 << 18]]), (0.9, 0.1))
+        asked.append(emulator.draws(cuda.library(), 6))
+        cuda.combine_out(state, ones, out, False)
+        found.append((ema, *results, row, sumsq, out))
+    assert asked[1] != asked[2]
+    assert asked[1][0] < asked[2][0]
+    for other in found[1:]:
+        for ours, theirs in zip(other, found[0], strict=True):
+            same_bits(ours, theirs)
 
 
 @pytest.mark.parametrize("shared", ["40000", "100000", "150000"])
@@ -196,7 +281,7 @@ def test_any_number_of_blocks(multiprocessors, monkeypatch):
         dense(grads, torch.zeros(4, 50000), 0.5)
         torch.testing.assert_close(cuda.gramian(grads), native.gramian(grads), rtol=1e-5, atol=1e-2)
     (workspace,) = cuda._workspaces.values()
-    assert workspace[:16].view(torch.int32)[[0, 2, 3]].tolist() == [0, 0, 0]
+    assert workspace[:20].view(torch.int32)[[0, 2, 3, 4]].tolist() == [0] * 4
 
 
 @pytest.mark.parametrize("large", ["0", "1"])
@@ -238,13 +323,49 @@ def test_the_gramian_loads_128_bits_where_rows_are_aligned(state):
             rows = torch.empty(5 * stride + 8, dtype=state)[first:].as_strided((5, size), (stride, 1)).copy_(values)
             emulator.traffic(cuda.library())
             found.append(cuda.gramian(rows))
-            read, written, vectors = emulator.traffic(cuda.library())
+            read, written, vectors, *_ = emulator.traffic(cuda.library())
             aligned = (first % per_vector, stride % per_vector) == (0, 0)
             assert (read, written) == (values.nbytes, 0)
-            assert vectors == (5 * (size // 64) * 64 // per_vector if aligned else 0)
+            assert vectors == (5 * (size // per_vector) if aligned else 0)
         for gram in found:
             same_bits(gram, found[0])
         torch.testing.assert_close(found[0], native.gramian(values), rtol=1e-5, atol=1e-3)
+
+
+def sectors_are_full(call):
+    """All that the warps' accesses touch they use; matched by their order, so that all threads must have as many."""
+    emulator.traffic(cuda.library())
+    call()
+    read, written, _, sectors, *_ = emulator.traffic(cuda.library())
+    assert read + written == 32 * sectors
+
+
+@pytest.mark.parametrize("state", [F32, F64, BF16])
+@pytest.mark.usefixtures("emulated_cuda")
+def test_a_warps_access_is_one_stretch(state, monkeypatch):
+    """Of whole tiles on aligned addresses; the last of a tile, and what is left of it, may touch a sector twice."""
+    size = 3 * 8192  # whole tiles of every dtype on 3 multiprocessors
+    row = torch.randn(3, size).to(state)
+    for other in DTYPES:
+        grads, out = torch.randn(3, size).to(other), torch.empty(size, dtype=other)
+        for shared in ("40000", "200000"):  # state on chip: none and all of it
+            monkeypatch.setenv("DBMTL_EMULATED_SHARED_BYTES", shared)
+            if (other == F64) == (state == F64):
+                sectors_are_full(partial(cuda.balance_, grads, row, 0.9, 1e-8, "max", 0.0))
+        whole = torch.tensor([[0, size]])
+        sectors_are_full(partial(accumulate, cuda, row[0], torch.zeros(1, dtype=F64), [grads[0]], whole, (0.9, 0.1)))
+        sectors_are_full(partial(cuda.combine_out, row, torch.ones(3), out, True))
+    sectors_are_full(partial(cuda.gramian, torch.ones(4, size, dtype=state)))
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_the_emulation_counts_the_sectors_of_a_stride():
+    """Rows that begin in the middle of a sector: each warp's access touches one more than it fills."""
+    rows = torch.randn(2, 8208)[:, 4:8196]
+    emulator.traffic(cuda.library())
+    cuda.combine_out(rows, torch.ones(2), torch.empty(8192), False)
+    read, written, _, sectors, *_ = emulator.traffic(cuda.library())
+    assert 32 * sectors == read + written + 32 * (2 * 8192 // 128)
 
 
 @pytest.mark.usefixtures("emulated_cuda")
@@ -254,114 +375,3 @@ def test_the_emulation_refuses_a_misaligned_access_as_a_device_does():
     args = c.CombineArgs(off, c._array(ones), c._array(out), 0, cuda._where(ones.device, 2))
     with pytest.raises(RuntimeError, match="misaligned"):
         cuda.check(cuda.library().dbmtl_combine(args))
-
-
-# --- what nvcc made of them -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def library():
-    path = emulator.nvcc_library(ARCHITECTURES)
-    if path is None:
-        pytest.skip("no nvcc here")
-    return path
-
-
-def dump(option, path):
-    tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
-
-
-@pytest.fixture(scope="module")
-def built(library):
-    """By architecture and mangled kernel: (registers, stack, shared, local, SASS)."""
-    found = {}
-    arch = name = ""
-    for line in dump("-res-usage", library).splitlines():
-        if match := re.search(r"arch = (sm_\d+)", line):
-            arch = match.group(1)
-        elif match := re.search(r"Function (\S+):", line):
-            name = match.group(1)
-        elif "probe" not in name and (match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line)):
-            found[arch, name] = [*map(int, match.groups()), ""]
-    for line in dump("-sass", library).splitlines():
-        if match := re.search(r"arch = (sm_\d+)", line):
-            arch = match.group(1)
-        elif match := re.search(r"Function : (\S+)", line):
-            name = match.group(1)
-        elif "/*" in line and (arch, name) in found:
-            found[arch, name][4] += line + "\n"
-    return found
-
-
-def kernel_of(name):
-    return next(kernel for kernel in RESOURCES if kernel in name)
-
-
-def test_every_kernel_is_built_for_every_architecture(built, library):
-    architectures = {f"sm_{arch}" for arch in ARCHITECTURES}
-    kinds = {(arch, kernel_of(name)) for arch, name in built}
-    assert kinds == {(arch, kernel) for arch in architectures for kernel in RESOURCES}
-    assert len(built) == len(architectures) * (14 + 6 + 3 + 3)
-    assert re.search(r"sm_\d+\.ptx", dump("-lptx", library))  # for what comes after
-
-
-def test_resources_are_within_the_table(built):
-    for (arch, name), (registers, stack, shared, local, sass) in built.items():
-        most, memory = RESOURCES[kernel_of(name)]
-        where = arch, name
-        assert registers <= most, where
-        assert shared <= memory + 1024, where  # of which sm_90 keeps 1 KB for itself
-        assert stack == local == 0, where
-        assert not re.search(r"\b(LDL|STL)\b", sass), where
-
-
-def test_aligned_kernels_move_128_bits(built):
-    for (arch, name), (*_, sass) in built.items():
-        where = arch, name
-        kernel = kernel_of(name)
-        if kernel == "balance_kernel":
-            aligned = re.search(r"Lb([01])E", name).group(1) == "1"
-            wide = re.search(r"\b(LDG|STG)\.E\.[\w.]*128", sass) is not None
-            assert wide == aligned, where
-            if aligned:
-                assert re.search(r"\bLDS\.128", sass), where  # tiles cached across the barrier
-        else:
-            assert re.search(r"\bLDG\.E\.[\w.]*128", sass), where
-            assert re.search(r"\bSTG\.E\.[\w.]*128", sass) or kernel == "gramian_kernel", where  # stores K x K numbers
-
-
-def test_barriers_lie_behind_fences(built):
-    """A block's threads have arrived and a fence lies before it counts itself in; the barrier is polled."""
-    for (arch, name), (*_, sass) in built.items():
-        kernel = kernel_of(name)
-        events = re.findall(r"\b(BAR\.SYNC|MEMBAR\.SC\.GPU|ATOMG?\.E\.ADD\.STRONG\.GPU|STRONG\.SYS)", sass)
-        arrival = next(i for i, event in enumerate(events) if event.startswith("ATOM"))
-        before, after = events[:arrival], events[arrival + 1 :]
-        assert before[-1] == "MEMBAR.SC.GPU", (arch, name)
-        assert "BAR.SYNC" in before, (arch, name)
-        assert "MEMBAR.SC.GPU" in after, (arch, name)
-        assert ("STRONG.SYS" in events) == (kernel == "balance_kernel"), (arch, name)
-        if kernel != "rows_kernel":  # which has no slots
-            assert re.search(r"LDG\.E\.64\.STRONG\.GPU", sass), (arch, name)
-
-
-def test_products_are_not_fused_with_sums(built):
-    """State must have the bits of the CPU kernels. The few FFMA are those of the division and the square root."""
-    for (arch, name), (*_, sass) in built.items():
-        assert len(re.findall(r"\bFFMA\b", sass)) <= 8, (arch, name)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a driver")
-def test_a_library_without_a_driver_says_so(library):
-    """It loads; asking it for anything gives a status."""
-    alone = c.CLibrary("cuda", "libdbmtl_cuda", True, "")
-    alone.path = library
-    assert "no CUDA device to run on" in alone.missing(torch.device("cuda"))
-    assert alone.missing(torch.device("cpu")) == "it serves CUDA tensors only"
-    with pytest.raises(RuntimeError, match="no CUDA device to run on"):
-        alone.library()
-    ones, out = torch.ones(2, 2), torch.ones(2)
-    args = c.CombineArgs(c._rows(ones), c._array(out), c._array(out), 0, c.Where(0, ones.data_ptr(), None))
-    assert ctypes.CDLL(str(library)).dbmtl_combine(ctypes.byref(args)) == 4
-    assert (out == 1).all()

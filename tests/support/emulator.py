@@ -31,16 +31,25 @@ def serving_cpu():
     try:
         yield cuda
     finally:
+        cuda.library().emulated_forget()
         cuda.path, cuda.serves = before
         cuda.forget()
         backends.clear_cache()
 
 
 def traffic(library):
-    """Bytes of rows, gradients and results read and written since the last call, and accesses of 128 bits."""
-    numbers = (ctypes.c_int64 * 3)()
+    """Bytes of rows, gradients and results read and written since the last call, accesses of 128 bits, sectors (of 32
+    bytes, that each access of a warp touched), launches, and blocks and threads of the last of these."""
+    numbers = (ctypes.c_int64 * 7)()
     library.emulated_traffic(numbers)
     return tuple(numbers)
+
+
+def draws(library, blocks):
+    """How often each block has asked for a tile since the last call."""
+    numbers = (ctypes.c_int64 * blocks)()
+    library.emulated_draws(numbers, ctypes.c_int64(blocks))
+    return list(numbers)
 
 
 def emulated_library():

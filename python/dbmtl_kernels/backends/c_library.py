@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from contextlib import nullcontext
 from ctypes import CDLL, POINTER, Structure, addressof, c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -16,6 +17,7 @@ from .memory import capturing, stream_of, upload, zeros_of
 
 ABI_VERSION = 7
 MAX_OUTS = 4
+NOTED = -1  # a status: done, with something to say, once
 SCALES = {"max": 0, "mean": 1, "median": 2, "min": 3, "constant": 4}
 CAPTURED_BYTES = 2 << 20  # of workspaces for the K calls of one task each that a CUDA graph has, beside the largest
 HUGE_BYTES = 8 << 20  # fresh memory of this size is worth a system call for huge pages
@@ -177,8 +179,12 @@ class CLibrary:
         return loaded
 
     def check(self, status: int) -> None:
-        """Raise what a status stands for; 0 is none."""
-        if status != 0:
+        """Raise what a status stands for; 0 is none, and NOTED a warning."""
+        if status == NOTED:
+            warnings.warn(
+                f"dbmtl ({self._name}): {self._known().dbmtl_last_error().decode()}", RuntimeWarning, stacklevel=4
+            )
+        elif status != 0:
             kind = {1: ValueError, 2: TypeError, 3: MemoryError}.get(status, RuntimeError)
             raise kind(f"dbmtl ({self._name}): {self._known().dbmtl_last_error().decode()}")
 
