@@ -112,6 +112,8 @@ def test_a_refusal_is_remembered_for_the_device_that_gave_it(launches, monkeypat
         assert device.launches(CUDA)[0] == 2
         assert refusal in device.launches(CUDA)[1]
         assert device.launches(other)[0] == 1
+    with pytest.raises(RuntimeError, match="global/shared address space"):
+        device.refuse(CUDA, RuntimeError("Triton Error [CUDA]: operation not supported on global/shared address space"))
     with pytest.raises(RuntimeError, match="an illegal memory access"):
         device.refuse(other, RuntimeError("an illegal memory access"))
     monkeypatch.setenv(LAUNCHES, "1")

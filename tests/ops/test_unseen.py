@@ -8,6 +8,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NAME = "dbmtl_kernels.balance_.default"
@@ -108,7 +109,28 @@ def test_a_tensor_that_is_not_its_memory(direct):
         torch.testing.assert_close(mine, expected[1])
     dbk.balance_(grads.as_subclass(Subclass), ema)
     assert Subclass.seen > 0
+    for backend in ("auto", "native"):
+        assert dbk.balance_(grads.to("meta"), ema.to("meta"), backend=backend)[0].shape == (40,)
     assert direct == []
+
+
+def test_a_gradient_without_memory():
+    """Zeros may have none; a subclass that holds its numbers elsewhere is no zeros."""
+    segments = torch.tensor([[0, 40]])
+    for backend in ("native", "eager"):
+        row, sumsq = torch.ones(40), torch.zeros(1, dtype=torch.float64)
+        with pytest.raises(TypeError, match=r"grads\[0\] has no memory of its own: TwoTensor"):
+            ops.accumulate_(
+                row, sumsq, [TwoTensor(torch.ones(40), torch.ones(40))], segments, (0.5, 0.5), None, backend
+            )
+        assert torch.equal(row, torch.ones(40))
+        ops.accumulate_(row, sumsq, [torch._efficientzerotensor(40)], segments, (0.5, 0.5), None, backend)
+        assert torch.equal(row, torch.full((40,), 0.5))
+
+
+def test_no_graph_of_torch_compile_holds_the_counters():
+    tags = torch.ops.dbmtl_kernels.balance_.default.tags
+    assert torch.Tag.cudagraph_unsafe in tags
 
 
 def test_inference_and_autocast(direct):

@@ -162,6 +162,50 @@ def test_a_regulariser_beside_the_balanced_loss_comes_before_all_is_set_aside(tw
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_a_regulariser_through_the_same_graph_with_parts(two_devices, monkeypatch):
+    """The passes come last: the graph must be there still, or nothing is done."""
+    found = []
+    for split in (True, False):
+        if not split:
+            monkeypatch.undo()
+        params = leaves()
+        balancer = dbk.DBMTL(params, 3, state_dtype=torch.float64)
+        shared = [p * 2.0 for p in params]
+        regulariser = shared[0].exp().sum()
+        losses = [x.square().sum() for x in shared[:3]]
+        losses[2] = losses[2] + (shared[0].exp() + 1).square().sum() + shared[3].sum()
+        total = balancer(losses, retain_graph=True) + regulariser
+        if split:
+            with pytest.raises(RuntimeError, match=r"several devices .* call backward\(retain_graph=True\)"):
+                total.backward()
+            assert not balancer._engine.steps.open
+            for p in params:
+                p.grad = None
+        total.backward(retain_graph=True)
+        found.append([p.grad.clone() for p in params])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_heads_on_another_device_come_last_too():
+    params, head = leaves(), torch.nn.Parameter(torch.ones(7, device="cpu"))
+    balancer = dbk.DBMTL(params, 3)
+    engine = balancer._engine
+    order = []
+    for devices in (None, {torch.device("cuda", 1)}):
+        losses = quadratics(*params, num_tasks=3)
+        losses[0] = losses[0] + (head * params[1]).sum()
+        losses[0].register_hook(lambda _: order.append("task 0"))
+        regulariser = (params[0] * 1.0).sum()
+        regulariser.register_hook(lambda _: order.append("regulariser"))
+        loss = regulariser + balancer(losses)  # the balanced loss is the last that was made, and first in line
+        if devices:
+            assert engine.heads.devices == {torch.device("cpu")}
+            engine.heads.devices = devices
+        loss.backward()
+    assert order == ["task 0", "regulariser", "regulariser", "task 0"]
+
+
 def test_parts_run_after_everything_else_of_the_backward_pass(two_devices):
     """Whatever order autograd has for it: here the balanced loss is the last that was made, and so is first in line."""
     params, order = leaves(), []

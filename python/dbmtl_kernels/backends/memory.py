@@ -22,7 +22,12 @@ def on_gpu(device: torch.device) -> bool:
 
 def capturing(device: torch.device) -> bool:
     """Whether what is done on the device is captured into a CUDA graph."""
-    return on_gpu(device) and torch.cuda.is_current_stream_capturing()
+    if not on_gpu(device):
+        return False
+    if torch.cuda.device_count() < 2:
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):  # its own current stream
+        return torch.cuda.is_current_stream_capturing()
 
 
 def stream_of(device: torch.device) -> int:

@@ -80,17 +80,38 @@ class _Balance(torch.autograd.Function):
                 "freed; compute the losses again, or pass retain_graph=True to balancer(losses)"
             )
         engine, losses, retain_graph = ctx.work
+        last = _must_be_last(engine, losses, retain_graph)
         if not retain_graph:
             ctx.work = None
         scale = loss_scale_or_none(grads[0])
         run = partial(_run, engine, losses, scale, retain_graph, ctx.inputs, ctx.gradients)
-        if hasattr(engine.rows, "parts") or set(map(_device, losses.losses)) != {engine.rows.device}:
-            # Each device has a thread of its own. What else is in this backward pass, a regulariser's part, could add
-            # to a .grad while all are set aside, and would count as a task's: it comes first.
+        if last:
             Variable._execution_engine.queue_callback(run)
         else:
             run()
         return None, None, None, None, None
+
+
+def _must_be_last(engine: Engine, losses: TaskLosses, retain_graph: bool) -> bool:
+    """Whether the passes come when everything else of the outer backward pass is done: with several devices.
+
+    Each device has a thread of its own. What else is in that pass, a regulariser's part, could add to a ``.grad`` while
+    all are set aside, and would count as a task's.
+
+    Raises:
+        RuntimeError: by then the graph of the losses may be freed.
+    """
+    device, heads = engine.rows.device, engine.heads.devices
+    several = hasattr(engine.rows, "parts") or {*map(_device, losses.losses), *(heads or ())} != {device}
+    if not retain_graph or torch._C._autograd._get_current_graph_task_keep_graph():
+        unknown = heads is None and device.type == "cuda" and torch.cuda.device_count() > 1
+        return several or unknown
+    if several:
+        raise RuntimeError(
+            "with parameters or losses on several devices the balancer's passes come after all else of the backward "
+            "pass, which frees the graph: call backward(retain_graph=True)"
+        )
+    return False
 
 
 @torch.no_grad()

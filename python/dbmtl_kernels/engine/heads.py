@@ -53,6 +53,7 @@ class HeadGradients:
         self._common: list[weakref.ref[Tensor]] | None = None
         self._heads: dict[int, Head] = {}  # by id
         self._known = False  # some of them from a wrapper or an optimizer
+        self.devices: set[torch.device] | None = None  # of those that the last step found
 
     # --- finding them -----------------------------------------------------------------------------------------
 
@@ -93,6 +94,7 @@ class HeadGradients:
         found = self.search(losses, whole) if losses and not wrapped else None
         if self._common:
             self._watch([p for ref in self._common if (p := ref()) is not None], "graph")
+        self.devices = {head.parameter.device for head in self._heads.values()}
         return found
 
     def search(self, losses: Sequence[Tensor], whole: bool = True) -> Meeting | None:

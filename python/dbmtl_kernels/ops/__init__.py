@@ -80,7 +80,9 @@ def _balance_fake(
 _LIBRARY = torch.library.Library("dbmtl_kernels", "DEF")
 _LIBRARY.define(
     "balance_(Tensor grads, Tensor(a!) ema, float beta, float eps, str scale, float constant, str backend) "
-    "-> (Tensor, Tensor)"
+    "-> (Tensor, Tensor)",
+    # Counters and scratch outlive a call: they must not lie in the memory of a graph that torch.compile makes.
+    tags=[torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else (),
 )
 _LIBRARY.impl("balance_", balance_, "CompositeExplicitAutograd")
 torch.library.register_fake("dbmtl_kernels::balance_", _balance_fake, lib=_LIBRARY)
@@ -105,6 +107,8 @@ def unseen(grads: Tensor, ema: Tensor) -> bool:
     ):
         return False
     kind = ema.device.type
+    if kind == "meta":
+        return False
     plain = _plain.get(kind)
     if plain is None:
         plain = _plain[kind] = _dispatch_keys(torch.empty(0, device=kind))

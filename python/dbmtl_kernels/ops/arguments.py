@@ -218,7 +218,10 @@ def check_accumulate(
         if not grad.is_contiguous() or grad.is_neg():
             tensors = list(grads) if tensors is grads else tensors
             tensors[len(codes)] = grad = grad.contiguous().resolve_neg()
-        addresses.append(grad.data_ptr() if pointers else 0)
+        address = grad.data_ptr() if pointers else 0
+        if address == 0 and pointers and numel and not grad._is_zerotensor():  # to a kernel that stands for zeros
+            raise TypeError(f"grads[{len(codes)}] has no memory of its own: {type(grad).__name__}")
+        addresses.append(address)
         codes.append(code)
     some = min(codes, default=0) % _MISSING
     return Gradients(tensors, addresses, bytes(codes).replace(bytes([_MISSING]), bytes([some])))

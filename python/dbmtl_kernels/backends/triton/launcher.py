@@ -63,7 +63,7 @@ def launch(
     run = _compiled.get(key)
     if run is None:
         compiled = kernel.warmup(*args, grid=(grid,), **meta, **options(tuning, cooperative)) if READ else None
-        if compiled is None or not hasattr(compiled, "__getitem__"):  # or a hook of Triton's keeps it to itself
+        if compiled is None or not hasattr(type(compiled), "__getitem__"):  # or a hook of Triton's keeps it to itself
             kernel[(grid,)](*args, **meta, **options(tuning, cooperative))
             return None
         run = _compiled[key] = _again(compiled[(grid, 1, 1)], [meta[name] for name in kernel.arg_names[len(args) :]])
