@@ -138,7 +138,7 @@ __device__ inline void store(T* base, const T (&x)[kCount], const Slice<kUnit, k
     if (kHint == Hint::kStream)
       __stcs(p, packed<kUnit>(x, j));
     else
-      *p = packed<kUnit>(x, j);
+      __stwb(p, packed<kUnit>(x, j));  // a plain assignment would be taken apart into stores of 32 bits
   }
 }
 

@@ -118,10 +118,10 @@ THREADS = {"balance_kernel": 512, "accumulate_kernel": 256, "rows_kernel": 256, 
 BLOCKS = {"balance_kernel": 1, "accumulate_kernel": 3, "rows_kernel": 2, "gramian_kernel": 2}
 FIGURES = {
     "balance_kernel f 1": (48, (16.5, 2.5), (30, 0.5)),
-    "balance_kernel f 2": (64, (5.2, 0), (5.2, 0)),
-    "balance_kernel bf16 1": (64, (16, 2.25), (28, 0.25)),
+    "balance_kernel f 2": (64, (5.3, 0), (5.3, 0)),
+    "balance_kernel bf16 1": (64, (16.2, 2.25), (28, 0.25)),
     "balance_kernel bf16 2": (64, (6.2, 0), (6.2, 0)),
-    "balance_kernel d 1": (64, (26, 5.25), (26, 5.25)),
+    "balance_kernel d 1": (64, (28, 5.25), (28, 5.25)),
     "balance_kernel d 2": (64, (10.5, 2.25), (10.5, 2.25)),
     "accumulate_kernel f": (72, (11.3, 2.1), (22, 0.35)),
     "accumulate_kernel f of d": (72, (12.8, 3.2), (25, 1.65)),
@@ -130,7 +130,7 @@ FIGURES = {
     "accumulate_kernel d of d": (60, (20, 5.25), (20, 5.25)),
     "rows_kernel f": (64, (5.3, 0), (5.3, 0)),
     "rows_kernel bf16": (64, (6, 0), (6, 0)),
-    "rows_kernel d": (64, (10.5, 2.25), (10.5, 2.25)),
+    "rows_kernel d": (64, (10.7, 2.25), (10.7, 2.25)),
     "gramian_kernel": (64, (0, 0), (0, 0)),
 }
 
@@ -172,6 +172,23 @@ def test_aligned_kernels_move_128_bits(built):
         else:
             assert re.search(r"\bLDG\.E\.[\w.]*128", text), where
             assert re.search(r"\bSTG\.E\.[\w.]*128", text) or kernel == "gramian_kernel", where  # stores K x K numbers
+
+
+def test_what_main_loops_store_is_whole_units(built):
+    """16 bytes, or as many elements of the narrower dtype: a row of two dtypes, or of gradients that are wider."""
+    for (arch, name), (*_, text) in built.items():
+        kernel, (rows, unit) = kernel_of(name), dtypes_of(name)
+        if kernel == "gramian_kernel" or unit == 1:
+            continue
+        size = {"d": 8, "f": 4, "bf16": 2}[rows]
+        for main in main_loops(name, text):
+            least = min(one.loads for one in loads_of(main.loop))
+            narrower = rows == "bf16" or (rows == "f" and "of d" in main.line)
+            expected = unit * size if kernel == "balance_kernel" else least if narrower else 16
+            stored = [sass.num_bytes(one.name) for one in main.loop.body if one.name.startswith("STG.")]
+            assert set(stored) <= {expected}, (arch, name, main.line, stored)
+            update = kernel == "accumulate_kernel" or main.line.endswith(" 1")
+            assert len(stored) * expected == update * main.elements * size, (arch, name, main.line)
 
 
 def test_bytes_in_flight_and_instructions_are_within_the_figures(built):

@@ -248,6 +248,10 @@ template <class T>
 void __stcs(T* p, T x) {
   *p = x;
 }
+template <class T>
+void __stwb(T* p, T x) {
+  *p = x;
+}
 
 namespace dbmtl {
 

@@ -29,7 +29,7 @@ class Instruction(NamedTuple):
     @property
     def loads(self) -> int:
         """Bytes of global memory that a thread loads."""
-        return _bytes(self.name) if self.name.startswith("LDG.") else 0
+        return num_bytes(self.name) if self.name.startswith("LDG.") else 0
 
     @property
     def slow(self) -> bool:
@@ -71,13 +71,13 @@ class Instruction(NamedTuple):
         if name.startswith("F2F.F32.F64"):
             return 2 if index == 1 else 1
         if name.startswith(("STG.", "STS.")) and index > 0:
-            return max(1, min(4, _bytes(name) // 4))
+            return max(1, min(4, num_bytes(name) // 4))
         if name.startswith(("LDG.", "LDS.")) and index == 0:
-            return max(1, min(4, _bytes(name) // 4))
+            return max(1, min(4, num_bytes(name) // 4))
         return 1
 
 
-def _bytes(name: str) -> int:
+def num_bytes(name: str) -> int:
     """Bytes that a load or a store moves."""
     for bits in (256, 128, 64):
         if f".{bits}" in name:
