@@ -35,7 +35,7 @@ stage() { # NAME SECONDS COMMAND...: its output into the log, a row of how it en
     ((code == 9)) && verdict+=", compute-sanitizer found something"
     ((code == 124 || code == 137)) && verdict="${late:-$verdict, killed, or ran past $limit s}"
     [[ $verdict == FAULT* ]] && failed=1 || code=0
-    [[ $1 == tests* ]] && rows note "$1, last line" "$(grep -E '%\]|passed|failed' "$out/log.txt" | tail -n 1)"
+    [[ $1 == tests* ]] && rows note "$1, last line" "$(grep -E '%\]|[0-9] (passed|failed|skipped)' "$out/log.txt" | tail -n 1)"
     rows note "$1" "$verdict" $((SECONDS - began))
     return "$code"
 }
