@@ -1,7 +1,7 @@
 """Checks and times on a GPU: ``python benchmarks/gpu.py OUT SECTION BACKEND...``, a process of gpu_suite.sh.
 
-Results are compared with float64 before they are timed; ``parity`` only compares, ``first`` has no torch.compile. Exit
-code: 1 after a fault, 3 if the device was lost with it. TRITON_INTERPRET=1: on a CPU, at tiny sizes, by one clock.
+Results are compared with float64, twice before they are timed and once after; ``parity`` only compares, ``first`` has
+no torch.compile. Exit code: 1 after a fault of ours, 3 if the device was lost. TRITON_INTERPRET=1: tiny, on a CPU.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ import contenders
 import test_step
 import timing
 import torch
-from contenders import BETA, EPS, Call, close, poison
-from dbmtl_kernels import backends, ops
+from contenders import Call, close
+from dbmtl_kernels import backends
 from gpu_rows import Rows, card
-from torch import Tensor
 
 CPU = bool(os.environ.get("TRITON_INTERPRET"))
 DEVICE = torch.device("cpu" if CPU else "cuda")
@@ -39,10 +38,11 @@ class Suite:
         self.rows, self.section, self.backends = Rows(folder), section, backends
         self.rounds, self.warmup = (1, 1) if CPU else (9 if section == "first" else 25, 4)
         self.compiled = section not in ("parity", "first")
-        self.faults, self.copied = 0, 1.0
+        self.faults, self.copied = 0, None
+        self.ours = lambda name: name.split(",")[0] in backends
 
     def passes(self, what: str, name: str, run: Call, **size: Any) -> bool:
-        """Whether ``run`` does not raise; if it does, a row says so."""
+        """Whether ``run`` does not raise; if it does, a row says so. A rival that is wrong is no fault."""
         try:
             run()
             torch.zeros(1, device=DEVICE).item()  # the device has done it
@@ -51,43 +51,49 @@ class Suite:
             verdict = "skipped: needs more memory than the card has"
         except Exception as error:
             traceback.print_exc()
-            self.faults += 1
-            verdict = f"FAULT {type(error).__name__}: {error}"[:200]
+            fault = what == "section" or self.ours(name)
+            self.faults += fault
+            verdict = f"{'FAULT' if fault else 'wrong, not timed:'} {type(error).__name__}: {error}"[:200]
         self.rows.add(what, name, verdict=verdict, **size)
-        if "CUDA error" in verdict:  # after an illegal access nothing works any more
-            sys.exit(3)
+        if any(words in verdict for words in ("CUDA error", "CUDA: ", "[CUDA]")):
+            sys.exit(3)  # after an illegal access nothing works any more
         return False
 
     def case(
         self, what: str, calls: dict[str, Call], check: Call, moved: int, targets: Sequence[tuple[Any, float | None]],
         run: Call = lambda call: call, bare: dict[str, Call] | None = None, **size: Any,
     ) -> None:  # fmt: skip
-        """Check ``calls``; time ``run(call)`` of those that are right, of one of ours twice (A/A), and of ``bare``.
+        """Check ``calls``; time ``run(call)`` of those that are right and stay so, of one of ours twice, of ``bare``.
 
         Then each of ours by the device's clock against the fastest of those whose names begin as ``targets`` say, or a
         "copy" of ``moved`` bytes: how many times as fast it must be. With ``bare``: in what comes on top of the first.
         """
-        ours = [name for name in calls if name.split(",")[0] in self.backends]
         if self.section == "parity":
-            calls, what, size = {n: calls[n] for n in ours}, " ".join(map(str, ("parity:", what, *size.values()))), {}
-        right = {n: run(call) for n, call in calls.items() if self.passes(what, n, partial(check, call), **size)}
-        ours = [name for name in ours if name in right]
+            what, size = " ".join(map(str, ("parity:", what, *size.values()))), {}
+            calls = {name: call for name, call in calls.items() if self.ours(name)}
+        right = lambda name: self.passes(what, name, partial(check, calls[name]), **size)  # noqa: E731
+        known = [name for name in calls if right(name) and right(name)]  # whoever does nothing may be right once
         if self.section == "parity":
-            for name in right:
-                self.rows.add(what, name, verdict="right", **size)
+            for name in known:
+                self.rows.add(what, name, verdict="right")
             return
-        again = {f"{name}, again": right[name] for name in ours[:1]}
-        bares = {name: run(call) for name, call in (bare or {}).items()}
+        timed = {name: run(calls[name]) for name in known}
+        again = {f"{name}, again": timed[name] for name in [*filter(self.ours, known)][:1]}
+        timed |= again | {name: run(call) for name, call in (bare or {}).items()}
         clocks = timing.by_host_twice if CPU else timing.by_device_and_host
-        times, now = timing.interleaved(right | again | bares, self.rounds, self.warmup, clocks), card()
+        times, now = timing.interleaved(timed, self.rounds, self.warmup, clocks), card()
+        wrong = [name for name in known if not right(name)]
+        times = {name: found for name, found in times.items() if name.removesuffix(", again") not in wrong}
         median = {name: statistics.median(device for device, _ in found) for name, found in times.items()}
-        self.copied = moved / median["torch"] if what == "copy" else self.copied
+        self.copied = moved / median["torch"] if "torch" in median else self.copied
         for name, (index, clock) in itertools.product(times, enumerate(("device", "host"))):
-            share = {} if bares or index else {"bytes": moved, "of_copy": moved / median[name] / self.copied}
+            of_copy = moved / median[name] / self.copied if self.copied else None
+            share = {} if bare or index else {"bytes": moved, "of_copy": of_copy}
             found = timing.summary([pair[index] for pair in times[name]])
             self.rows.add(what, name, clock=clock, **found, **share, **size, **now)
-        base = median[next(iter(bares))] if bares else 0.0
-        beyond = {name: found - base for name, found in median.items()} | {"copy": moved / self.copied}
+        beyond = {name: found - (median[next(iter(bare))] if bare else 0.0) for name, found in median.items()}
+        beyond |= {"copy": moved / self.copied} if self.copied else {}
+        ours = [name for name in known if name in times and self.ours(name)]
         for name, (rivals, target) in itertools.product(ours, [*targets, *((name, None) for name in again)]):
             of = beyond if rivals in (BEST, "copy") else median
             against = min((rival for rival in of if rival.startswith(rivals)), key=of.__getitem__, default="")
@@ -100,31 +106,22 @@ class Suite:
 
 def copy(suite: Suite) -> None:
     """Bytes a second of a device-to-device copy: what a share of the bandwidth is a share of."""
-    source = torch.randn(250 * M, device=DEVICE)
-    target = torch.full_like(source, torch.nan)
+    source, target = torch.randn(250 * M, device=DEVICE), torch.full((250 * M,), torch.nan, device=DEVICE)
     check = lambda call: close(call(), source, 0.0, "the copy")  # noqa: E731
-    suite.case("copy", {"torch": lambda: target.copy_(source)}, check, 8 * len(source), [], P=len(source))
+    suite.case("copy", {"torch": partial(target.copy_, source)}, check, 8 * len(source), [], P=len(source))
 
 
 def dense(suite: Suite, K: int, P: int, dtype: torch.dtype = torch.float32) -> None:
-    """The op on a K x P matrix, Triton's in two launches too. Small inputs take turns, lest they stay in the cache."""
-    large, copies = K * P * dtype.itemsize >= 1000 * M, min(120, 1 + 150 * M // (K * P * dtype.itemsize))
-    inputs, turn = [torch.randn(2, K, P, device=DEVICE).to(dtype) for _ in range(copies)], itertools.count()
-
-    def call(backend: str, launches: str, *tensors: Tensor) -> Tensor:
-        os.environ["DBMTL_TRITON_LAUNCHES"] = launches
-        return contenders.ours(*tensors, backend=backend)
-
-    calls = {name: partial(call, name, "") for name in suite.backends}
-    calls |= {f"{name}, two launches": partial(call, name, "2") for name in calls if name == "triton"}
-    calls |= contenders.rivals(suite.compiled, **COMPILE)
+    """The op on a K x P matrix, Triton's in two launches too."""
+    large, inputs = K * P * dtype.itemsize >= 1000 * M, torch.randn(2, K, P, device=DEVICE).to(dtype)
+    calls = contenders.forms(suite.backends) | contenders.rivals(suite.compiled, **COMPILE)
     targets: list[tuple[Any, float | None]] = [("copy", 0.9), ("copy", 0.97)] if large else [("copy", None)]
     if dtype == torch.float32:
         best = 1.2 if large else 3.0 if P == M else None
         targets += [(BEST, best if suite.compiled else None), ("authors", 4.0)]
     suite.case(
-        "dense", calls, partial(contenders.check_dense, *inputs[0]), (4 * K + 1) * P * dtype.itemsize, targets,
-        lambda call: lambda: call(*inputs[next(turn) % copies]), K=K, P=P, dtype=str(dtype)[6:],
+        "dense", calls, partial(contenders.check_dense, *inputs), (4 * K + 1) * P * dtype.itemsize, targets,
+        lambda call: partial(call, *inputs), K=K, P=P, dtype=str(dtype)[6:],
     )  # fmt: skip
 
 
@@ -133,10 +130,7 @@ def step(suite: Suite, what: str, batch: int, widths: tuple[int, ...] = WIDTHS) 
     problem = test_step.Problem(suite.backends, widths, batch, str(DEVICE))
     K, P = test_step.K, sum(p.numel() for p in problem.trunk.parameters())
     calls = {name: partial(test_step.ours, name) for name in suite.backends}
-    for kind in ("cat", "foreach"):
-        calls[f"eager ({kind})"] = test_step.eager(kind)
-        if suite.compiled:
-            calls[f"torch.compile ({kind})"] = test_step.eager(kind, partial(torch.compile, **COMPILE))
+    calls |= test_step.rivals(suite.compiled, **COMPILE)
     bare = {"bare, let go": test_step.bare_let_go, "bare, adding up": test_step.bare}
     limit = 0.95 * (5 * K + 1) / (4 * K + 1) if suite.compiled else None  # by the bytes that either moves
     targets = [(BEST, limit), ("copy", None)] if what == "engine" else [(name, 1 / 1.05) for name in bare]
@@ -146,49 +140,26 @@ def step(suite: Suite, what: str, batch: int, widths: tuple[int, ...] = WIDTHS) 
     )  # fmt: skip
 
 
-def each_op(backend: str, rows: Tensor, squares: Tensor, grads: list[Tensor], segments: Tensor) -> dict[str, Call]:
-    """Each op of a backend; a call returns what it wrote."""
-    out, (total, *stats) = torch.full_like(rows[0], torch.nan), torch.full((3, *squares.shape), torch.nan).to(squares)
-    counts = [torch.zeros(len(rows), dtype=dtype, device=DEVICE) for dtype in (torch.bool, torch.int64)]
-    end = (ops.Stats(squares, *stats, *counts), [out], [0], None, None, 1.0, EPS, "max", 0.0, True, False)
-    given = (rows[0], total[:1], grads, segments, (BETA, 1.0 - BETA), None, backend)
-    return {
-        "accumulate_": lambda: ops.accumulate_(*given) or [rows[0], total[:1]],
-        "balance_rows_": lambda: ops.balance_rows_(ops.BalanceRows(rows, *end), backend) or [out, *stats],
-        "combine_out": lambda: ops.combine_out(rows, squares, out, False, backend) or [out],
-        "gramian": lambda: [ops.gramian(rows, backend)],
-    }
-
-
 def alone(suite: Suite, K: int, sizes: list[int]) -> None:
     """Each op alone, on K rows of parameters of ``sizes``, also with plain PyTorch."""
     *starts, P = itertools.accumulate(sizes, lambda end, size: end + -(-size // 32) * 32, initial=0)
     segments, grads = torch.tensor([*zip(starts, sizes, strict=True)]), [torch.randn(n, device=DEVICE) for n in sizes]
-    rows, squares = torch.randn(K, P, device=DEVICE), torch.rand(K, dtype=torch.float64, device=DEVICE)
-
-    def check(name: str, call: Call) -> None:
-        expected = each_op("eager", rows.double(), squares, [grad.double() for grad in grads], segments)[name]()
-        poison(expected[0], torch.float32)
-        for actual, wanted in zip(call(), expected, strict=True):
-            close(actual, wanted, 1e-5, "the result")
-
+    given = torch.randn(K, P, device=DEVICE), torch.rand(K, dtype=torch.float64, device=DEVICE), grads, segments
     for name, moved in {"accumulate_": 3, "balance_rows_": K + 1, "combine_out": K + 1, "gramian": K}.items():
-        calls = {
-            backend: each_op(backend, rows, squares, grads, segments)[name] for backend in (*suite.backends, "eager")
-        }
-        targets = [("eager", None), ("copy", None)]
-        suite.case(name, calls, partial(check, name), 4 * moved * P, targets, K=K, P=P, dtype="float32")
+        calls = {backend: contenders.each_op(backend, *given)[name] for backend in (*suite.backends, "eager")}
+        check, targets = partial(contenders.check_op, name, *given), [("eager", None), ("copy", None)]
+        suite.case(name, calls, check, 4 * moved * P, targets, K=K, P=P, dtype="float32")
 
 
 LARGE, SMALL = partial(dense, K=3, P=100 * M), partial(dense, K=3, P=M)
 ENGINE, STEP = partial(step, what="engine", batch=16), partial(step, what="step", batch=16 if CPU else 4096)
 OTHERS, HALF = ((11, 50 * M), (3, 2 * M), (3, M // 10)), partial(dense, K=3, P=200 * M, dtype=torch.bfloat16)
-# The tasks and about the shared parameters of QM9, of NYUv2 with a ResNet-50, of CelebA.
+# Tasks and, about, shared parameters of QM9, of NYUv2 with a ResNet-50, of CelebA.
 PROTOCOLS = ((11, [50 * M // 1000] * 12), (3, [149 * M // 1000] * 161), (40, [250 * M // 1000] * 20))
 SECTIONS: dict[str, list[Call]] = {
-    "parity": [  # whole tiles, a rest, rows that do not lie on 16 bytes
+    "parity": [  # whole tiles, a rest, rows off 16 bytes; last, what waits at a barrier
+        partial(alone, K=3, sizes=[4096, 77, 1, 8193]), partial(step, what="engine", batch=8, widths=(31, 65, 129)),
         partial(dense, K=3, P=32768), partial(dense, K=11, P=5003), partial(dense, K=3, P=8192, dtype=torch.bfloat16),
-        partial(step, what="engine", batch=8, widths=(31, 65, 129)), partial(alone, K=3, sizes=[4096, 77, 1, 8193]),
     ],
     "first": [copy, LARGE, ENGINE, SMALL, STEP],
     "dense": [copy, LARGE, SMALL, HALF, *(partial(dense, K=K, P=P) for K, P in OTHERS)],

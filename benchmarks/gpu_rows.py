@@ -1,7 +1,8 @@
 """Rows of the GPU suite, and the page drawn from them. Needs no torch.
 
-``python benchmarks/gpu_rows.py note OUT WHAT CONTENDER VERDICT [SECONDS]`` adds a row to OUT/gpu_CARD.csv;
-``python benchmarks/gpu_rows.py page [FILE...]`` prints the page. A file of another schema is refused.
+``python benchmarks/gpu_rows.py note OUT STAGE VERDICT [SECONDS]`` adds a row to OUT/gpu_CARD.csv; ``ended OUT`` prints
+which stages ended on this card at this commit, as "STAGE=EXIT CODE" lines; ``page [FILE...]`` prints the page. A file
+of another schema is refused.
 """
 
 import csv
@@ -34,38 +35,35 @@ def read(path: Path) -> list[Row]:
         reader = csv.DictReader(file)
         rows = list(reader)
     found = {row.get("schema") or "none" for row in rows} or {"none"}
-    if found != {str(SCHEMA)} or reader.fieldnames != FIELDS:
-        raise SystemExit(
-            f"{path}: rows of schema {', '.join(sorted(found))}; needed: schema {SCHEMA}, with its columns"
-        )
+    short = any(None in (*row, *row.values()) for row in rows)
+    if found != {str(SCHEMA)} or reader.fieldnames != FIELDS or short:
+        found = f"{'a row with missing cells, ' if short else ''}rows of schema {', '.join(sorted(found))}"
+        raise SystemExit(f"{path}: {found}; needed: schema {SCHEMA}, with its columns")
     return rows
 
 
 def card() -> Row:
     """Which is here, and its clocks now."""
     found = getoutput("nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader,nounits")
-    here = "TRITON_INTERPRET" not in os.environ and found.count(",") >= 3
-    return dict(
-        zip(CARD, found.split("\n")[0].split(", ") if here else ("no card: a dry run", "", "", ""), strict=True)
-    )
+    lines = re.findall(r"^(.+), ([\d.]+), (.+), (.+)$", found, re.MULTILINE)  # there may be warnings too
+    lines = [("no card: a dry run", "", "", "")] if "TRITON_INTERPRET" in os.environ else lines
+    return dict(zip(CARD, [*lines, ("unknown card", "", "", "")][0], strict=True))
 
 
 class Rows:
     """The file of the card that is here, in ``folder``; it only grows."""
 
     def __init__(self, folder: Path) -> None:
-        torch, triton = (str(Path(util.find_spec(name).origin).parent) for name in ("torch", "triton"))
-        version = runpy.run_path(f"{torch}/version.py")
+        version = runpy.run_path(str(Path(util.find_spec("torch").origin).with_name("version.py")))
         self.common = {
             "schema": SCHEMA, **card(), "torch": version["__version__"], "cuda": version["cuda"],
-            "triton": re.findall(r"__version__ = '(.*)'", Path(triton, "__init__.py").read_text())[0],
+            "triton": re.findall(r"__version__ = '(.*)'", Path(util.find_spec("triton").origin).read_text())[0],
             "nvcc": "".join(re.findall(r"release ([\d.]+)", getoutput("nvcc --version"))) or "none",
-            "commit": os.environ.get("COMMIT") or getoutput("git describe --always --dirty 2> /dev/null") or "unknown",
+            "commit": os.environ.get("COMMIT") or "unknown",
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),  # it began
         }  # fmt: skip
         self.path = folder / f"gpu_{re.sub('[^a-z0-9]+', '_', self.common['card'].lower())}.csv"
-        if self.path.exists():
-            read(self.path)
+        self.before = read(self.path) if self.path.exists() else []
 
     def add(self, what: str, contender: str, **values: Any) -> None:
         """A row: written, flushed and said."""
@@ -77,35 +75,44 @@ class Rows:
             writer.writerow({**self.common, "what": what, "contender": contender, **values})
         print(what, contender, *(f"{key}={value}" for key, value in values.items()), flush=True)
 
+    def ended(self) -> str:
+        """Which stages ended here at this commit, with their last exit codes; a build is made anew."""
+        known = [row for row in self.before if row["what"] == "stage" and row["seconds"]]
+        known = [row for row in known if row["commit"] == self.common["commit"] != "unknown"]
+        codes = {row["contender"]: re.match(r"done|FAULT: exit code (\d+)", row["verdict"]) for row in known}
+        return "".join(f"{name}={code[1] or 0}\n" for name, code in codes.items() if code and name != "build")
+
 
 def stays(rows: Iterable[Row], what: str) -> str:
     """Which backend's kernel of an op stays, by the rule of docs/backends.md."""
     sizes: dict[tuple[str, ...], dict[str, float]] = {}
     for row in rows:
         if row["what"] == what and row["clock"] == "device" and row["p50_ms"]:
-            sizes.setdefault(tuple(row[name] for name in SIZE), {})[row["contender"]] = float(row["p50_ms"])
-    both = [times for times in sizes.values() if {"triton", "triton, again", "cuda"} <= times.keys()]
-    if not both:
+            same_run = tuple(row[name] for name in (*SIZE, "commit", "date"))
+            sizes.setdefault(same_run, {})[row["contender"]] = float(row["p50_ms"])
+    sizes = {run: times for run, times in sizes.items() if {"triton", "triton, again", "cuda"} <= times.keys()}
+    if not sizes:
         return "not yet measured"
-    ratio = geometric_mean(times["triton"] / times["cuda"] for times in both)
-    spread = max(abs(times["triton, again"] / times["triton"] - 1.0) for times in both)
+    times = list(sizes.values())
+    ratio, same = (geometric_mean(t["triton"] / t[other] for t in times) for other in ("cuda", "triton, again"))
+    spread, commits = abs(same - 1.0), " and ".join(sorted({run[-2] for run in sizes}))
     kept = "cuda stays" if ratio > 1.0 + spread else "triton stays" if ratio < 1.0 - spread else "a tie: triton stays"
-    return f"{kept} (cuda is {ratio:.3f} times as fast over {len(both)} sizes, A/A spread {spread:.1%})"
+    return f"{kept} (cuda is {ratio:.3f} times as fast over {len(sizes)} sizes, A/A spread {spread:.1%}, at {commits})"
 
 
 def page(paths: Iterable[Path]) -> str:
-    """Markdown; of each size, check and stage the last run counts."""
+    """Markdown. Of a contender at a size, a check, a stage the last run counts; one that has no times hides none."""
     cards: dict[str, dict[Any, list[Row]]] = {}
     for row in (row for path in paths for row in read(path)):
         runs = cards.setdefault(row["card"], {})
-        last = runs.setdefault(tuple(row[name] for name in SIZE) + (() if row["P"] else (row["contender"],)), [])
-        last[:] = [earlier for earlier in last if earlier["date"] == row["date"]] + [row]
+        last = runs.setdefault(tuple(row[name] for name in (*SIZE, "contender")), [])
+        last[:] = [old for old in last if (row["P"] and not row["p50_ms"]) or old["date"] == row["date"]] + [row]
     text = "# GPU results\n\nDrawn by `python benchmarks/gpu_rows.py page benchmarks/results/gpu_*.csv`; not by hand.\n"
     for name, runs in cards.items() or [("No card", {})]:
-        rows = [row for last in runs.values() for row in last]
+        rows, who = [row for last in runs.values() for row in last], (*SIZE, "contender")
         for title, head, lines in (
-            ("times", (*SIZE, "contender", "clock", *TIMES, *CARD[1:]), [row for row in rows if row["p50_ms"]]),
-            ("verdicts", (*SIZE, "contender", *VERDICT, *VERSIONS), [row for row in rows if not row["p50_ms"]]),
+            ("times", (*who, "clock", *TIMES, *CARD[1:], "commit"), [row for row in rows if row["p50_ms"]]),
+            ("verdicts", (*who, *VERDICT, *VERSIONS), [row for row in rows if not row["p50_ms"]]),
             ("which kernel stays", ("op", "verdict"), [{"op": op, "verdict": stays(rows, OPS[op])} for op in OPS]),
         ):
             cells = [head, ["---"] * len(head), *([line[key] for key in head] for line in lines)]
@@ -115,8 +122,11 @@ def page(paths: Iterable[Path]) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "page":
-        print(page(map(Path, sys.argv[2:])), end="")
+    act, *given = sys.argv[1:]
+    if act == "page":
+        print(page(map(Path, given)), end="")
+    elif act == "ended":
+        print(Rows(Path(given[0])).ended(), end="")
     else:
-        folder, what, contender, verdict, seconds, *_ = [*sys.argv[2:], ""]
-        Rows(Path(folder)).add(what, contender, verdict=verdict, seconds=seconds)
+        folder, name, verdict, seconds, *_ = [*given, ""]
+        Rows(Path(folder)).add("stage", name, verdict=verdict, seconds=seconds)

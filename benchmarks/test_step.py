@@ -1,5 +1,6 @@
 """A whole training step: an MLP trunk of 8 M parameters, K=3, batch 32, against the bare K backward passes."""
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -39,6 +40,15 @@ class Problem:
         for kind in kinds:
             options = {"backend": kind} if isinstance(kind, str) else {"state_dtype": kind}
             self.balancers[kind] = dbk.DBMTL(self.trunk.parameters(), K, **options)
+        self.at_first = copy.deepcopy({kind: balancer.state_dict() for kind, balancer in self.balancers.items()})
+        self.states: dict[Call, torch.Tensor] = {}  # of those who keep none of their own
+
+    def begin(self) -> None:
+        """Forget all steps."""
+        self.optimizer.zero_grad()
+        self.states.clear()
+        for kind, state in self.at_first.items():
+            self.balancers[kind].load_state_dict(state)
 
     def losses(self) -> list[torch.Tensor]:
         z = self.trunk(self.x)
@@ -91,8 +101,8 @@ def authors(problem, losses):
         rows.append(flat)
     sum(torch.log(loss + 1e-8) for loss in losses).backward(inputs=list(problem.heads.parameters()))
     grads = torch.stack(rows)
-    state = getattr(problem, "state", torch.zeros_like(grads))
-    problem.state = new = grads + 0.9 * (state - grads)
+    state = problem.states.get(authors, torch.zeros_like(grads))
+    problem.states[authors] = new = grads + 0.9 * (state - grads)
     norms = new.norm(dim=-1)
     alpha = norms.max() / (norms + 1e-8)
     out = sum(alpha[i] * new[i] for i in range(K))
@@ -105,7 +115,6 @@ def authors(problem, losses):
 def eager(kind: str, change: Call = lambda call: call) -> Call:
     """K backward passes gathered by "cat" and lerp_ (7 K P + P elements), or by "foreach" lerp_ (5 K P + P)."""
     cat = change(lambda row, grads: row.lerp_(torch.cat([grad.reshape(-1) for grad in grads]), 1.0 - BETA))
-    state = torch.empty(0)
 
     @change
     def combine(state):
@@ -113,11 +122,11 @@ def eager(kind: str, change: Call = lambda call: call) -> Call:
         return (norms.max() / (norms + EPS)) @ state
 
     def backward(problem, losses):
-        nonlocal state
         shared = list(problem.trunk.parameters())
         sizes = [p.numel() for p in shared]
-        if not state.numel():
-            state = torch.zeros(K, sum(sizes), device=shared[0].device)
+        if backward not in problem.states:
+            problem.states[backward] = torch.zeros(K, sum(sizes), device=shared[0].device)
+        state = problem.states[backward]
         for t, loss in enumerate(losses):
             torch.log(loss).backward(retain_graph=t < K - 1)
             grads = [p.grad for p in shared]
@@ -131,14 +140,21 @@ def eager(kind: str, change: Call = lambda call: call) -> Call:
     return backward
 
 
+def rivals(compiled: bool, **options) -> dict[str, Call]:
+    """What our step is measured against, by name; compiling, with ``options``, happens at the first call."""
+    found = {f"eager ({kind})": eager(kind) for kind in ("cat", "foreach")}
+    compiler = partial(torch.compile, **options)
+    return found | {f"torch.compile ({k})": eager(k, compiler) for k in ("cat", "foreach") if compiled}
+
+
 def check(problem: Problem, backward: Call) -> None:
-    """Raise unless ``backward``, in its first step, leaves in ``.grad`` what float64 makes of the tasks' gradients."""
+    """Raise unless a first step of ``backward`` leaves in ``.grad`` what float64 makes of the tasks' gradients."""
     shared = list(problem.trunk.parameters())
     flat = lambda grads: torch.cat([grad.reshape(-1) for grad in grads])  # noqa: E731
     logs = [torch.log(loss) for loss in problem.losses()]
     grads = torch.stack([flat(torch.autograd.grad(log, shared, retain_graph=True)) for log in logs])
     expected, _ = exact(grads, torch.zeros_like(grads))
-    problem.optimizer.zero_grad()
+    problem.begin()
     poison(expected, torch.float32)
     backward(problem, problem.losses())
     close(flat([p.grad for p in shared]), expected, 1e-4, "the balanced .grad")

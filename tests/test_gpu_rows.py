@@ -52,7 +52,7 @@ def test_a_file_of_another_schema_is_refused(tmp_path, monkeypatch, file, found)
 
 def test_a_row_says_where_it_is_from_and_files_only_grow(tmp_path):
     for verdict in ("first", "second"):
-        note = ["note", tmp_path, "stage", "build", verdict, "7"]
+        note = ["note", tmp_path, "build", verdict, "7"]
         subprocess.run([sys.executable, SCRIPT, *note], check=True, env=DRY)
     first, second = gpu_rows.read(tmp_path / "gpu_no_card_a_dry_run.csv")
     assert [row["verdict"] for row in (first, second)] == ["first", "second"]
@@ -64,6 +64,60 @@ def test_a_row_says_where_it_is_from_and_files_only_grow(tmp_path):
     page = gpu_rows.page(tmp_path.glob("*.csv"))
     assert "second" in page
     assert "first" not in page
+
+
+def test_a_row_with_missing_cells_is_refused(tmp_path):
+    path = written(tmp_path / "a.csv")
+    whole = path.read_text()
+    for cells in ("1,dense,3\r\n", whole.splitlines()[1] + ",more\r\n"):
+        path.write_text(whole + cells)
+        with pytest.raises(SystemExit, match="a row with missing cells"):
+            gpu_rows.page([path])
+
+
+def stage(path, contender, verdict, **values):
+    row = {"what": "stage", "contender": contender, "verdict": verdict, "seconds": "7", "commit": "abc123", "P": ""}
+    written(path, **{**row, **values})
+
+
+def test_stages_that_ended_at_this_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    path = tmp_path / "gpu_no_card_a_dry_run.csv"
+    stage(path, "parity triton", "cut off: 9 s are over")
+    stage(path, "parity triton", "FAULT: exit code 124, killed, or ran past 60 s")
+    stage(path, "parity cuda", "done")
+    stage(path, "first triton cuda", "cut off: 115 s are over")
+    stage(path, "tests of parity", "done in part: 200 s are over")
+    stage(path, "dense triton cuda", "done", commit="def456")
+    stage(path, "step triton cuda", "done", commit="unknown")
+    stage(path, "memcheck", "skipped: it is not here", seconds="")
+    stage(path, "build", "done")
+    found = {}
+    for commit in ("abc123", "def456", "", "unknown"):
+        monkeypatch.setenv("COMMIT", commit)
+        found[commit] = gpu_rows.Rows(tmp_path).ended().splitlines()
+    assert found == {
+        "abc123": ["parity triton=124", "parity cuda=0", "tests of parity=0"], "def456": ["dense triton cuda=0"],
+        "": [], "unknown": [],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3, 550.54.15, 1980, 2619", "NVIDIA H100 80GB HBM3"),
+        ("Warning: a, b, c\nNVIDIA A10, 535.1, 1695, [N/A]\nNVIDIA L4, 535.1, 1, 2", "NVIDIA A10"),
+        ("sh: nvidia-smi: not found", "unknown card"),
+        ("Failed, so, it, says", "unknown card"),
+    ],
+    ids=["a card", "a warning and two cards", "no such tool", "an error"],
+)
+def test_the_card_is_found_beside_warnings(monkeypatch, said, card):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(gpu_rows, "getoutput", lambda command: said)
+    assert gpu_rows.card()["card"] == card
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert gpu_rows.card()["card"] == "no card: a dry run"
 
 
 def test_what_has_no_rows_is_not_yet_measured():
@@ -90,12 +144,13 @@ def timed(path, triton, again, cuda, **values):
 )
 def test_which_kernel_stays(tmp_path, cuda, verdict):
     path = tmp_path / "a.csv"
-    timed(path, 1.0, 1.05, cuda, P="9")
-    timed(path, 10.0, 10.1, 10.0 * cuda, P="90")
+    timed(path, 1.0, 1.09, cuda, P="9", commit="abc")
+    timed(path, 10.0, 10.0, 10.0 * cuda, P="90", commit="def")
+    timed(path, 1.0, 1.0, None, P="900", commit="abc", date="2027-01-02")
+    written(path, contender="cuda", clock="device", p50_ms=9.0, P="900", dtype="float32")  # not in turn with the others
     written(path, contender="cuda", clock="host", p50_ms=9.0, dtype="float32")  # decides nothing
-    assert f"| balance_ | {verdict} (cuda is {1 / cuda:.3f} times as fast over 2 sizes, A/A spread 5.0%) |" in (
-        gpu_rows.page([path])
-    )
+    found = f"{verdict} (cuda is {1 / cuda:.3f} times as fast over 2 sizes, A/A spread 4.2%, at abc and def)"
+    assert f"| balance_ | {found} |" in gpu_rows.page([path])
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2])
@@ -109,10 +164,15 @@ def test_no_kernel_goes_without_both_and_a_spread(tmp_path, missing):
 def test_of_each_size_the_last_run_counts(tmp_path):
     path = tmp_path / "a.csv"
     written(path, contender="triton", verdict="FAULT early")
+    written(path, contender="eager", clock="device", p50_ms=7, commit="abc")
+    written(path, contender="eager", verdict="FAULT late", date="2027-01-02", commit="def")
     written(path, contender="triton", clock="device", p50_ms=1, date="2027-01-02")
     written(path, contender="cuda", clock="device", p50_ms=2, date="2027-01-02")
     written(path, contender="triton", P="", what="parity: dense", verdict="right")
     written(path, contender="cuda", P="", what="parity: dense", verdict="FAULT now", date="2027-01-02")
     page = gpu_rows.page([path])
     assert "FAULT early" not in page
-    assert all(cell in page for cell in ("| triton | device |", "| cuda | device |", "right", "FAULT now"))
+    assert all(
+        cell in page
+        for cell in ("| triton | device |", "| cuda | device |", "right", "FAULT now", "FAULT late", "| 7 |", "abc")
+    )

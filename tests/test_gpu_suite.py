@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import contenders
 import gpu
@@ -64,9 +65,13 @@ def test_a_case_compares_with_the_best_rival_by_the_devices_clock(tmp_path, monk
     assert tried.faults == 0
 
 
-def test_the_devices_clock_starts_when_the_device_wakes(monkeypatch):
-    """Beside a stand-in for CUDA: the host's clock has the call alone, the device's what lies between two events."""
-    done = []
+@pytest.mark.parametrize("slow", [0, 2], ids=["a fast host", "a slow host"])
+def test_the_devices_clock_starts_when_the_device_wakes(monkeypatch, slow):
+    """Beside a stand-in for CUDA: the host's clock has the call alone, the device's what lies between two events.
+
+    A call that takes the host longer than the device sleeps is timed again, with a longer sleep.
+    """
+    done, naps = [], []
 
     class Event:
         def __init__(self, enable_timing):
@@ -75,15 +80,21 @@ def test_the_devices_clock_starts_when_the_device_wakes(monkeypatch):
         def record(self):
             done.append("record")
 
+        def query(self):
+            return len(naps) <= slow
+
         def elapsed_time(self, end):
             return 3.0  # milliseconds
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep") or naps.append(cycles))
+    monkeypatch.setattr(torch.Tensor, "sum", lambda memory: done.append(memory.nbytes))
+    monkeypatch.setattr(timing, "other_memory", lambda: torch.empty(256 << 20, dtype=torch.uint8))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(len(done)))
     assert timing.by_device_and_host(lambda: done.append("call")) == (0.003, 1.0)
-    assert done == ["synchronize", "sleep", "record", "call", "record", "synchronize"]
+    assert done == ["synchronize", 256 << 20, "sleep", "record", "call", "record", "synchronize"] * (1 + slow)
+    assert naps == [20_000_000 << n for n in range(1 + slow)]
 
 
 def nothing(grads, ema):
@@ -101,6 +112,17 @@ def only_the_gradient(grads, ema):
 
 def raises(grads, ema):
     raise RuntimeError("no kernel image")
+
+
+class Silent:
+    """Right so many times, then it writes nothing."""
+
+    def __init__(self, times):
+        self.times = times
+
+    def __call__(self, grads, ema):
+        self.times -= 1
+        return contenders.eager_lerp(grads, ema) if self.times >= 0 else torch.empty_like(grads[0])
 
 
 @interpreted
@@ -123,11 +145,51 @@ def test_what_is_wrong_is_a_fault_and_not_timed(tmp_path, section, wrong):
 
 
 @interpreted
+@pytest.mark.parametrize(("times", "timed"), [(1, False), (3, True)], ids=["at once", "while it is timed"])
+@pytest.mark.parametrize("name", ["cuda", "eager (b)"])
+def test_what_falls_silent_is_caught_and_its_times_are_left_out(tmp_path, monkeypatch, name, times, timed):
+    tensors, clocked = torch.randn(2, 3, 50_000), []
+    clock = lambda call: clocked.append(call) or timing.by_host_twice(call)  # noqa: E731
+    monkeypatch.setattr(gpu, "timing", SimpleNamespace(**{**vars(timing), "by_host_twice": clock}))
+    calls = {"eager (a)": contenders.eager_lerp, "triton": contenders.eager_lerp, name: Silent(times)}
+    tried, check = suite(tmp_path), partial(contenders.check_dense, *tensors)
+    tried.case("dense", calls, check, 9, [(gpu.BEST, 1.0)], lambda call: partial(call, *tensors), K=3, P=50_000)
+    found = rows_in(tmp_path)
+    (said,) = (row["verdict"] for row in found if row["contender"] == name)
+    assert said.startswith("FAULT ValueError: " if name == "cuda" else "wrong, not timed: ValueError: ")
+    assert tried.faults == (name == "cuda")  # a rival's fault is not ours
+    assert any(isinstance(call.func, Silent) for call in clocked) == timed
+    assert {row["contender"] for row in found if row["p50_ms"]} == {"eager (a)", "triton", "triton, again"}
+    assert {row["against"] for row in found} == {"", "eager (a)", "triton, again"}
+
+
+@interpreted
+def test_without_a_copy_nothing_is_compared_with_one(tmp_path, monkeypatch):
+    tried, wrong = suite(tmp_path), lambda: torch.zeros(9)
+    tried.case("copy", {"torch": wrong}, lambda call: contenders.close(call(), torch.ones(9), 0.0, "it"), 9, [], P=9)
+    tensors = torch.randn(2, 3, 1000)
+    calls, check = {"triton": contenders.eager_lerp}, partial(contenders.check_dense, *tensors)
+    tried.case("dense", calls, check, 9, [("copy", 0.9)], lambda call: partial(call, *tensors), K=3, P=1000)
+    assert {row["of_copy"] for row in rows_in(tmp_path)} == {""}
+    assert "copy" not in {row["against"] for row in rows_in(tmp_path)}
+    assert tried.faults == 0
+
+
+@interpreted
+def test_a_barrier_that_hangs_leaves_out_the_form_that_has_it(monkeypatch):
+    assert [*contenders.forms(["triton", "cuda"])] == ["triton", "cuda", "triton, two launches"]
+    monkeypatch.setenv("DBMTL_TRITON_LAUNCHES", "2")
+    assert [*contenders.forms(["triton", "cuda"])] == ["cuda", "triton, two launches"]
+    monkeypatch.setattr(contenders, "ours", lambda *given: os.environ["DBMTL_TRITON_LAUNCHES"])
+    assert [call(*torch.ones(2, 3, 4)) for call in contenders.forms(["triton"]).values()] == ["2"]
+
+
+@interpreted
 def test_memory_holds_nan_when_a_contender_is_checked(monkeypatch):
     """After float64, whose result may be freed, and right before the call."""
     order = []
     exact = contenders.exact
-    for module in (contenders, test_step, gpu):
+    for module in (contenders, test_step):
         monkeypatch.setattr(module, "poison", lambda like, dtype: order.append("poison"))
     for module in (contenders, test_step):
         monkeypatch.setattr(module, "exact", lambda *tensors: order.append("float64") or exact(*tensors))
@@ -155,12 +217,13 @@ def test_too_little_memory_is_no_fault_and_a_lost_device_ends_the_process(tmp_pa
 
     assert not tried.passes("dense", "triton", partial(fail, torch.cuda.OutOfMemoryError("no memory")))
     assert tried.faults == 0
-    with pytest.raises(SystemExit) as ended:
-        tried.passes("dense", "cuda", partial(fail, RuntimeError("CUDA error: an illegal memory access")))
-    assert ended.value.code == 3
-    skipped, lost = (row["verdict"] for row in rows_in(tmp_path))
+    for said in ("CUDA error: an illegal memory access", "Triton Error [CUDA]: an illegal", "CUDA: misaligned address"):
+        with pytest.raises(SystemExit) as ended:
+            tried.passes("dense", "cuda", partial(fail, RuntimeError(said)))
+        assert ended.value.code == 3
+    skipped, *lost = (row["verdict"] for row in rows_in(tmp_path))
     assert skipped.startswith("skipped: ")
-    assert lost.startswith("FAULT RuntimeError: CUDA error")
+    assert all(verdict.startswith("FAULT RuntimeError: ") for verdict in lost)
 
 
 OPS = ("accumulate_", "balance_rows_", "combine_out", "gramian")
@@ -175,12 +238,14 @@ def test_parity_has_a_case_of_each_kernel_of_both_backends(tmp_path, emulated_cu
 
 
 @interpreted
+@pytest.mark.parametrize("right", [0, 1], ids=["never right", "right once"])
 @pytest.mark.parametrize("op", OPS)
-def test_an_op_that_writes_nothing_is_caught(tmp_path, monkeypatch, op):
-    op_itself = getattr(ops, op)
+def test_an_op_that_writes_nothing_is_caught(tmp_path, monkeypatch, op, right):
+    op_itself, calls = getattr(ops, op), []
 
     def broken(*given):  # float64 is made with the eager backend
-        return op_itself(*given) if given[-1] == "eager" else torch.empty(3, 3)
+        calls.extend([1] * (given[-1] != "eager"))
+        return op_itself(*given) if given[-1] == "eager" or len(calls) <= right else torch.full((3, 3), torch.nan)
 
     monkeypatch.setattr(ops, op, broken)
     tried = suite(tmp_path, "parity", ["native"])
@@ -191,9 +256,10 @@ def test_an_op_that_writes_nothing_is_caught(tmp_path, monkeypatch, op):
 @interpreted
 def test_a_step_that_balances_nothing_is_caught():
     problem = test_step.Problem(["eager"], (16, 32, 16), 8)
-    test_step.check(problem, partial(test_step.ours, "eager"))
-    for kind in ("cat", "foreach"):
-        test_step.check(problem, test_step.eager(kind))
+    for call in (partial(test_step.ours, "eager"), *test_step.rivals(False).values(), test_step.authors):
+        for _ in range(2):  # whatever steps went before
+            test_step.check(problem, call)
+            problem.step(call)
     with pytest.raises(ValueError, match="is off by"):
         test_step.check(problem, test_step.bare)
 
@@ -206,7 +272,7 @@ def test_a_dry_run(tmp_path):
     assert done.returncode == 0, done.stdout
     found = rows_in(tmp_path)
     assert [row["contender"] for row in found if row["what"] == "stage"] == [
-        "parity triton", "parity cuda", "first triton cuda"
+        "start", "parity triton", "parity cuda", "first triton cuda"
     ]  # fmt: skip
     assert {row["verdict"][:15] for row in found if (row["what"], row["contender"]) == ("backend", "cuda")} == {
         "skipped: it ser"

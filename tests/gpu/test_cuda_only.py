@@ -271,14 +271,11 @@ def test_numbers_asked_for_on_a_stream_that_is_ahead():
     torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_captured_step_uploads_and_clears_nothing(backend, tmp_path):
+def test_a_captured_step_uploads_and_clears_nothing(gpu, tmp_path):
     """After one outside: its graph is the launches of a step, and no more."""
-    if reason := backends.get(backend).missing(DEVICE):
-        pytest.skip(reason)
-    step = EngineStep(backend)
+    step = EngineStep(gpu)
     graph, _ = captured(step)
-    _, row, end, _ = KERNELS[backend]
+    _, row, end, _ = KERNELS[gpu]
     assert launched(graph.replay, tmp_path / "trace.json") == [row] * 3 + [end]
 
 
