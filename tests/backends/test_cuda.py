@@ -227,6 +227,21 @@ def test_a_refused_cooperative_launch_becomes_two(error, monkeypatch):
 
 
 @pytest.mark.usefixtures("emulated_cuda")
+def test_squares_of_a_warp_in_pairs_of_floats(monkeypatch):
+    """To the bound, which a norm of float32 does not show: the sums that the last block leaves in the workspace."""
+    monkeypatch.setenv("DBMTL_EMULATED_FLOAT_PAIRS", "1")
+    monkeypatch.setenv("DBMTL_EMULATED_MULTIPROCESSORS", "1")
+    grads, ema = torch.randn(2, 20000), torch.zeros(2, 20000)
+    for _ in range(2):  # the first call makes the workspace
+        cuda.balance_(grads, ema, 0.0, 1e-8, "max", 0.0)
+        (workspace,) = cuda._workspaces.values()
+        numbers = workspace.view(F64)[32:]  # after the counters: five slots for each task of the one block, sums
+    exact = [math.fsum(x * x for x in row) for row in ema.tolist()]
+    for found in (numbers[10:12], numbers[:10].view(2, 5).nan_to_num().sum(1)):
+        torch.testing.assert_close(found.tolist(), exact, rtol=2**-36, atol=0)
+
+
+@pytest.mark.usefixtures("emulated_cuda")
 def test_another_error_is_an_error(monkeypatch):
     monkeypatch.setenv("DBMTL_EMULATED_REFUSAL", "716")
     with pytest.raises(RuntimeError, match="misaligned address"):
