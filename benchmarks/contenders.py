@@ -26,11 +26,15 @@ def ours(grads: Tensor, ema: Tensor, backend: str = "auto") -> Tensor:
 
 def forms(backends: Sequence[str]) -> dict[str, Call]:
     """Ours on each backend, Triton's in both forms; in one, where DBMTL_TRITON_LAUNCHES=2 asks for that."""
-    only = os.environ.get("DBMTL_TRITON_LAUNCHES") == "2"
+    asked = os.environ.get("DBMTL_TRITON_LAUNCHES", "")
+    only = asked == "2"
 
     def call(backend: str, launches: str, grads: Tensor, ema: Tensor) -> Tensor:
         os.environ["DBMTL_TRITON_LAUNCHES"] = launches
-        return ours(grads, ema, backend)
+        try:
+            return ours(grads, ema, backend)
+        finally:
+            os.environ["DBMTL_TRITON_LAUNCHES"] = asked
 
     found = {name: partial(call, name, "") for name in backends if name != "triton" or not only}
     return found | {f"{name}, two launches": partial(call, name, "2") for name in backends if name == "triton"}
