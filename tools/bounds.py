@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, BEGIN, END = ROOT / "docs" / "backends.md", "<!-- tools/bounds.py -->\n", "<!-- end -->"
@@ -50,7 +50,8 @@ CHIPS = {
     "L4": Chip(89, 58, 2040, 300, 2, 30.3),
 }
 # A case of tests/support/codegen.py or a kernel of csrc/cuda, its kind of loop, bytes of an element of one task (with
-# K = 3, a third of the result's). For CUDA C++ also how many of them are loaded.
+# K = 3, a third of the result's). For CUDA C++ also how many of them are loaded, and threads on a multiprocessor
+# (tests/backends/test_cuda_code.py holds these).
 TRITON = {
     "`balance_`, phase one": ("dense", "update", 12.0),
     "`balance_`, phase two": ("dense", "combine", 4 + 4 / 3),
@@ -62,18 +63,18 @@ TRITON = {
     "`combine_out`": ("combine fp32", "combine", 4 + 4 / 3),
 }
 CUDA = {
-    "`balance_`, phase one, `cuda`": ("balance_kernelIff", "update", 12.0, 8),
-    "`balance_`, phase two, `cuda`": ("balance_kernelIff", "combine", 4 + 4 / 3, 4),
-    "`accumulate_`, `cuda`": ("accumulate_kernelIf", "update", 12.0, 8),
-    "`balance_rows_`, `cuda`": ("rows_kernelIf", "combine", 4 + 4 / 3, 4),
+    "`balance_`, phase one, `cuda`": ("balance_kernelIff", "update", 12.0, 8, 512),
+    "`balance_`, phase two, `cuda`": ("balance_kernelIff", "combine", 4 + 4 / 3, 4, 512),
+    "`accumulate_`, `cuda`": ("accumulate_kernelIf", "update", 12.0, 8, 768),
+    "`balance_rows_`, `cuda`": ("rows_kernelIf", "combine", 4 + 4 / 3, 4, 512),
 }
 KERNELS = {**TRITON, **CUDA}
 ARCHS = sorted({chip.arch for chip in CHIPS.values()})
-Counts = dict[tuple[str, int], tuple[float, float]]
+Counts = dict[tuple[str, int], tuple[float, float, int]]
 
 
 def counted_triton() -> Counts:
-    """Instructions and slow ones an element, by kernel and architecture: of two such loops the longer."""
+    """Instructions and slow ones an element, KB in flight, by kernel and architecture: of two such loops the longer."""
     import codegen
 
     codegen.launches.driver._call = lambda name, count, *given: setattr(count._obj, "value", 2)
@@ -81,11 +82,13 @@ def counted_triton() -> Counts:
     for arch in ARCHS:
         reports = codegen.compile_cases(arch, sorted({case for case, _, _ in TRITON.values()}))
         for name, (case, kind, _) in TRITON.items():
-            mine = [loop for report in reports if report["case"] == case for loop in report["loops"]]
-            longest: dict[str, Any] = max(
-                (loop for loop in mine if loop["kind"] == kind), key=lambda loop: loop["instructions"]
+            found[name, arch] = max(
+                (loop["instructions"], loop["slow"], loop["in_flight"] * report["threads"] >> 10)
+                for report in reports
+                if report["case"] == case
+                for loop in report["loops"]
+                if loop["kind"] == kind
             )
-            found[name, arch] = longest["instructions"], longest["slow"]
     return found
 
 
@@ -107,12 +110,13 @@ def counted_cuda() -> Counts:
                 for loop in sass.loops(sass.parse(function))
                 if all(one.loads >= 16 for one in loop.body if one.loads)
             ]
-            for name, (part, kind, _, loaded) in CUDA.items():
+            for name, (part, kind, _, loaded, threads) in CUDA.items():
                 those = [loop for loop in loops if (kind == "update") == (loop.count("STG") > 0)]
                 if part in kernel and those:
                     shortest = min(those, key=lambda loop: len(loop.body) / sum(one.loads for one in loop.body))
                     elements = sum(one.loads for one in shortest.body) / loaded
-                    found[name, arch] = len(shortest.body) / elements, shortest.slow / elements
+                    flight = shortest.in_flight([one for one in shortest.body if one.loads]) * threads >> 10
+                    found[name, arch] = len(shortest.body) / elements, shortest.slow / elements, flight
     return found
 
 
@@ -124,12 +128,12 @@ def cell(chip: Chip, moved: float, instructions: float, slow: float) -> str:
 
 
 def tables(counts: Counts) -> str:
-    """Markdown: the counts, and what bounds."""
-    lines = [["instructions, slow ones an element", "bytes", *(f"sm_{arch}" for arch in ARCHS)]]
+    """Markdown: the counts (KB in flight are those of a multiprocessor), and what bounds."""
+    lines = [["instructions, slow ones an element; KB in flight", "bytes", *(f"sm_{arch}" for arch in ARCHS)]]
     other = [["bound by; the others, % of its time", *CHIPS]]
     for name, (_, _, moved, *_) in KERNELS.items():
-        lines.append([name, f"{moved:.3g}", *("{:.3g}, {:.2g}".format(*counts[name, arch]) for arch in ARCHS)])
-        other.append([name, *(cell(chip, moved, *counts[name, chip.arch]) for chip in CHIPS.values())])
+        lines.append([name, f"{moved:.3g}", *("{:.3g}, {:.2g}; {}".format(*counts[name, arch]) for arch in ARCHS)])
+        other.append([name, *(cell(chip, moved, *counts[name, chip.arch][:2]) for chip in CHIPS.values())])
     text = ""
     for head, *rest in (lines, other):
         text += "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rest)) + "\n"
