@@ -197,6 +197,19 @@ def test_bytes_of_an_engine_step(monkeypatch):
     assert nbytes(traffic.stores, rows, out)[:2] == [0, out.nbytes]
 
 
+def test_bytes_of_a_look_for_zeros(monkeypatch):
+    """A block a program of gradients without zeros; of zeros all, once."""
+    grads = [torch.randn(3000000), torch.randn(5)]
+    traffic = Traffic(monkeypatch)
+    assert ops.any_nonzero(grads, "triton")
+    assert nbytes(traffic.loads, *grads)[0] <= grads[0].nbytes / 8
+    for grad in grads:
+        grad.zero_()
+    traffic.loads.clear()
+    assert not ops.any_nonzero(grads, "triton")
+    assert nbytes(traffic.loads, *grads)[:2] == [grad.nbytes for grad in grads]
+
+
 def test_the_second_phase_walks_backwards(monkeypatch):
     """So that it finds in the cache what the first touched last. Without decay only the second reads the state."""
     ema = torch.zeros(2, 60000)

@@ -115,6 +115,22 @@ def test_accumulate(gpu, grad_dtypes, state, step, unaligned):
             assert_accumulates_as_native(gpu, *problem, decay, gain, scale, in_memory, unaligned)
 
 
+@pytest.mark.parametrize("grad_dtypes", [*[(g,) for g in GRADS], GRADS], ids=spell)
+def test_any_nonzero(gpu, grad_dtypes):
+    sizes = (1, 7, 33 * LARGE, 5) if ON_GPU else (1, 7, LARGE, 5)
+    grads = [torch.zeros(n, dtype=grad_dtypes[i % len(grad_dtypes)], device=DEVICE) for i, n in enumerate(sizes)]
+    for grad in grads:
+        for _ in range(3 if ON_GPU else 1):  # whoever finds it
+            assert not ops.any_nonzero(grads, gpu)
+            grad[-1] = torch.finfo(grad.dtype).tiny
+            assert ops.any_nonzero(grads, gpu)
+            grad[-1] = -0.0
+    for grad in grads:
+        grad.normal_()
+    for _ in range(100 if ON_GPU else 1):
+        assert ops.any_nonzero(grads, gpu)
+
+
 def test_accumulate_many_parameters_and_tables_used_again(gpu):
     sizes = np.random.default_rng(5).integers(1, 300, 1500 if ON_GPU else 40).tolist()
     row, segments, grads = row_problem(F32, (F32,), sizes=sizes)

@@ -46,6 +46,25 @@ def test_accumulate(backend, state, grad_dtypes):
         assert float(sumsq) == pytest.approx(total, rel=2.0**-7 if state == BF16 else 1e-5)
 
 
+@pytest.mark.parametrize("backend", [*REAL, *SIMULATED])
+@pytest.mark.parametrize("dtypes", [*((g,) for g in GRADS), GRADS], ids=lambda g: f"{len(g)}-{g[0]}")
+def test_any_nonzero(dtypes, backend):
+    """A single element, wherever it is; NaN is not zero, -0.0 is."""
+    sizes = (5, 40001, 64)
+    grads = [torch.full((n,), -0.0 if i % 2 else 0.0, dtype=dtypes[i % len(dtypes)]) for i, n in enumerate(sizes)]
+    grads.append(torch.zeros(2, 3, 4, 5, dtype=dtypes[0]).to(memory_format=torch.channels_last))
+    grads.append(torch.zeros(6, 8, dtype=dtypes[0]).T)
+    assert ops.any_nonzero(grads, backend).tolist() == [False]
+    for grad in grads:
+        values = torch.finfo(grad.dtype).tiny, math.nan, -math.inf
+        for value, index in zip(values, (0, grad.numel() // 2, grad.numel() - 1), strict=True):
+            at = np.unravel_index(index, grad.shape)
+            grad[at] = value
+            assert ops.any_nonzero(grads, backend).tolist() == [True], (grad.shape, at, value)
+            grad[at] = 0.0
+    assert ops.any_nonzero(grads, backend).tolist() == [False]
+
+
 # (state, dtypes of the gradients, decay, loss scale); segments begin at odd columns
 ROWS = [(F32, GRADS, 0.9, None), (BF16, (BF16, F16), 0.0, 1024.0), (BF16, GRADS, 0.9, None), (F64, (F64,), 0.5, 0.0)]
 

@@ -12,7 +12,7 @@ import torch
 from dbmtl_kernels import ops
 from torch import nn
 
-DEVICE = torch.device(os.environ.get("DBMTL_TEST_DEVICE", "cuda"))
+DEVICE = torch.device(os.environ.get("DBMTL_TEST_DEVICE", "cuda:0"))
 ON_GPU = DEVICE.type == "cuda"
 MARKS = [pytest.mark.gpu] if ON_GPU else []
 needs_cuda = pytest.mark.skipif(not ON_GPU, reason="needs CUDA itself, not the interpreter or the emulation")

@@ -11,6 +11,8 @@ The rest runs inside a backward pass, where nothing is traced.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._C import (
@@ -35,6 +37,7 @@ __all__ = [
     "Stats",
     "accumulate_",
     "allocate",
+    "any_nonzero",
     "balance_",
     "balance_rows_",
     "combine",
@@ -150,6 +153,14 @@ def accumulate_(
     serve = backends.resolve(backend, sumsq.device)
     serve.accumulate_(row, sumsq, given, segments.contiguous(), coefficients, loss_scale)
     _count_write(*(() if row is None else (row,)), sumsq)
+
+
+def any_nonzero(grads: Sequence[Tensor], backend: str = "auto") -> Tensor:
+    """(1,) bool on the gradients' one device, without a sync: whether any element is not zero; NaN is not.
+
+    None of them may be empty. On a GPU `triton` reads no more of them than it takes to know.
+    """
+    return backends.resolve(backend, grads[0].device).any_nonzero(grads)
 
 
 def balance_rows_(step: BalanceRows, backend: str = "auto") -> None:

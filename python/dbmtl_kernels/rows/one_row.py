@@ -82,7 +82,7 @@ class OneRowBuffer(TaskGradientBuffer):
     ) -> RowCollector:
         """What keeps the gradients of one backward pass for `add`; see its base."""
         if skip_zeros is True:
-            skip_zeros = Zeros([self.spread] if self.spread.size > 1 else [], self.device, self.deferred)
+            skip_zeros = Zeros([self.spread] if self.spread.size > 1 else [], self.device, self.deferred, self.backend)
         if self._scratch is None and self.early and self._dtypes == [self.layout.wide]:
             self._scratch = ops.allocate(self._row_numel(), dtype=self.layout.wide, device=self.device)
         return OneRowCollector(self, task, loss_scale, skip_zeros or None, self._scratch)

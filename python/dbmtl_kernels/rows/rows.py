@@ -123,7 +123,7 @@ class TaskGradientBuffer:
         """
         sumsq = self.stats.sumsq[task : task + 1]
         zeros = (
-            Zeros([self.spread] if self.spread.size > 1 else [], self.device, self.deferred)
+            Zeros([self.spread] if self.spread.size > 1 else [], self.device, self.deferred, self.backend)
             if skip_zeros is True
             else skip_zeros or None
         )

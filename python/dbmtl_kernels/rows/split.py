@@ -72,7 +72,7 @@ class SplitTaskGradientBuffer:
     ) -> SplitCollector:
         collectors = []
         spread = [part.spread for part in self.parts if part.spread.size > 1]
-        zeros = Zeros(spread, self.device, self.deferred) if skip_zeros else None
+        zeros = Zeros(spread, self.device, self.deferred, self.parts[0].backend) if skip_zeros else None
         for part in self.parts:
             own = coefficients.to(part.device) if isinstance(coefficients, Tensor) else coefficients
             scale = None if loss_scale is None else loss_scale.to(part.device)

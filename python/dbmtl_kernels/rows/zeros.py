@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
+from .. import ops
 from ..ops import Coefficients
 from .ranks import Ranks
 
@@ -19,17 +18,19 @@ PREFIX = 64
 class Zeros:
     """Whether all gradients of one pass are exactly zero; NaN is not. One for all parts of a split row.
 
-    On a CPU gradients are looked at as they come, until one is not zero. On other devices all are, at the end of the
-    pass, and the answer stays on the device.
+    On a CPU gradients are looked at as they come, until one is not zero. On other devices that is done when the pass
+    ends, and the answer stays on the device.
 
     Args:
         ranks: those to agree with, one after the other: a pass is empty if it is empty on all.
         device: where the answer is needed.
         deferred: it must not be known on the host.
+        backend: "auto" or a name.
     """
 
-    def __init__(self, ranks: Sequence[Ranks], device: torch.device, deferred: bool) -> None:
+    def __init__(self, ranks: Sequence[Ranks], device: torch.device, deferred: bool, backend: str = "auto") -> None:
         self.deferred = deferred
+        self._backend = backend
         self._ranks = ranks
         self._device = device
         self._found = deferred
@@ -47,7 +48,7 @@ class Zeros:
         """
         if self._answer is None:
             if self.deferred:
-                self._answer = any_nonzero(grads, self._device)
+                self._answer = any_nonzero(grads, self._device, self._backend)
             else:
                 self._answer = self._found or _any_nonzero(grads)
             if self._ranks:
@@ -58,12 +59,16 @@ class Zeros:
         return self._answer
 
 
-def any_nonzero(grads: Iterable[Tensor | None], device: torch.device) -> Tensor:
+def any_nonzero(grads: Iterable[Tensor | None], device: torch.device, backend: str) -> Tensor:
     """(1,) bool on the device, without a sync: whether any element is not zero; NaN is not."""
-    some = [grad for grad in grads if grad is not None and grad.numel()]
-    if not some:
-        return torch.zeros(1, dtype=torch.bool, device=device)
-    return (get_total_norm(some, math.inf).to(device) != 0).reshape(1)
+    some: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        if grad is not None and grad.numel():
+            some.setdefault(grad.device, []).append(grad)
+    found = [ops.any_nonzero(those, backend).to(device) for those in some.values()]
+    if len(found) == 1:
+        return found[0]
+    return torch.cat(found).any().reshape(1) if found else torch.zeros(1, dtype=torch.bool, device=device)
 
 
 def continued(coefficients: Coefficients) -> Coefficients:
@@ -90,12 +95,15 @@ def deferred_coefficients(
         (2,), see `ops.accumulate_`.
     """
     if not isinstance(coefficients, Tensor):
-        coefficients = torch.cat([torch.full_like(like, x) for x in coefficients])
-    decay, gain = coefficients.split(1)
-    empty = ~nonzero
-    done = empty | fed if again else empty
-    fed.copy_(nonzero | fed if again else nonzero)
-    return torch.cat([decay.masked_fill(done, 1.0), gain.masked_fill(empty, 0.0)])
+        coefficients = ops.upload(coefficients, like.dtype, like.device)
+    if again:
+        further = continued(coefficients)
+        assert isinstance(further, Tensor)
+        coefficients = torch.where(fed, further, coefficients)
+        fed.logical_or_(nonzero)
+    else:
+        fed.copy_(nonzero)
+    return torch.where(nonzero, coefficients, ops.upload((1.0, 0.0), like.dtype, like.device))
 
 
 def _any_nonzero(grads: Iterable[Tensor | None]) -> bool:

@@ -80,7 +80,7 @@ def gathers_early(device: torch.device) -> bool:
 
 def __getattr__(name: str) -> Any:
     """The functions of `backends.Backend`, from `launches`, which is imported when one is first called."""
-    if name in ("balance_", "accumulate_", "combine_out", "balance_rows_", "gramian"):
+    if name in ("balance_", "accumulate_", "any_nonzero", "combine_out", "balance_rows_", "gramian"):
         found = globals()[name] = getattr(_launches(), name)
         return found
     raise AttributeError(name)

@@ -72,15 +72,21 @@ def gather_chunk(
 
 
 @triton.jit
+def typed(address, CODE: tl.constexpr):
+    """The address of a gradient whose dtype has the CODE, as a pointer."""
+    GRAD: tl.constexpr = (
+        tl.float32 if CODE == 0 else tl.bfloat16 if CODE == 1 else tl.float16 if CODE == 2 else tl.float64
+    )
+    return address.to(tl.pointer_type(GRAD))
+
+
+@triton.jit
 def gather_typed(
     squares, row, column, address, start, count, decay, gain,
     CODE: tl.constexpr, ROW_ALIGNED: tl.constexpr, BLOCK: tl.constexpr, FAST_FP64: tl.constexpr,
 ):  # fmt: skip
     """`gather_chunk` from element ``start`` of a gradient whose dtype has the CODE; an address of 0 is for zeros."""
-    GRAD: tl.constexpr = (
-        tl.float32 if CODE == 0 else tl.bfloat16 if CODE == 1 else tl.float16 if CODE == 2 else tl.float64
-    )
-    grad = address.to(tl.pointer_type(GRAD)) + start
+    grad = typed(address, CODE) + start
     address = tl.where(gain == 0, 0, address)  # NaN and inf do not count either
     if grad.to(tl.int64) % 16 == 0:
         squares = gather_chunk(
@@ -142,6 +148,44 @@ def accumulate_kernel(
         chunk = next_tile(counters + TILES, done, rounds, num_chunks)
     if is_last(counters + ARRIVED):
         tl.store(sumsq, tl.sum(sum_slots(slots, num_slots(rounds, num_chunks), 1, SLOTS_AT_ONCE)))
+
+
+@triton.jit
+def any_in_chunk(grad, count, BLOCK: tl.constexpr):
+    """1 if any of the elements is not zero, NaN included; blocks after the first that has one are not read."""
+    wide: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
+    found = tl.zeros([], tl.int32)
+    begin = tl.zeros([], tl.int32)
+    while begin < count:
+        lane = begin + tl.arange(0, BLOCK)
+        x = widen(tl.load(grad + lane, mask=lane < count, other=0.0), wide)
+        found = tl.max(tl.where(x == 0, 0, 1))
+        begin = tl.where(found != 0, count, begin + BLOCK)
+    return found
+
+
+@triton.jit(do_not_specialize=["num_chunks"], do_not_specialize_on_alignment=["found"])
+def any_nonzero_kernel(addresses, chunks, found, num_chunks: tl.int32, CODES: tl.constexpr, BLOCK: tl.constexpr):
+    """Sets ``found``, which is 0, to 1 if any element of the gradients is not zero. Reads little more than that takes.
+
+    See `accumulate_kernel` for the arguments.
+    """
+    chunk = tl.program_id(0)
+    while chunk < num_chunks:
+        entry = chunks + offset(chunk, CHUNK_COLUMNS)
+        segment = tl.load(entry)
+        start = tl.load(entry + 1)
+        count = tl.load(entry + 3).to(tl.int32)
+        address = tl.load(addresses + segment * 2)
+        dtype = tl.load(addresses + segment * 2 + 1)
+        mine = tl.zeros([], tl.int32)
+        for code in tl.static_range(4):
+            if CODES & (1 << code):
+                if (dtype == code) & (address != 0):
+                    mine = any_in_chunk(typed(address, code) + start, count, BLOCK)
+        # Not a load: the threads of a program must all see the same.
+        known = tl.atomic_max(found, mine)
+        chunk = tl.where(known + mine != 0, num_chunks, chunk + tl.num_programs(0))
 
 
 @triton.jit(

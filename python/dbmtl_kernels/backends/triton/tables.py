@@ -13,8 +13,9 @@ from ..memory import table
 
 # The kernels' own numbers of dtypes (0 fp32, 1 bf16, 2 fp16, 3 fp64) for those of `arguments.DTYPES`.
 CODES = bytes.maketrans(bytes((0, 1, 2, 3)), bytes((0, 3, 1, 2)))
-# The gradients of a captured backward pass lie elsewhere: a table for each of up to 64 tasks, twice for one row.
-TABLES = 128
+# The gradients of a captured backward pass lie elsewhere: a table for each of up to 64 tasks, four times where one row
+# serves all.
+TABLES = 256
 
 
 def widest(codes: int) -> int:
