@@ -91,6 +91,8 @@ def exact(grads: Tensor, ema: Tensor) -> tuple[Tensor, Tensor]:
 
 def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
     """Raise unless the largest error is within ``tolerance`` times the largest element; row by row, to save memory."""
+    if not torch.isfinite(expected).all():
+        raise ValueError(f"float64 has no {what}: the reference is not finite")
     rows = zip(torch.atleast_2d(actual), torch.atleast_2d(expected), strict=True)
     error = torch.stack([torch.linalg.vector_norm(row.double() - wanted, torch.inf) for row, wanted in rows]).max()
     error = float(error / torch.linalg.vector_norm(expected, torch.inf))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
 from functools import cache
 from typing import Any, Protocol, cast
 
@@ -44,10 +43,6 @@ class Backend(Protocol):
         loss_scale: Tensor | None,
     ) -> None:
         """``row <- decay * row + gain / loss_scale * grads``, and its sum of squares; None: only the sum."""
-
-    @staticmethod
-    def any_nonzero(grads: Sequence[Tensor]) -> Tensor:
-        """(1,) bool: whether any element of gradients on one device, one at least, is not zero; NaN is not."""
 
     @staticmethod
     def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import eager
 from .arguments import DTYPES, BalanceRows, Coefficients, Gradients
 from .memory import capturing, stream_of, upload, zeros_of
 
@@ -285,8 +284,6 @@ class CLibrary:
             segments.data_ptr(), (c_void_p * len(dtypes))(*addresses), dtypes,
         )  # fmt: skip
         self._call("dbmtl_accumulate", device, 1, args)
-
-    any_nonzero = staticmethod(eager.any_nonzero)
 
     def combine_out(self, rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) -> None:
         """Add weighted rows up; one launch on a GPU."""

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from .. import reference
 from .arguments import BalanceRows, Coefficients, Gradients
@@ -26,11 +22,6 @@ def most_tasks(gramian: bool) -> int | None:
 def gathers_early(device: torch.device) -> bool:
     """On a CPU a gradient is still in cache while the backward pass runs."""
     return device.type == "cpu"
-
-
-def any_nonzero(grads: Sequence[Tensor]) -> Tensor:
-    """By the largest element, which takes a read of all."""
-    return (get_total_norm(grads, math.inf) != 0).reshape(1)
 
 
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:

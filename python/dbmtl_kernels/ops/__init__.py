@@ -11,6 +11,7 @@ The rest runs inside a backward pass, where nothing is traced.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,7 @@ from torch._C import (
 from torch._C._autograd import _profiler_enabled
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
+from torch.nn.utils import get_total_norm
 
 from .. import backends
 from ..backends.arguments import BalanceRows, Coefficients, Stats
@@ -160,7 +162,11 @@ def any_nonzero(grads: Sequence[Tensor], backend: str = "auto") -> Tensor:
 
     None of them may be empty. On a GPU `triton` reads no more of them than it takes to know.
     """
-    return backends.resolve(backend, grads[0].device).any_nonzero(grads)
+    serve = backends.resolve(backend, grads[0].device)
+    if serve is backends.get("triton") and all(grad.dtype in arguments.GRAD_DTYPES for grad in grads):
+        found: Tensor = backends.triton.any_nonzero(grads)
+        return found
+    return (get_total_norm(grads, math.inf) != 0).reshape(1)
 
 
 def balance_rows_(step: BalanceRows, backend: str = "auto") -> None:

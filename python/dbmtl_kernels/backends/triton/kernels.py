@@ -94,6 +94,29 @@ def gain_block(grad, mask, has_grad, gain):
 
 
 @triton.jit
+def typed(address, CODE: tl.constexpr):
+    """The address of a gradient whose dtype has the CODE, as a pointer."""
+    GRAD: tl.constexpr = (
+        tl.float32 if CODE == 0 else tl.bfloat16 if CODE == 1 else tl.float16 if CODE == 2 else tl.float64
+    )
+    return address.to(tl.pointer_type(GRAD))
+
+
+@triton.jit
+def any_in_chunk(grad, count, BLOCK: tl.constexpr):
+    """1 if any of the elements is not zero, NaN included; blocks after the first that has one are not read."""
+    wide: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
+    found = tl.zeros([], tl.int32)
+    begin = tl.zeros([], tl.int32)
+    while begin < count:
+        lane = begin + tl.arange(0, BLOCK)
+        x = widen(tl.load(grad + lane, mask=lane < count, other=0.0), wide)
+        found = tl.max(tl.where(x == 0, 0, 1))
+        begin = tl.where(found != 0, count, begin + BLOCK)
+    return found
+
+
+@triton.jit
 def weights_of(sumsq, active, eps, constant, num_tasks, K_PAD: tl.constexpr, SCALE: tl.constexpr):
     """(K_PAD,) norms and weights ``alpha / (norm + eps)``, fp64; 0 for a task not active or not finite."""
     norms = tl.sqrt(sumsq)

@@ -12,8 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import eager
-from ..arguments import DTYPES, BalanceRows, Coefficients, Gradients
+from ..arguments import BalanceRows, Coefficients, Gradients
 from ..memory import Arena, capturing, stream_of, zeros_of
 from . import device as driver
 from . import rows as row_kernels
@@ -251,35 +250,15 @@ def accumulate_(
 
 def any_nonzero(grads: Sequence[Tensor]) -> Tensor:
     """A fill and a launch, which reads a block a program of most gradients."""
-    device = grads[0].device
-    if not all(grad.dtype in DTYPES for grad in grads):
-        return eager.any_nonzero(grads)
-    dense = [grad if _dense(grad) else grad.contiguous() for grad in grads]
-    dtypes = bytes(DTYPES[grad.dtype] for grad in dense)
-    segments = _segments(tuple(grad.numel() for grad in dense))
+    device, (given, segments) = grads[0].device, tables.in_any_order(grads)
     with driver.current(device):
-        given = Gradients([*dense], [grad.data_ptr() for grad in dense], dtypes)
         addresses, codes = tables.addresses(given, device)
         tuning = _tuning("sum", device, int(segments[:, 1].sum()), tables.widest(codes), vec=1)
         chunks, _ = tables.chunks(segments, CHUNK_BLOCKS * tuning.block, device)
-        found = torch.zeros(1, dtype=torch.int32, device=device)
-        _launch(
-            row_kernels.any_nonzero_kernel, _programs(device, 2, len(chunks)), addresses, chunks,
-            found, len(chunks), CODES=codes, BLOCK=tuning.block, tuning=tuning,
-        )  # fmt: skip
+        grid, found = _programs(device, 2, len(chunks)), torch.zeros(1, dtype=torch.int32, device=device)
+        args = addresses, chunks, found, len(chunks)
+        _launch(row_kernels.any_nonzero_kernel, grid, *args, CODES=codes, BLOCK=tuning.block, tuning=tuning)
     return found.view(torch.bool)[:1]  # its lowest byte
-
-
-def _dense(grad: Tensor) -> bool:
-    """Whether its elements, in whatever order, are one stretch of memory."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return grad.is_contiguous() or (grad.dim() in formats and grad.is_contiguous(memory_format=formats[grad.dim()]))
-
-
-@lru_cache(512)
-def _segments(numels: tuple[int, ...]) -> Tensor:
-    """(n, 2), of a row that nobody writes to."""
-    return torch.tensor([(0, numel) for numel in numels], dtype=torch.int64, device="cpu")
 
 
 def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) -> None:

@@ -8,6 +8,7 @@ import triton.language as tl
 from .kernels import (
     ARRIVED,
     TILES,
+    any_in_chunk,
     combine_tiles,
     double,
     gain_block,
@@ -19,6 +20,7 @@ from .kernels import (
     slot_of,
     static_rounds,
     sum_slots,
+    typed,
     update_block,
     weights_of,
     widen,
@@ -69,15 +71,6 @@ def gather_chunk(
             x = update_block(row + column + rest, grad + rest, rest < count, address, decay, gain)
         squares = add_squares(squares, x, 1, FAST_FP64)
     return squares
-
-
-@triton.jit
-def typed(address, CODE: tl.constexpr):
-    """The address of a gradient whose dtype has the CODE, as a pointer."""
-    GRAD: tl.constexpr = (
-        tl.float32 if CODE == 0 else tl.bfloat16 if CODE == 1 else tl.float16 if CODE == 2 else tl.float64
-    )
-    return address.to(tl.pointer_type(GRAD))
 
 
 @triton.jit
@@ -148,20 +141,6 @@ def accumulate_kernel(
         chunk = next_tile(counters + TILES, done, rounds, num_chunks)
     if is_last(counters + ARRIVED):
         tl.store(sumsq, tl.sum(sum_slots(slots, num_slots(rounds, num_chunks), 1, SLOTS_AT_ONCE)))
-
-
-@triton.jit
-def any_in_chunk(grad, count, BLOCK: tl.constexpr):
-    """1 if any of the elements is not zero, NaN included; blocks after the first that has one are not read."""
-    wide: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
-    found = tl.zeros([], tl.int32)
-    begin = tl.zeros([], tl.int32)
-    while begin < count:
-        lane = begin + tl.arange(0, BLOCK)
-        x = widen(tl.load(grad + lane, mask=lane < count, other=0.0), wide)
-        found = tl.max(tl.where(x == 0, 0, 1))
-        begin = tl.where(found != 0, count, begin + BLOCK)
-    return found
 
 
 @triton.jit(do_not_specialize=["num_chunks"], do_not_specialize_on_alignment=["found"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -50,6 +51,24 @@ def addresses(grads: Gradients, device: torch.device) -> tuple[Tensor, int]:
     """
     codes = grads.dtypes.translate(CODES)
     return table(address_table, (tuple(grads.addresses), codes), device, TABLES), sum(1 << c for c in set(codes)) or 1
+
+
+def in_any_order(grads: Sequence[Tensor]) -> tuple[Gradients, Tensor]:
+    """For who needs all elements, in whatever order: the gradients, and segments of a row that there is not."""
+    dense = [grad if _dense(grad) else grad.contiguous() for grad in grads]
+    given = Gradients([*dense], [grad.data_ptr() for grad in dense], bytes(DTYPES[grad.dtype] for grad in dense))
+    return given, _segments(tuple(grad.numel() for grad in dense))
+
+
+def _dense(grad: Tensor) -> bool:
+    """Whether the elements are one stretch of memory."""
+    format_of = {4: torch.channels_last, 5: torch.channels_last_3d}.get(grad.dim(), torch.contiguous_format)
+    return grad.is_contiguous() or grad.is_contiguous(memory_format=format_of)
+
+
+@lru_cache(512)
+def _segments(numels: tuple[int, ...]) -> Tensor:
+    return torch.tensor([(0, numel) for numel in numels], dtype=torch.int64, device="cpu")
 
 
 def chunks(segments: Tensor, chunk: int, device: torch.device) -> tuple[Tensor, bool]:
