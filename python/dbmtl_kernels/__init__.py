@@ -1,12 +1,12 @@
 """Fused kernels for dual-balancing multi-task learning (DB-MTL), behind one line in a PyTorch training loop."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import reference
 from .balancer import GradientBalancer
 from .dbmtl import DBMTL
 from .engine.graphs import find_shared_parameters
-from .functional import balance_, log_transform
 from .weightings import EqualWeights, GradNorm, IMTLLoss, MaxNorm
 
 __all__ = [
@@ -25,13 +25,14 @@ __all__ = [
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .functional import balance_, log_transform
     from .onepass.balancer import OnePassDBMTL
+
+_LATER = {"OnePassDBMTL": "onepass.balancer", "balance_": "functional", "log_transform": "functional"}
 
 
 def __getattr__(name: str) -> Any:
-    """`OnePassDBMTL`, when it is first asked for: whoever takes another balancer does not wait for it."""
-    if name == "OnePassDBMTL":
-        from .onepass.balancer import OnePassDBMTL
-
-        return OnePassDBMTL
+    """What not everybody takes, when it is first asked for."""
+    if name in _LATER:
+        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

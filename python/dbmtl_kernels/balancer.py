@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checkpoint
 from .attachment import Attachment, check_held, watch_optimizers
 from .engine.backward import balanced_loss
+from .engine.bookkeeping import Settings
 from .engine.losses import Given, TaskLosses
-from .monitor import Monitor
+from .monitor import Watched
 from .ops import arguments
-from .recipe import NONFINITE, ZERO_GRADIENTS, Recipe, Shared, copied_attributes, kept_in, pickled
+from .ops.tasks import TaskNames, TaskWeights
+from .recipe import (
+    NONFINITE,
+    ZERO_GRADIENTS,
+    Adjustable,
+    Parameters,
+    Recipe,
+    Shared,
+    copied_attributes,
+    kept_in,
+    pickled,
+)
 from .weightings import MaxNorm, Weighting, check_weighting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class GradientBalancer:
+class GradientBalancer(Adjustable, Watched):
     """Balances the gradients that K tasks have of shared parameters, by any weighting, in any PyTorch training loop.
 
     With theta the P shared parameters and K losses, in step k::
@@ -46,8 +58,9 @@ class GradientBalancer:
     Args:
         shared_parameters: leaf tensors, dense, each once, requiring grad; P elements in all. Dtypes and devices may
             differ. Those of ``fully_shard`` (DTensors) must be collected before the forward pass. Or a module, for all
-            its parameters that require grad: messages then have names, and what is put into it later is noticed.
-        num_tasks: K >= 1.
+            its parameters that require grad: what is put into it later is noticed; or a single tensor; or pairs of name
+            and tensor (``named_parameters()``), or a dict. Where there are names messages have them.
+        num_tasks: K >= 1, or the K names of the tasks. The first dict of losses gives them names too.
         weighting: a callable from the (K, K) Gramian, on the device, to (K,) weights; see `weightings.Weighting`.
             TorchJD's Gramian weightings are such, as they are. `MaxNorm` needs no Gramian; any other takes a sync to
             leave out tasks whose gradient is not finite, another to check the weights, and one that solves on the host
@@ -55,6 +68,8 @@ class GradientBalancer:
         beta: forgetting rate in [0, 1). With 0 no state outlives a step.
         beta_sigma: decay exponent >= 0; 0 keeps beta constant.
         eps: > 0, in the logarithm.
+        task_weights: K numbers >= 0 that the weights are multiplied by, or a function from the step, counted from 1, to
+            them. (A constant factor of a loss cancels in its log.) Heads are left alone. Takes a sync on a GPU.
         log_transform: balance the logs of the losses given. False takes the losses as they are. With `task` the
             caller runs backward, on a ``log_transform(loss)`` or not.
         state_dtype: dtype of the rows: float32, bfloat16 (rounded to nearest) or float64. Memory held: (K + 1) P
@@ -85,13 +100,14 @@ class GradientBalancer:
 
     def __init__(
         self,
-        shared_parameters: Iterable[Tensor] | nn.Module,
-        num_tasks: int,
+        shared_parameters: Parameters,
+        num_tasks: int | Collection[str],
         *,
         weighting: Weighting,
         beta: float = 0.0,
         beta_sigma: float = 0.0,
         eps: float = 1e-8,
+        task_weights: TaskWeights | None = None,
         log_transform: bool = False,
         state_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
@@ -101,29 +117,33 @@ class GradientBalancer:
         zero_gradients: str = "absent",
         keep_rows: bool = True,
     ) -> None:
-        num_tasks = arguments.check_num_tasks(num_tasks)
-        self.beta, self.beta_sigma = arguments.check_beta(beta), arguments.check_beta_sigma(beta_sigma)
-        self.eps, self.log_transform = arguments.check_eps(eps), log_transform
-        check_weighting(weighting, num_tasks, capturable)
+        tasks, self.log_transform = TaskNames(num_tasks), log_transform
+        self._settings = Settings(
+            arguments.check_beta(beta), arguments.check_beta_sigma(beta_sigma), arguments.check_eps(eps)
+        )
+        check_weighting(weighting, len(tasks), capturable)
         self._recipe = Recipe(
             state_dtype, backend, process_group, capturable, arguments.check_choice("nonfinite", nonfinite, NONFINITE),
             str(arguments.check_choice("zero_gradients", zero_gradients, ZERO_GRADIENTS)), keep_rows,
         )  # fmt: skip
-        if not keep_rows and (self.beta > 0.0 or type(weighting) is not MaxNorm):
-            what = f"beta={beta}" if self.beta > 0.0 else f"the weighting {type(weighting).__name__}"
+        if not keep_rows and (beta > 0.0 or type(weighting) is not MaxNorm):
+            what = f"beta={beta}" if beta > 0.0 else f"the weighting {type(weighting).__name__}"
             raise ValueError(f"{what} needs a row for each task: keep_rows=True")
-        self._begin(Shared.of(shared_parameters), num_tasks, weighting)
+        self._begin(Shared.of(shared_parameters), tasks, weighting)
+        self.task_weights = task_weights
 
-    def _begin(self, shared: Shared, num_tasks: int, weighting: Weighting, frozen_ok: bool = False) -> None:
+    def _begin(self, shared: Shared, tasks: TaskNames, weighting: Weighting, frozen_ok: bool = False) -> None:
         """Of a new balancer, and of a copy."""
         self._attachment: Attachment | None = None
         self._shared = shared
-        self._engine = self._recipe.engine(shared, num_tasks, weighting, (self.beta, self.beta_sigma), frozen_ok)
+        self._engine = self._recipe.engine(shared, tasks, weighting, self._settings, frozen_ok)
         watch_optimizers(self._engine)
 
     # --- a step -----------------------------------------------------------------------------------------------
 
-    def __call__(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> Tensor:
+    def __call__(
+        self, losses: Given, *, tasks: Sequence[int | str] | None = None, retain_graph: bool = False
+    ) -> Tensor:
         """A scalar whose ``backward()`` is the balanced backward.
 
         Its value is the sum of the log-losses (of several ranks: of the logs of the mean losses). The gradient that
@@ -132,34 +152,43 @@ class GradientBalancer:
         Under ``torch.no_grad()`` only the value, of this rank's losses.
 
         Args:
-            losses: K scalars, as a sequence or a (K,) tensor, each with a graph; None for a task that is absent.
-                Prefer a sequence: in the one graph of a tensor every pass runs through every loss, and a NaN in one
-                reaches them all.
-            tasks: the tasks that the losses are of, if not all. Absent tasks keep their state and have no say.
+            losses: K scalars with a graph: a dict from the tasks' names (in any order; what is missing is absent), any
+                sequence or iterable, or a (K,) tensor. None for a task that is absent, as 0.0 and a zero without a
+                graph are. Prefer scalars to a tensor: in its one graph every pass runs through every loss, and a NaN in
+                one reaches them all.
+            tasks: the tasks that the losses are of, by index or name, if not all. Absent tasks keep their state and
+                have no say.
             retain_graph: keep the graphs of the losses, for another backward through them.
 
         Raises:
             ValueError: the number of losses is wrong, or all are None; one is not a scalar; a task is out of range or
-                there twice; a loss is <= -eps and has no log (seen on a CPU only: elsewhere it would take a sync, and
-                gives NaN, which the state survives).
+                there twice; a dict has other names than the tasks; a loss is <= -eps and has no log (seen on a CPU
+                only: elsewhere it would take a sync, and gives NaN, which the state survives).
             TypeError: a loss is not a floating-point tensor.
-            RuntimeError: one has no graph; a `task` context is open; several ranks of which the balancer was told
-                nothing, or a DistributedDataParallel outside its ``no_sync()``; a collective failed.
+            RuntimeError: one that is not 0 has no graph; another balancer, of other parameters, was given these losses
+                (heads would count twice: give all shared parameters to one); a `task` context is open; several ranks of
+                which the balancer was told nothing, or a DistributedDataParallel outside its ``no_sync()``; a
+                collective failed.
         """
         present = self._losses(losses, tasks)
         if not torch.is_grad_enabled():
             present.check_logarithms()
             return present.total()
+        if not self.enabled:
+            return self._engine.plain(present)
         self._engine.prepare(present)
         return balanced_loss(self._engine, present, retain_graph)
 
-    def backward(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> None:
+    def backward(self, losses: Given, *, tasks: Sequence[int | str] | None = None, retain_graph: bool = False) -> None:
         """``balancer(losses).backward()``, named. Arguments and errors as for `__call__`."""
         present = self._losses(losses, tasks)
+        if not self.enabled:
+            self._engine.plain(present).backward(retain_graph=retain_graph)
+            return
         self._engine.prepare(present)
         self._engine.run(present, None, retain_graph)
 
-    def task(self, index: int, *, loss_scale: float | Tensor | None = None) -> AbstractContextManager[None]:
+    def task(self, index: int | str, *, loss_scale: float | Tensor | None = None) -> AbstractContextManager[None]:
         """Whatever is backpropagated inside counts as the gradient of task ``index``.
 
         Run ``log_transform(loss).backward()`` inside, once or more, then the next task. When every task was entered the
@@ -167,7 +196,7 @@ class GradientBalancer:
         or not, gets an error. Tasks left out of a step keep their state and are left out of the sum.
 
         Args:
-            index: 0 <= index < K.
+            index: 0 <= index < K, or the task's name.
             loss_scale: the factor by which the losses are scaled (``scaler.get_scale()``); see `__call__`.
 
         Raises:
@@ -175,7 +204,10 @@ class GradientBalancer:
             RuntimeError: the task was entered already since the last `balance`, another context is open, or another
                 thread is within a step.
         """
-        return self._engine.task(index, loss_scale, self.log_transform)
+        task = self._engine.steps.tasks.index(index)
+        if not (self.enabled or self._engine.steps.pending):
+            return nullcontext()
+        return self._engine.task(task, loss_scale, self.log_transform)
 
     def balance(self) -> None:
         """Write the balanced gradient of the tasks entered with `task` to ``.grad``, if not all of them were.
@@ -185,7 +217,8 @@ class GradientBalancer:
         Raises:
             RuntimeError: no task was entered since the last `balance`, or a `task` context is open.
         """
-        self._engine.balance()
+        if self.enabled or self._engine.steps.pending:
+            self._engine.balance()
 
     @contextmanager
     def no_update(self) -> Iterator[None]:
@@ -245,77 +278,36 @@ class GradientBalancer:
         if self._attachment is not None:
             self._attachment.remove(discard)
 
-    def _losses(self, losses: Given, tasks: Sequence[int] | None) -> TaskLosses:
-        return TaskLosses(losses, tasks, len(self._engine.steps.seen), self.eps if self.log_transform else None)
-
-    # --- what it tells: copies, that later steps do not change ------------------------------------------------
-
-    @property
-    def num_tasks(self) -> int:
-        """K."""
-        return self._engine.steps.num_tasks
-
-    @property
-    def shared_parameters(self) -> list[Tensor]:
-        """The parameters that are balanced, in the order given."""
-        return list(self._engine.rows.parameters)
-
-    @property
-    def weighting(self) -> Weighting:
-        """What weighs the task gradients; another takes another balancer."""
-        return self._engine.weighting
-
-    @property
-    def step(self) -> int:
-        """Number of EMA updates begun; reading it is a sync if ``capturable``."""
-        return self._engine.steps.count
-
-    @property
-    def norms(self) -> Tensor:
-        """(K,) norms of the task gradients (their EMA) at the last balance, on the device, without a sync.
-
-        float32, or float64 with a float64 state. Not finite where the gradient was not; 0 where the loss was not, as
-        its pass is not run then (on a CPU).
-        """
-        return self.monitor().norms
-
-    @property
-    def weights(self) -> Tensor:
-        """(K,) weights of the task gradients at the last balance, on the device, without a sync."""
-        return self.monitor().weights
-
-    @property
-    def nonfinite_steps(self) -> Tensor:
-        """(K,) int64: in how many steps each task's loss or gradient was not finite."""
-        return self.monitor().nonfinite_steps
-
-    def monitor(self) -> Monitor:
-        """Norms, weights, cosines and conflicts of the tasks, for a logger; see `Monitor`."""
-        return Monitor(self._engine)
+    def _losses(self, losses: Given, tasks: Sequence[int | str] | None) -> TaskLosses:
+        return TaskLosses(losses, tasks, self._engine.steps.tasks, self.eps if self.log_transform else None)
 
     # --- what may change between steps ------------------------------------------------------------------------
 
-    def add_task(self) -> int:
+    def add_task(self, name: str | None = None) -> int:
         """Make room for one task more, with a row of zeros; the others keep theirs. Returns its index, the last.
 
+        Args:
+            name: of the task, where tasks have names.
+
         Raises:
             RuntimeError: within a step.
+            TypeError, ValueError: no name where the others have one, or one that another has.
         """
-        self._engine.reindex_tasks([*range(self.num_tasks), None])
+        self._engine.reindex_tasks([*range(self.num_tasks), None], name)
         return self.num_tasks - 1
 
-    def remove_task(self, index: int) -> None:
-        """Forget a task; those after it move up by one, all keep their rows.
+    def remove_task(self, index: int | str) -> None:
+        """Forget a task, by index or name; those after it move up by one, all keep their rows.
 
         Raises:
             RuntimeError: within a step.
-            ValueError: the index is out of range, or it is the last task.
+            ValueError: there is no such task, or it is the last one.
         """
-        index = arguments.check_task(index, self.num_tasks)
+        index = self._engine.steps.tasks.index(index)
         arguments.check_num_tasks(self.num_tasks - 1)
         self._engine.reindex_tasks([task for task in range(self.num_tasks) if task != index])
 
-    def rebind(self, shared_parameters: Iterable[Tensor] | nn.Module) -> None:
+    def rebind(self, shared_parameters: Parameters) -> None:
         """Go on with other parameters: a layer was replaced, added, thawed or resized.
 
         Those that stay (the same tensors) keep their part of every task's average; new ones begin with zeros. Of
@@ -336,18 +328,6 @@ class GradientBalancer:
         self._shared = shared
         if self._engine.attached:
             check_held(self._engine, self._engine.attached)
-
-    def set_beta(self, beta: float, beta_sigma: float) -> None:
-        """Change the forgetting rate and its decay from the next step on; the count of steps goes on.
-
-        Raises:
-            ValueError: as for the class; a beta above 0 where there is one row for all tasks.
-        """
-        beta, beta_sigma = arguments.check_beta(beta), arguments.check_beta_sigma(beta_sigma)
-        if beta > 0.0 and not self._recipe.keep_rows:
-            raise ValueError(f"beta={beta} needs a row for each task: make the balancer with keep_rows=True")
-        self.beta, self.beta_sigma = beta, beta_sigma
-        self._engine.steps.set_beta(self.beta, self.beta_sigma)
 
     # --- checkpoints ------------------------------------------------------------------------------------------
 
@@ -378,7 +358,7 @@ class GradientBalancer:
         """Make it anew."""
         self.__dict__.update(state["attributes"])
         weighting, kept = kept_in(state)
-        self._begin(Shared.restored(state), state["num_tasks"], weighting, frozen_ok=True)
+        self._begin(Shared.restored(state), state["tasks"], weighting, frozen_ok=True)
         if kept is not None:
             checkpoint.load(kept, self._engine)
         self._engine.copied = state["copied"]
@@ -390,6 +370,7 @@ class GradientBalancer:
         """
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__dict__.update(copied_attributes(self.__dict__, memo))
-        twin._begin(self._shared.copied(memo), self.num_tasks, copy.deepcopy(self.weighting, memo), frozen_ok=True)
+        tasks, weighting = copy.deepcopy((self._engine.steps.tasks, self.weighting), memo)
+        twin._begin(self._shared.copied(memo), tasks, weighting, frozen_ok=True)
         twin._engine.copied = self.step > 0 and self._recipe.keep_rows
         return twin

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .balancer import GradientBalancer
 from .engine.graphs import check_shared_parameters, find_shared_parameters
 from .ops import arguments
+from .ops.tasks import TaskWeights
+from .recipe import Parameters
 from .weightings import MaxNorm
 
 if TYPE_CHECKING:
@@ -31,11 +33,12 @@ class DBMTL(GradientBalancer):
 
     Args:
         shared_parameters: as for `GradientBalancer`: leaf tensors, or a module; P elements in all.
-        num_tasks: K >= 1.
+        num_tasks: K >= 1, or the K names of the tasks.
         beta: forgetting rate in [0, 1).
         beta_sigma: decay exponent >= 0; 0 keeps beta constant.
         eps: > 0, in the logarithm and added to the norms.
         scale: alpha: "max" (the method), "mean", "median", "min", or a number.
+        task_weights: K numbers >= 0, or a function from the step to them; see `GradientBalancer`.
         log_transform: balance the logs of the losses given; False takes the losses as they are.
         state_dtype: dtype of the EMA: float32, bfloat16 or float64.
         backend: "auto", or a backend by name.
@@ -53,13 +56,14 @@ class DBMTL(GradientBalancer):
 
     def __init__(
         self,
-        shared_parameters: Iterable[Tensor] | nn.Module,
-        num_tasks: int,
+        shared_parameters: Parameters,
+        num_tasks: int | Collection[str],
         *,
         beta: float = 0.9,
         beta_sigma: float = 0.5,
         eps: float = 1e-8,
         scale: str | float = "max",
+        task_weights: TaskWeights | None = None,
         log_transform: bool = True,
         state_dtype: torch.dtype = torch.float32,
         backend: str = "auto",
@@ -76,6 +80,7 @@ class DBMTL(GradientBalancer):
             beta=beta,
             beta_sigma=beta_sigma,
             eps=eps,
+            task_weights=task_weights,
             log_transform=log_transform,
             state_dtype=state_dtype,
             backend=backend,
@@ -85,16 +90,39 @@ class DBMTL(GradientBalancer):
             zero_gradients=zero_gradients,
             keep_rows=keep_rows or arguments.check_beta(beta) > 0.0,
         )
-        self.scale = scale
+
+    @property
+    def scale(self) -> str | float:
+        """Alpha. To set it raises ValueError or TypeError as the class does; in force from the next balance on."""
+        return cast(MaxNorm, self.weighting).scale
+
+    @scale.setter
+    def scale(self, scale: str | float) -> None:
+        cast(MaxNorm, self.weighting).scale = scale
+
+    @property
+    def eps(self) -> float:
+        """> 0, in the logarithm and added to the norms. To set it raises ValueError as the class does."""
+        return self._settings.eps
+
+    @eps.setter
+    def eps(self, eps: float) -> None:
+        cast(MaxNorm, self.weighting).eps = self._settings.eps = arguments.check_eps(eps)
+
+    def _described(self) -> dict[str, Any]:
+        return {**super()._described(), "scale": self.scale}
 
     @classmethod
     def from_losses(
-        cls, losses: Sequence[Tensor], shared_parameters: Iterable[Tensor] | None = None, **options: Any
+        cls,
+        losses: Mapping[str, Tensor] | Iterable[Tensor],
+        shared_parameters: Iterable[Tensor] | None = None,
+        **options: Any,
     ) -> DBMTL:
         """A balancer of what the losses of a first forward pass share; their graphs stay as they are.
 
         Args:
-            losses: K scalars with a graph.
+            losses: K scalars with a graph, or a dict of names to them, which the tasks then have.
             shared_parameters: by default those that `graphs.find_shared_parameters` finds; if given, the losses must
                 depend on each.
             options: as for the class.
@@ -106,6 +134,12 @@ class DBMTL(GradientBalancer):
         Warns:
             UserWarning: a parameter that was given is reached from a single loss; see also there.
         """
+        tasks: int | list[str]
+        if isinstance(losses, Mapping):
+            tasks, found = list(losses), list(losses.values())
+        else:
+            found = losses if isinstance(losses, Tensor) else list(losses)  # type: ignore[assignment]
+            tasks = len(found)
         if shared_parameters is None:
-            return cls(find_shared_parameters(losses, stacklevel=3), len(losses), **options)
-        return cls(check_shared_parameters(losses, shared_parameters, stacklevel=3), len(losses), **options)
+            return cls(find_shared_parameters(found, stacklevel=3), tasks, **options)
+        return cls(check_shared_parameters(found, shared_parameters, stacklevel=3), tasks, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from . import ops as ops  # registers what is called below
 from .engine import losses as loss_values
 from .engine.losses import Given
 from .ops.arguments import check_scale
+from .ops.tasks import TaskNames
 
 
 def balance_(
@@ -55,9 +58,9 @@ def balance_(
     return grad, norms
 
 
-def sum_of_losses(losses: Given, num_tasks: int) -> Tensor:
+def sum_of_losses(losses: Given, num_tasks: int | Collection[str]) -> Tensor:
     """The plain sum of K losses for an evaluation, float32 at least, without a graph. Checked as a balancer's are."""
-    return loss_values.TaskLosses(losses, None, num_tasks, None).total()
+    return loss_values.TaskLosses(losses, None, TaskNames(num_tasks), None).total()
 
 
 def log_transform(loss: Tensor, eps: float = 1e-8) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .engine.step import Engine
+from .ops.tasks import TaskNames
+from .weightings import Weighting
 
 
 class ScalarWriter(Protocol):
@@ -48,6 +50,14 @@ class Monitor:
     def nonfinite_steps(self) -> Tensor:
         """(K,) int64: in how many steps each task's gradient was not finite."""
         return self._engine.rows.stats.nonfinite_steps.clone()
+
+    @property
+    def losses(self) -> Tensor:
+        """(K,) losses; see `GradientBalancer.losses`."""
+        losses = torch.full_like(self.norms, torch.nan)
+        for task, loss in self._steps.losses.items():
+            losses[task] = loss
+        return losses
 
     @property
     def step(self) -> int:
@@ -92,17 +102,17 @@ class Monitor:
 
         Args:
             prefix: put before each name.
-            names: of the K tasks; by default their indices.
+            names: of the K tasks; by default the balancer's, or indices.
             gramian: `conflicts` and the cosine of each pair besides; of several ranks all must ask for them.
 
         Returns:
-            ``step``, ``norm/NAME``, ``weight/NAME``, ``nonfinite_steps/NAME``; with ``gramian`` ``conflicts`` and
-            ``cosine/NAME-OTHER``.
+            ``step``, ``norm/NAME``, ``weight/NAME``, ``nonfinite_steps/NAME``; ``loss/NAME`` of tasks whose loss is
+            known, and ``loss``, their sum; with ``gramian`` ``conflicts`` and ``cosine/NAME-OTHER``.
 
         Raises:
             ValueError: ``names`` are not K, or two are the same.
         """
-        tags, values = zip(*self._entries(_checked(names, self._steps.num_tasks), gramian), strict=True)
+        tags, values = zip(*self._entries(_checked(names, self._steps.tasks), gramian), strict=True)
         wide = self._engine.rows.stats.norms.dtype
         packed = torch.cat([value.reshape(-1).to(wide) for value in values])
         return {prefix + tag: x for tag, x in zip([t for own in tags for t in own], packed.tolist(), strict=True)}
@@ -135,7 +145,7 @@ class Monitor:
     def scalars(self, names: Sequence[str] | None = None, *, gramian: bool = False) -> dict[str, Tensor]:
         """As `as_dict`, but scalars on the device, without a sync."""
         out: dict[str, Tensor] = {}
-        for tags, values in self._entries(_checked(names, self._steps.num_tasks), gramian):
+        for tags, values in self._entries(_checked(names, self._steps.tasks), gramian):
             out.update(zip(tags, values.reshape(-1).unbind(), strict=True))
         return out
 
@@ -144,10 +154,79 @@ class Monitor:
         yield [f"norm/{name}" for name in names], self.norms
         yield [f"weight/{name}" for name in names], self.weights
         yield [f"nonfinite_steps/{name}" for name in names], self.nonfinite_steps
+        known = sorted(self._steps.losses)
+        if known:
+            losses = self.losses[known]
+            yield ["loss", *(f"loss/{names[task]}" for task in known)], torch.cat([losses.sum()[None], losses])
         if gramian:
             cosine = self.cosine
             yield ["conflicts"], _pairs(cosine).lt(0.0).sum()
             yield [f"cosine/{a}-{b}" for a, b in combinations(names, 2)], _pairs(cosine)
+
+
+class Watched:
+    """What a balancer tells: copies, that later steps do not change."""
+
+    _engine: Engine
+
+    @property
+    def num_tasks(self) -> int:
+        """K."""
+        return self._engine.steps.num_tasks
+
+    @property
+    def task_names(self) -> list[str] | None:
+        """The names of the K tasks, if they have any."""
+        names = self._engine.steps.tasks.names
+        return None if names is None else list(names)
+
+    @property
+    def shared_parameters(self) -> list[Tensor]:
+        """The parameters that are balanced, in the order given."""
+        return list(self._engine.rows.parameters)
+
+    @property
+    def weighting(self) -> Weighting:
+        """What weighs the task gradients; another takes another balancer."""
+        return self._engine.weighting
+
+    @property
+    def step(self) -> int:
+        """Number of EMA updates begun; reading it is a sync if ``capturable``."""
+        return self._engine.steps.count
+
+    @property
+    def norms(self) -> Tensor:
+        """(K,) norms of the task gradients (their EMA) at the last balance, on the device, without a sync.
+
+        float32, or float64 with a float64 state. Not finite where the gradient was not; 0 where the loss was not, as
+        its pass is not run then (on a CPU).
+        """
+        return self.monitor().norms
+
+    @property
+    def weights(self) -> Tensor:
+        """(K,) weights of the task gradients at the last balance, on the device, without a sync."""
+        return self.monitor().weights
+
+    @property
+    def losses(self) -> Tensor:
+        """(K,) losses as they were given, no logarithm taken, of the last step, on the device, without a sync.
+
+        What to watch: their sum goes down as the model learns, and stays positive, where the value of a balanced loss
+        is a sum of logarithms. Of several ranks the means. NaN of tasks that were absent, and of `task`, which is
+        given no loss.
+        """
+        return self.monitor().losses
+
+    @property
+    def nonfinite_steps(self) -> Tensor:
+        """(K,) int64: in how many steps each task's loss or gradient was not finite."""
+        return self.monitor().nonfinite_steps
+
+    def monitor(self) -> Monitor:
+        """Norms, weights, cosines and conflicts of the tasks, for a logger; see `Monitor`."""
+        return Monitor(self._engine)
 
 
 def _pairs(matrix: Tensor) -> Tensor:
@@ -156,9 +235,10 @@ def _pairs(matrix: Tensor) -> Tensor:
     return matrix[row, column]
 
 
-def _checked(names: Sequence[str] | None, num_tasks: int) -> list[str]:
-    if names is None:
-        return [str(task) for task in range(num_tasks)]
-    if len(names) != num_tasks or len(set(names)) != num_tasks:
-        raise ValueError(f"names must be {num_tasks} different names, one for each task, got {list(names)}")
-    return list(names)
+def _checked(names: Sequence[str] | None, tasks: TaskNames) -> list[str]:
+    given = names or tasks.names
+    if given is None:
+        return [str(task) for task in range(len(tasks))]
+    if len(given) != len(tasks) or len(set(given)) != len(tasks):
+        raise ValueError(f"names must be {len(tasks)} different names, one for each task, got {list(given)}")
+    return list(given)

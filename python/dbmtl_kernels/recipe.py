@@ -1,4 +1,4 @@
-"""What a balancer is made of, so that another can be made of it: for a pickle, a copy, or other parameters."""
+"""What a balancer is made of, and what of it may be set; another can be made of it: a pickle, a copy, or rebound."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import copy
 import io
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .engine.bookkeeping import Steps
+from .engine.bookkeeping import Settings, Steps
 from .engine.step import Engine
+from .ops import arguments
+from .ops.tasks import TaskNames, TaskWeights, check_task_weights
 from .rows import placement
+from .rows.split import SplitTaskGradientBuffer
 from .weightings import Weighting
 
 if TYPE_CHECKING:
@@ -27,6 +31,10 @@ ZERO_GRADIENTS = {"absent": True, "count": False}
 OWN = ("_engine", "_attachment", "_shared")
 
 
+# Shared parameters as people hold them.
+Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | Tensor | nn.Module
+
+
 class Shared(NamedTuple):
     """The shared parameters; their names and module where one was given."""
 
@@ -35,10 +43,17 @@ class Shared(NamedTuple):
     module: weakref.ref[nn.Module] | None
 
     @classmethod
-    def of(cls, given: Iterable[Tensor] | nn.Module) -> Shared:
+    def of(cls, given: Parameters | Shared) -> Shared:
         """What the user gave."""
+        if isinstance(given, Shared):
+            return given
+        if isinstance(given, Tensor):
+            return cls([given], None, None)
         if not isinstance(given, nn.Module):
-            return cls(list(given), None, None)
+            listed: list[Any] = list(given.items() if isinstance(given, Mapping) else given)
+            if not listed or not all(isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str) for x in listed):
+                return cls(listed, None, None)
+            return cls([p for _, p in listed], [name for name, _ in listed], None)
         named = [(name, p) for name, p in given.named_parameters() if p.requires_grad]
         return cls([p for _, p in named], [name for name, _ in named], weakref.ref(given))
 
@@ -67,13 +82,13 @@ class Recipe(NamedTuple):
     keep_rows: bool
 
     def engine(
-        self, shared: Shared, num_tasks: int, weighting: Weighting, betas: tuple[float, float], frozen_ok: bool
+        self, shared: Shared, tasks: TaskNames, weighting: Weighting, settings: Settings, frozen_ok: bool
     ) -> Engine:
         """One of these parameters that has done nothing yet; ``frozen_ok`` if they may be frozen."""
         rows, ranks = placement.place(
-            shared.parameters, num_tasks, *self._how(), shared.names, frozen_ok, one_row=not self.keep_rows
+            shared.parameters, len(tasks), *self._how(), shared.names, frozen_ok, one_row=not self.keep_rows
         )
-        steps = Steps(num_tasks, *betas, rows.device if self.capturable else None)
+        steps = Steps(tasks, settings, rows.device if self.capturable else None)
         engine = Engine(
             rows, ranks, steps, weighting,
             group_unnamed=self.process_group is None and not placement.is_distributed(rows.parameters),
@@ -99,6 +114,117 @@ class Recipe(NamedTuple):
         return self.state_dtype, self.backend, self.process_group
 
 
+class Adjustable:
+    """What may be set of a balancer, each checked; in force from the next step on, and in a checkpoint.
+
+    A captured CUDA graph keeps the numbers that it was captured with.
+    """
+
+    _engine: Engine
+    _recipe: Recipe
+    _settings: Settings
+
+    @property
+    def beta(self) -> float:
+        """Forgetting rate in [0, 1). To set it raises ValueError as the class does; above 0 it takes ``keep_rows``."""
+        return self._settings.beta
+
+    @beta.setter
+    def beta(self, beta: float) -> None:
+        beta = arguments.check_beta(beta)
+        if beta > 0.0 and not self._recipe.keep_rows:
+            raise ValueError(f"beta={beta} needs a row for each task: make the balancer with keep_rows=True")
+        self._settings.beta = beta
+
+    @property
+    def beta_sigma(self) -> float:
+        """Decay exponent >= 0. To set it raises ValueError as the class does."""
+        return self._settings.beta_sigma
+
+    @beta_sigma.setter
+    def beta_sigma(self, beta_sigma: float) -> None:
+        self._settings.beta_sigma = arguments.check_beta_sigma(beta_sigma)
+
+    @property
+    def eps(self) -> float:
+        """> 0, in the logarithm. To set it raises ValueError as the class does."""
+        return self._settings.eps
+
+    @eps.setter
+    def eps(self, eps: float) -> None:
+        self._settings.eps = arguments.check_eps(eps)
+
+    @property
+    def task_weights(self) -> TaskWeights | None:
+        """K factors >= 0 of the weights, or a function from the step to them; None for all 1.
+
+        A list is in a checkpoint, a function is not. To set it raises ValueError or TypeError as the class does.
+        """
+        return self._settings.task_weights
+
+    @task_weights.setter
+    def task_weights(self, weights: TaskWeights | None) -> None:
+        if weights is not None and self._recipe.capturable:
+            raise ValueError("task_weights with capturable: they are multiplied in on the host")
+        given = weights is None or callable(weights)
+        num_tasks = self._engine.steps.num_tasks
+        self._settings.task_weights = weights if given else check_task_weights(weights, num_tasks)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether losses are balanced. With False ``balancer(losses)`` is their plain sum; see `paused`."""
+        return self._settings.enabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self._engine.turns.refuse_inside("enabled")
+        self._settings.enabled = bool(enabled)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is balanced: for an evaluation, a warm-up, or an ablation with the same line of code.
+
+        ``balancer(losses)`` is the plain sum of the losses (of the log-losses), an ordinary tensor; `task` and
+        `balance` do nothing. No average, norm or count changes. Of several ranks nobody but DistributedDataParallel
+        averages gradients then: leave its ``no_sync()``.
+        """
+        before = self.enabled
+        self.enabled = False
+        try:
+            yield
+        finally:
+            self._settings.enabled = before
+
+    def _described(self) -> dict[str, Any]:
+        """What `__repr__` shows."""
+        engine, settings = self._engine, self._settings
+        rows, tasks, num_ranks = engine.rows, engine.steps.tasks, engine.ranks.size
+        P = sum(p.numel() for p in rows.parameters)
+        shown: dict[str, Any] = {
+            "num_tasks": len(tasks) if tasks.names is None else tasks.names, "parameters": len(rows.parameters), "P": P,
+        }  # fmt: skip
+        if settings.beta > 0.0:
+            shown |= {"beta": settings.beta, "beta_sigma": settings.beta_sigma}
+        if settings.task_weights is not None:
+            shown["task_weights"] = settings.task_weights
+        layout = (rows.parts[0] if isinstance(rows, SplitTaskGradientBuffer) else rows).layout
+        form, dtype, count = "one row for all tasks", layout.wide, 1
+        if self._recipe.keep_rows:
+            form, dtype, count = "a row for each task", layout.state_dtype, len(tasks)
+        shown |= {
+            "form": f"{form} ({str(dtype)[6:]})", "state": f"{count * P * dtype.itemsize / num_ranks / 1e6:.1f} MB",
+            "device": str(rows.device),
+        }  # fmt: skip
+        if num_ranks > 1:
+            shown["ranks"] = num_ranks
+        shown |= {"step": engine.steps.started, "attached": bool(engine.attached)}
+        return shown if settings.enabled else {**shown, "enabled": False}
+
+    def __repr__(self) -> str:
+        """K, P, the form, memory, ranks, and what it has done."""
+        return f"{type(self).__name__}({', '.join(f'{key}={value}' for key, value in self._described().items())})"
+
+
 def pickled(attributes: dict[str, Any], engine: Engine) -> dict[str, Any]:
     """What `GradientBalancer.__getstate__` gives.
 
@@ -116,7 +242,7 @@ def pickled(attributes: dict[str, Any], engine: Engine) -> dict[str, Any]:
         "parameters": shared.parameters,
         "names": shared.names,
         "module": None if shared.module is None else shared.module(),
-        "num_tasks": engine.steps.num_tasks,
+        "tasks": engine.steps.tasks,
         "copied": engine.copied,
         "kept": _bytes_of((engine.weighting, checkpoint.state_of(engine) if has_run else None)),
     }

@@ -55,8 +55,25 @@ class MaxNorm:
     """
 
     def __init__(self, scale: str | float = "max", eps: float = 1e-8) -> None:
-        self.scale = check_scale(scale)
-        self.eps = check_eps(eps)
+        self.scale, self.eps = scale, eps
+
+    @property
+    def scale(self) -> str | float:
+        """Alpha, checked when it is set."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: str | float) -> None:
+        self._scale = check_scale(scale)
+
+    @property
+    def eps(self) -> float:
+        """Added to the norms, checked when it is set."""
+        return self._eps
+
+    @eps.setter
+    def eps(self, eps: float) -> None:
+        self._eps = check_eps(eps)
 
     def __call__(self, gramian: Tensor, /) -> Tensor:
         """(k, k) Gramian to (k,) weights."""

@@ -58,6 +58,9 @@ class Attempt:
         self._scratch: tuple[Buffer, Any] | None = None
         self._evaluated = self._at_once = False
         self._sums: Tensor | None = None
+        self.smaller: Tensor | None = (
+            None  # a power of two by which the gradients of a pass are; see `TaskLosses.slope`
+        )
         self._stats: list[Stats] | None = None  # before they were computed
 
     # --- a pass -----------------------------------------------------------------------------------------------
@@ -67,21 +70,18 @@ class Attempt:
         steps = self.steps
         if self.frozen:
             self._scratch = self._scratch or (self.rows.of_one_task(), self.rows.new_flats())
-            collector = self._scratch[0].collector(0, (0.0, 1.0), loss_scale)
+            collector = self._scratch[0].collector(0, (0.0, 1.0), self._carried(loss_scale))
         else:
             collector = self._collectors[task] = self.rows.collector(
-                task,
-                steps.coefficients(),
-                steps.loss_scale,
-                again=steps.seen[task],
+                task, steps.coefficients(), self._carried(steps.loss_scale), again=steps.seen[task],
                 skip_zeros=skip_zeros and (loss_scale is None or not is_zero(loss_scale)),
-            )
+            )  # fmt: skip
         self.grads.collect_into(collector)
 
     def collected(self, task: int, loss_scale: Tensor | None) -> None:
         """The pass is over. One that was zero everywhere does not count."""
         self.grads.finish_collecting()
-        self.heads.collect(task)
+        self.heads.collect(task, self.smaller)
         if self.frozen:
             self._weigh(task, loss_scale)
         elif self._collectors[task].empty is True:
@@ -90,6 +90,11 @@ class Attempt:
             self.steps.seen[task] = True
             if self._balanced.one is not None and task not in (*self._spoilt, *self.steps.sitting_out):
                 self._balanced.add(task, self._free())
+
+    def _carried(self, loss_scale: Tensor | None) -> Tensor | None:
+        """The factor that the gradients of this pass carry."""
+        smaller = self.smaller
+        return loss_scale if smaller is None else smaller if loss_scale is None else smaller.to(loss_scale) * loss_scale
 
     def _free(self) -> Flats | None:
         """Where the balanced gradient will be, unless something is there that was set aside."""

@@ -55,13 +55,17 @@ class BalancedGradient:
         """
         steps, weighting = self._steps, self._weighting
         self.writes += 1
-        if type(weighting) is MaxNorm:  # exactly: a subclass may weigh otherwise
+        factors = steps.factors()
+        if type(weighting) is MaxNorm and (factors is None or self.one is not None):  # a subclass may weigh otherwise
             self._rows.balance(
                 flats, weighting.eps, weighting.scale, active=self._active(), loss_scale=steps.loss_scale,
                 propagate_above=self.propagate_above, fresh=steps.fresh, accumulate=accumulate, sums=sums,
             )  # fmt: skip
+            if factors is not None:  # the row has them already
+                stats = self._rows.stats
+                stats.weights.mul_(ops.upload(factors, stats.weights.dtype, stats.weights.device))
         else:
-            self._weigh(sums)
+            self._weigh(sums, factors)
             self._rows.combine(self._scaled_weights(), flats, accumulate)
         steps.fresh = False
 
@@ -69,9 +73,12 @@ class BalancedGradient:
         """The gradient just collected into the one row; see `OneRowBuffer.add`."""
         assert self.one is not None
         assert isinstance(self._weighting, MaxNorm)
-        finite = self._steps.finite
+        finite, factors = self._steps.finite, self._steps.factors()
         self.writes += 1
-        self.one.add(task, self._weighting.eps, flats, None if finite is None else finite[task : task + 1])
+        self.one.add(
+            task, self._weighting.eps, flats, None if finite is None else finite[task : task + 1],
+            factor=1.0 if factors is None else factors[task],
+        )  # fmt: skip
 
     def recompute(self) -> list[Tensor]:
         """Once more what `compute` gave last, as a new tensor for each parameter."""
@@ -109,12 +116,13 @@ class BalancedGradient:
         return torch.where(self.overflow(), torch.nan, self._rows.stats.weights * self._factor())
 
     @torch.no_grad()
-    def _weigh(self, sums: Tensor | None) -> None:
-        """Weights by the Gramian, and the stats, as the kernels do for `MaxNorm`."""
-        rows, steps = self._rows, self._steps
+    def _weigh(self, sums: Tensor | None, factors: list[float] | None) -> None:
+        """Weights by the Gramian, times ``factors``, and the stats, as the kernels do for `MaxNorm`."""
+        rows, steps, weighting = self._rows, self._steps, self._weighting
         sums = rows.sums() if sums is None else sums
+        by_norms = type(weighting) is MaxNorm  # all it asks of the Gramian are these sums
         # The Gramian may be narrower than the sums; what does not fit is not given to a solver.
-        largest = 0.999 * torch.finfo(rows.narrow).max
+        largest = None if by_norms else 0.999 * torch.finfo(rows.narrow).max
         nonfinite, now = reference.nonfinite(sums, rows.stats.nonfinite, steps.fresh, largest)
         bad = [task for task, is_bad in enumerate(nonfinite.tolist()) if is_bad]
         active = self._active()
@@ -124,12 +132,14 @@ class BalancedGradient:
         try:
             if used:
                 index = torch.tensor(used, device=weights.device)
-                gramian = rows.gramian()
-                begin = getattr(self._weighting, "begin", None)
+                gramian = sums.diag() if by_norms else rows.gramian()
+                begin = getattr(weighting, "begin", None)
                 if begin is not None:
                     begin(used, steps.losses, not steps.fresh)
-                ours = self._weighting(gramian if len(used) == len(steps.seen) else gramian[index][:, index])
-                ours = _checked(ours, len(used), gramian, self._weighting).to(weights.dtype)
+                ours = weighting(gramian if len(used) == len(steps.seen) else gramian[index][:, index])
+                ours = _checked(ours, len(used), gramian, weighting).to(weights.dtype)
+                if factors is not None:
+                    ours = ours * ours.new_tensor([factors[task] for task in used])
                 weights[index] = self._ranks.of_first(ours, "the weights")
         finally:  # also where the weighting raises: no NaN stays in a row
             rows.record(sums, weights, nonfinite, now, bad)

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops import Coefficients
+from ..ops.tasks import TaskNames, TaskWeights, check_task_weights
+
+
+@dataclass
+class Settings:
+    """What may be set between steps: `GradientBalancer` has a property for each, which checks it.
+
+    Attributes:
+        beta: forgetting rate.
+        beta_sigma: decay exponent; in step k, beta_k = beta / k ** beta_sigma.
+        eps: in the logarithm.
+        task_weights: factors of the weights, or None.
+        enabled: losses are balanced; otherwise summed.
+    """
+
+    beta: float
+    beta_sigma: float
+    eps: float
+    task_weights: TaskWeights | None = None
+    enabled: bool = True
 
 
 class Turn(NamedTuple):
@@ -70,9 +91,8 @@ class Steps:
     """The bookkeeping of a balancer. A step is one update of the EMA, of one backward pass a task or of several.
 
     Args:
-        num_tasks: K.
-        beta: forgetting rate.
-        beta_sigma: decay exponent; in step k, beta_k = beta / k ** beta_sigma.
+        tasks: how many, and their names.
+        settings: read when a step begins.
         device: None keeps count on the host. A device keeps it there, and with it the coefficients, so that a step
             captured in a CUDA graph counts on when it is replayed.
 
@@ -91,8 +111,9 @@ class Steps:
         capturable: whether the count is kept on a device.
     """
 
-    def __init__(self, num_tasks: int, beta: float, beta_sigma: float, device: torch.device | None) -> None:
-        self._beta, self._sigma = beta, beta_sigma
+    def __init__(self, tasks: TaskNames, settings: Settings, device: torch.device | None) -> None:
+        self.tasks, self.settings = tasks, settings
+        num_tasks, beta = len(tasks), settings.beta
         self.capturable = device is not None
         self._count: int | Tensor = 0 if device is None else torch.zeros((), dtype=torch.int64, device=device)
         self._coefficients: Coefficients = beta, 1.0 - beta  # of a first gradient in the step now open
@@ -112,7 +133,7 @@ class Steps:
     @property
     def averages(self) -> bool:
         """Whether gradients of earlier steps have a say."""
-        return self._beta > 0.0
+        return self.settings.beta > 0.0
 
     @property
     def num_tasks(self) -> int:
@@ -197,12 +218,23 @@ class Steps:
         self.open = False
         self.pending = set()
 
-    def set_beta(self, beta: float, beta_sigma: float) -> None:
-        """Change them from the next step on."""
-        self._beta, self._sigma = beta, beta_sigma
+    def factors(self) -> list[float] | None:
+        """K factors of the weights of the open step, if there are any.
 
-    def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
-        """Let the tasks be these, None being a new one."""
+        Raises:
+            ValueError, TypeError: the function that gives them gave something else.
+        """
+        given = self.settings.task_weights
+        if callable(given):
+            return check_task_weights(given(self.count), self.num_tasks)
+        return None if given is None else list(given)
+
+    def reindex_tasks(self, tasks: Sequence[int | None], name: str | None = None) -> None:
+        """Let the tasks be these, None being a new one, of this name."""
+        self.tasks.reindex(tasks, name)
+        weights = self.settings.task_weights
+        if weights is not None and not callable(weights):
+            self.settings.task_weights = [1.0 if task is None else weights[task] for task in tasks]
         self.changes += 1
         self.lengths = {}
         self.seen = [task is not None and self.seen[task] for task in tasks]
@@ -213,13 +245,14 @@ class Steps:
         self._begun, self._count = self._begun + by, count.add_(by) if isinstance(count, Tensor) else count + by
 
     def _coefficients_of(self, count: int | Tensor) -> Coefficients:
-        beta = self._beta / (count.to(torch.float64) if isinstance(count, Tensor) else count) ** self._sigma
+        k = count.to(torch.float64) if isinstance(count, Tensor) else count
+        beta = self.settings.beta / k**self.settings.beta_sigma
         return torch.stack([beta, 1.0 - beta]) if isinstance(beta, Tensor) else (beta, 1.0 - beta)
 
     def refuse_entered(self, task: int) -> None:
         """Raise RuntimeError if the task waits for a balance already."""
         if task in self.pending:
-            raise RuntimeError(f"task {task} was entered already in this step; call balance() first")
+            raise RuntimeError(f"{self.tasks.describe(task)} was entered already in this step; call balance() first")
 
     def refuse_pending(self) -> None:
         """Raise RuntimeError if any task waits for a balance."""

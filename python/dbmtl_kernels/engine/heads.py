@@ -69,6 +69,15 @@ class HeadGradients:
                 "(dbmtl_kernels.integrations does so for Lightning, Accelerate and the Hugging Face Trainer)"
             )
 
+    def refuse_without_average(self) -> None:
+        """Raise RuntimeError unless DistributedDataParallel averages gradients, as an ordinary backward needs."""
+        wrappers = self.wrappers()
+        if not wrappers or not all(map(synchronises, wrappers)):
+            raise RuntimeError(
+                "the balancer is not enabled, and then DistributedDataParallel has to average the gradients of the "
+                "ranks: run its forward pass (and the backward) outside of no_sync()"
+            )
+
     def begin(self, stepped: Sequence[Tensor], losses: Sequence[Tensor], whole: bool) -> Meeting | None:
         """Set the ``.grad`` of all heads aside.
 
@@ -192,11 +201,14 @@ class HeadGradients:
 
     # --- their gradients --------------------------------------------------------------------------------------
 
-    def collect(self, task: int) -> None:
-        """A pass is over: what is in the heads' ``.grad`` is of this task."""
+    @torch.no_grad()
+    def collect(self, task: int, smaller: Tensor | None = None) -> None:
+        """A pass is over: what is in the heads' ``.grad`` is of this task, ``smaller`` by that factor."""
         for head in self._heads.values():
             grad = head.parameter.grad
             if grad is not None:
+                if smaller is not None:
+                    grad.div_(smaller.to(grad.device))
                 head.parts.append((task, grad))
                 head.parameter.grad = None
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops.arguments import check_tasks
+from ..ops.tasks import TaskNames
 from ..rows.ranks import Ranks
 
 # What PyTorch says of several backward passes over one graph, and what helps.
@@ -22,65 +25,74 @@ ADVICE = {
     "NCCL": "one of FSDP's collectives failed; has another rank stopped?",
 }
 
+CLAIM = "_dbmtl_rows"  # an attribute of a loss: the rows of the balancer that it was given to
 NARROW = (torch.float16, torch.bfloat16)
 
-Given = Sequence[Tensor | None] | Tensor
+# A loss, and the losses of a step, as people hold them; see `GradientBalancer.__call__`.
+Loss = Tensor | float | None
+Given = Mapping[str, Loss] | Iterable[Loss] | Tensor
 
 
 class TaskLosses:
     """The losses of the tasks present in a step.
 
     Args:
-        losses: K scalars, as a sequence or a (K,) tensor; None where a task is absent. With ``tasks`` as many as those.
-        tasks: the tasks they are of; by default all.
-        num_tasks: K.
+        losses: K scalars: any iterable, a (K,) tensor, or a mapping from names; None or the number 0 where a task is
+            absent. With ``tasks`` as many as those.
+        tasks: the tasks they are of, by index or name; by default all.
+        names: of the tasks; learnt from the first mapping.
         log_eps: the eps of the log transformation, None without it.
 
     Attributes:
         tasks: indices of those present.
         losses: their losses.
         log_eps: see above.
+        zeros: indices of those that count as absent because their loss is a zero without a graph.
         values: their values, float32 at least, without a graph: those that the logarithm is taken of.
 
     Raises:
-        TypeError: not a sequence or a tensor; a loss is not a floating-point tensor; a task is not an int.
+        TypeError: not an iterable, or one without an order; a loss is not a floating-point tensor; a task is not an
+            int or a name.
         ValueError: the number of losses is wrong; one is not a scalar; none is present; a task is out of range or
-            there twice.
+            there twice; a mapping has other names.
     """
 
-    def __init__(self, losses: Given, tasks: Sequence[int] | None, num_tasks: int, log_eps: float | None) -> None:
-        self.log_eps, self._num_tasks = log_eps, num_tasks
-        if isinstance(losses, Tensor):
-            if losses.dim() != 1:
-                raise ValueError(f"losses given as a tensor must have shape ({num_tasks},), got {tuple(losses.shape)}")
-            given: list[Tensor | None] = list(losses.unbind())
-        elif isinstance(losses, Sequence):
-            given = list(losses)
-        else:
-            raise TypeError(f"losses must be a sequence of scalars or a 1-D tensor, got {type(losses).__name__}")
-        indices = check_tasks(tasks, len(given), num_tasks)
+    def __init__(
+        self, losses: Given, tasks: Sequence[int | str] | None, names: TaskNames, log_eps: float | None
+    ) -> None:
+        self.log_eps, self._names = log_eps, names
+        indices, given = _in_order(losses, tasks, names)
+        self._whole = losses if isinstance(losses, Tensor) else None
+        self.zeros: list[int] = []
         self.tasks: list[int] = []
         self.losses: list[Tensor] = []
         self.values: list[Tensor] = []
         for task, loss in zip(indices, given, strict=True):
             if loss is None:
                 continue
+            if isinstance(loss, Real) and not isinstance(loss, bool) and loss == 0:
+                self.zeros.append(task)
+                continue
+            name = f"the loss of {names.describe(task)}"
             if not isinstance(loss, Tensor):
-                raise TypeError(f"the loss of task {task} must be a tensor, got {type(loss).__name__}")
+                raise TypeError(f"{name} must be a tensor, got {type(loss).__name__}")
             if loss.numel() != 1:
-                raise ValueError(f"the loss of task {task} must be a scalar, got shape {tuple(loss.shape)}")
+                raise ValueError(f"{name} must be a scalar, got shape {tuple(loss.shape)}")
             if not loss.is_floating_point():
-                raise TypeError(f"the loss of task {task} must be floating point, got {loss.dtype}")
+                raise TypeError(f"{name} must be floating point, got {loss.dtype}")
             self.tasks.append(task)
             self.losses.append(loss)
             value = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
             self.values.append(value.float() if value.dtype in NARROW else value)
+        self._refuse_none()
+
+    def _refuse_none(self) -> None:
         if not self.tasks:
-            raise ValueError("every loss is None: a step needs at least one task")
+            raise ValueError("every loss is None or a zero without a graph: a step needs at least one task")
 
     def share(self, ranks: Ranks, device: torch.device) -> None:
         """Make ``values`` the means over the ranks; one all-reduce on ``device``, no sync."""
-        self.values = ranks.mean_losses(self.values, self.tasks, self._num_tasks, device)
+        self.values = ranks.mean_losses(self.values, self.tasks, len(self._names), device)
 
     def check_logarithms(self) -> None:
         """Raise ValueError naming the first task whose loss has no logarithm (seen on a CPU only)."""
@@ -88,15 +100,28 @@ class TaskLosses:
         for task, value in zip(self.tasks, self.values, strict=True):
             if eps is not None and value.device.type == "cpu" and float(value) + eps <= 0.0:
                 raise ValueError(
-                    f"the loss of task {task} is {float(value)}: a loss must be positive to have a logarithm "
-                    "(log_transform=False takes losses as they are)"
+                    f"the loss of {self._names.describe(task)} is {float(value)}: a loss must be positive to have a "
+                    "logarithm (log_transform=False takes losses as they are)"
                 )
 
     def check_graphs(self) -> None:
-        """Raise RuntimeError naming the first loss that nothing can be backpropagated from."""
-        for task, loss in zip(self.tasks, self.losses, strict=True):
-            if not loss.requires_grad:
-                raise RuntimeError(f"the loss of task {task} has no graph: it does not require grad")
+        """Of losses that nothing can be backpropagated from, let those that are 0 count as absent.
+
+        Raises:
+            RuntimeError: one is something else.
+            ValueError: none is left.
+        """
+        if all(loss.requires_grad for loss in self.losses):
+            return
+        for index in reversed(range(len(self.tasks))):
+            if self.losses[index].requires_grad:
+                continue
+            task = self.tasks[index]
+            if float(self.values[index]) != 0.0:  # a sync, in a rare case
+                raise RuntimeError(f"the loss of {self._names.describe(task)} has no graph: it does not require grad")
+            del self.tasks[index], self.losses[index], self.values[index]
+            self.zeros.append(task)
+        self._refuse_none()
 
     @torch.no_grad()
     def total(self) -> Tensor:
@@ -105,31 +130,73 @@ class TaskLosses:
         values = torch.stack([value.to(device) for value in self.values])
         return values.sum() if eps is None else torch.log(values + eps).sum()
 
+    def claim(self, rows: Any, parameters: Sequence[Tensor]) -> None:
+        """These losses are balanced for these parameters.
+
+        Raises:
+            RuntimeError: another balancer, of others, was given the same.
+        """
+        for loss in self.losses if self._whole is None else [self._whole]:
+            ref = loss.__dict__.get(CLAIM)
+            other = None if ref is None else ref()
+            if other is not None and {id(p) for p in other.parameters} != {id(p) for p in parameters}:
+                raise RuntimeError(
+                    "another balancer, of other parameters, was given the same losses: each would give the heads and "
+                    "the other's parameters the plain gradient once more. Give all shared parameters to one balancer"
+                )
+            loss.__dict__[CLAIM] = weakref.ref(rows)
+
+    def plain(self, ranks: Ranks) -> Tensor:
+        """The sum of the losses, or of their logs, with its graph; of several ranks the logs are of the means.
+
+        ``values`` are those of the ranks together by then.
+        """
+        terms: list[Tensor] = []
+        for loss, mean in zip(self.losses, self.values, strict=True):
+            term = loss.reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
+            if self.log_eps is not None and ranks.size > 1:
+                term = LogOfMean.apply(term, mean.to(term), self.log_eps)  # type: ignore[no-untyped-call]
+            elif self.log_eps is not None:
+                term = torch.log(term + self.log_eps)
+            terms.append(term.to(self.values[0].device))
+        return torch.stack(terms).sum()
+
     def finite(self) -> list[bool | None]:
         """Whether each loss is finite; None off a CPU, where it would take a sync to know."""
         return [math.isfinite(float(x)) if x.device.type == "cpu" else None for x in self.values]
 
-    def backward(
-        self, index: int, loss_scale: Tensor | None, retain_graph: bool, inputs: Sequence[Tensor] | None = None
-    ) -> None:
-        """Backpropagate ``loss * slope``, with slope = loss_scale / (loss + eps), or loss_scale without the log.
+    @torch.no_grad()
+    def slope(self, index: int, loss_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The gradient that a loss gets: loss_scale / (loss + eps), or loss_scale without the log.
 
-        Into all leaves, or into ``inputs`` alone.
+        Returns:
+            the slope, in the loss's dtype, and a power of two by which it is smaller than that where it would not fit
+            into that dtype; None where it fits.
+        """
+        loss = self.losses[index]
+        if self.log_eps is None:
+            slope = torch.ones_like(self.values[index])
+        else:
+            slope = (self.values[index] + self.log_eps).reciprocal()
+        if loss_scale is not None:
+            slope = slope * loss_scale.to(slope.device)
+        smaller: Tensor | None = None
+        if loss.dtype == torch.float16:  # up to 65504; a loss of 1e-5 has a slope of 1e5
+            excess = torch.frexp(slope).exponent - 15
+            smaller = torch.ldexp(torch.ones_like(slope), -excess.clamp(min=0))
+            slope = slope * smaller
+            if slope.device.type == "cpu" and float(smaller) == 1.0:
+                smaller = None
+        return slope.to(loss.dtype).view_as(loss), smaller
+
+    def backward(self, index: int, slope: Tensor, retain_graph: bool, inputs: Sequence[Tensor] | None = None) -> None:
+        """Backpropagate ``loss * slope`` into all leaves, or into ``inputs`` alone.
 
         ``backward(gradient=slope)`` would make torch import sympy: 40 MB and 0.4 s. What PyTorch says of a compiled
         graph that was run through once already is explained.
         """
-        loss = self.losses[index]
-        with torch.no_grad():
-            if self.log_eps is None:
-                slope = torch.ones_like(loss)
-            else:
-                slope = (self.values[index] + self.log_eps).reciprocal().view_as(loss)
-            if loss_scale is not None:
-                slope = slope * loss_scale.to(slope.device)
-            slope = slope.to(loss.dtype)
         with torch.enable_grad():
-            root = (loss * slope).reshape(())
+            root = (self.losses[index] * slope).reshape(())
         try:
             root.backward(retain_graph=retain_graph, inputs=inputs)
         except RuntimeError as error:
@@ -137,6 +204,29 @@ class TaskLosses:
             if advice is None or "DBMTL" in str(error):  # collecting early, one of our own collectives may have failed
                 raise
             raise RuntimeError(f"backward pass of task {self.tasks[index]}: {advice}") from error
+
+
+def _in_order(losses: Given, tasks: Sequence[int | str] | None, names: TaskNames) -> tuple[list[int], list[Loss]]:
+    """Tasks and their losses, as many of each; those of a mapping in the order of the tasks."""
+    if isinstance(losses, tuple) and hasattr(losses, "_asdict"):  # a named tuple
+        losses = losses._asdict() if tasks is None else losses
+    if isinstance(losses, Mapping):
+        if tasks is not None:
+            raise TypeError("tasks= beside a mapping of names to losses, whose names tell the tasks")
+        found = dict(zip(names.indices(losses.keys()), losses.values(), strict=True))
+        return sorted(found), [found[task] for task in sorted(found)]
+    if isinstance(losses, Tensor):
+        if losses.dim() != 1:
+            raise ValueError(f"losses given as a tensor must have shape ({len(names)},), got {tuple(losses.shape)}")
+        given: list[Loss] = list(losses.unbind())
+    elif isinstance(losses, Iterable) and not isinstance(losses, (str, bytes, Set)):
+        given = list(losses)
+    else:
+        raise TypeError(
+            "losses must be scalars in an order, a 1-D tensor, or a mapping from names to scalars, got "
+            f"{type(losses).__name__}"
+        )
+    return check_tasks(None if tasks is None else [names.index(task) for task in tasks], len(given), len(names)), given
 
 
 def loss_scale_or_none(scale: Tensor) -> Tensor | None:

@@ -15,7 +15,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ops.arguments import check_task
 from ..rows import placement
 from ..rows.one_row import NO_ROWS
 from ..rows.placement import Buffer
@@ -85,13 +84,32 @@ class Engine:
 
     def prepare(self, losses: TaskLosses) -> None:
         """Check losses that will be backpropagated. With several ranks their values become the means over the ranks."""
-        losses.check_graphs()
+        self.check_graphs(losses)
+        losses.claim(self.rows, self.rows.parameters)
         if self._group_unnamed:
             placement.refuse_unnamed_group()
         elif self.ranks.size > 1:
             self.heads.refuse_synchronising_wrapper()
             losses.share(self.ranks, self.rows.device)
         losses.check_logarithms()
+
+    def check_graphs(self, losses: TaskLosses) -> None:
+        """See `TaskLosses.check_graphs`; says once which losses stand for absent tasks."""
+        losses.check_graphs()
+        self.parts.notices.absent([self.steps.tasks.describe(task) for task in losses.zeros])
+
+    def plain(self, losses: TaskLosses) -> Tensor:
+        """The sum of the losses (log-losses) as an ordinary tensor: nothing is balanced.
+
+        Raises:
+            RuntimeError: of several ranks nobody would average the gradients.
+        """
+        self.check_graphs(losses)
+        if self.ranks.size > 1 and not placement.is_distributed(self.rows.parameters):
+            self.heads.refuse_without_average()
+        losses.share(self.ranks, self.rows.device)
+        losses.check_logarithms()
+        return losses.plain(self.ranks)
 
     def run(
         self, losses: TaskLosses, loss_scale: Tensor | None, retain_graph: bool, inputs: Leaves | None = None
@@ -114,8 +132,7 @@ class Engine:
         try:
             self._stash(attempt)
             if not attempt.frozen:
-                if self.copied:
-                    self._tell_copied()
+                self._tell_copied()
                 self.steps.begin(loss_scale)
             self._passes(attempt, losses, loss_scale, retain_graph, inputs)
             attempt.write(losses.tasks, None if inputs is None else {id(p) for p in inputs})
@@ -139,17 +156,16 @@ class Engine:
         finite = losses.finite()
         if None in finite and not attempt.frozen:
             steps.note_finite(losses.tasks, losses.values)
-        last = len(finite) - 1
-        while last >= 0 and finite[last] is False:
-            last -= 1
+        last = max((index for index, known in enumerate(finite) if known is not False), default=-1)
         for index, task in enumerate(losses.tasks):
             if not attempt.frozen:
                 steps.losses[task] = losses.values[index]
             if finite[index] is False:
                 attempt.spoil(task)
                 continue
+            slope, attempt.smaller = losses.slope(index, loss_scale)
             attempt.collect(task, loss_scale, self._skip_zeros)
-            losses.backward(index, loss_scale, retain_graph or index < last, leaves)
+            losses.backward(index, slope, retain_graph or index < last, leaves)
             attempt.collected(task, loss_scale)
         if not attempt.frozen:
             ran = losses.tasks if False not in finite else attempt.ran
@@ -168,7 +184,6 @@ class Engine:
     @contextmanager
     def task(self, index: int, loss_scale: float | Tensor | None, log_transform: bool) -> Iterator[None]:
         """Whatever is backpropagated inside goes to the row of task ``index``."""
-        index = check_task(index, self.steps.num_tasks)
         turn = Turn(threading.get_ident(), index)
         try:
             yield from self._task(turn, index, loss_scale, log_transform)
@@ -203,8 +218,7 @@ class Engine:
     @torch.no_grad()
     def _end_task(self, attempt: Attempt, index: int, scale: Tensor | None, spoilt: bool) -> None:
         if not attempt.frozen:
-            if self.copied:
-                self._tell_copied()
+            self._tell_copied()
             self.steps.begin(scale)
             self.steps.losses.pop(index, None)  # that of an earlier backward is not of this gradient
         if spoilt:
@@ -272,8 +286,9 @@ class Engine:
 
     def _tell_copied(self) -> None:
         """A copy without the averages of the original begins to train."""
-        self.copied = False
-        self.parts.notices.copied()
+        if self.copied:
+            self.copied = False
+            self.parts.notices.copied()
 
     @torch.no_grad()
     def _stash(self, attempt: Attempt) -> None:
@@ -323,14 +338,15 @@ class Engine:
             end = "balance()" if self.steps.pending else "optimizer.step(), or detach()"
             raise RuntimeError(f"{what} within a step; end it first: {end}")
 
-    def reindex_tasks(self, tasks: list[int | None]) -> None:
-        """Let the tasks be these of the former ones, None being a new one.
+    def reindex_tasks(self, tasks: list[int | None], name: str | None = None) -> None:
+        """Let the tasks be these of the former ones, None being a new one, of this name.
 
         Raises:
             RuntimeError: within a step.
+            TypeError, ValueError: the name.
         """
         self.refuse_within("a change of tasks")
+        self.steps.reindex_tasks(tasks, name)
         self.rows.reindex_tasks(tasks)
-        self.steps.reindex_tasks(tasks)
         if hasattr(self.weighting, "reindex_tasks"):
             self.weighting.reindex_tasks(tasks)

@@ -75,7 +75,7 @@ class DB_MTL(nn.Module):  # noqa: N801 - LibMTL looks it up by this name
             self.balancer = _engine(shared, self.task_num)
         elif [id(p) for p in _trainable(shared)] != [id(p) for p in self.balancer.shared_parameters]:
             raise RuntimeError("the shared parameters are others than in the first backward: call init_param()")
-        self.balancer.set_beta(DB_beta, DB_beta_sigma)
+        self.balancer.beta, self.balancer.beta_sigma = DB_beta, DB_beta_sigma
         self.balancer.backward(losses)
         return np.ones(self.task_num)
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checkpoint
 from ..dbmtl import DBMTL
+from ..engine.backward import balanced_loss as exactly_balanced_loss
 from ..engine.losses import NARROW, Given, TaskLosses
 from ..engine.notices import NONE
 from ..ops import arguments
-from ..recipe import NONFINITE, Shared
+from ..ops.tasks import TaskNames, TaskWeights
+from ..recipe import NONFINITE, Parameters, Shared
 from ..rows import dtensors, placement
 from ..weightings import MaxNorm, Weighting
 from .frontier import Frontier, find_frontier
@@ -53,12 +55,12 @@ class OnePassDBMTL(DBMTL):
     K * ``measure_every`` steps. The exact form also takes steps whose losses cannot be told apart in their graph.
 
     Args:
-        shared_parameters: leaf tensors, or a module for all its parameters that require grad. Everything that two
-            losses or more depend on.
-        num_tasks: K >= 1.
+        shared_parameters: as for `GradientBalancer`: everything that two losses or more depend on.
+        num_tasks: K >= 1, or the K names of the tasks.
         measure_every: >= 1; in every how many steps one task is measured.
         eps: > 0, in the logarithm and added to the norms.
         scale: alpha: "max" (the method), "mean", "median", "min" of the norms, or a number.
+        task_weights: K numbers >= 0, or a function from the step to them; see `GradientBalancer`.
         log_transform: balance the logs of the losses given; False takes the losses as they are.
         process_group: the ranks that hold replicas of these parameters, each with a part of the batch; None or False as
             for `GradientBalancer`.
@@ -77,33 +79,35 @@ class OnePassDBMTL(DBMTL):
 
     def __init__(
         self,
-        shared_parameters: Iterable[Tensor] | nn.Module,
-        num_tasks: int,
+        shared_parameters: Parameters,
+        num_tasks: int | Collection[str],
         *,
         measure_every: int = 10,
         eps: float = 1e-8,
         scale: str | float = "max",
+        task_weights: TaskWeights | None = None,
         log_transform: bool = True,
         process_group: ProcessGroup | bool | None = None,
         nonfinite: str | None = None,
         audit: str | None = None,
         strict: bool = False,
     ) -> None:
-        self.measure_every, self.strict = arguments.check_count("measure_every", measure_every), strict
+        self._measure_every, self.strict = arguments.check_count("measure_every", measure_every), strict
         self._full = FULL_EVERY if arguments.check_choice("audit", audit, AUDITS) else 0
-        given = shared_parameters if isinstance(shared_parameters, nn.Module) else list(shared_parameters)
-        parameters = given.parameters() if isinstance(given, nn.Module) else given
-        wide = any(isinstance(p, Tensor) and p.dtype == torch.float64 for p in parameters)
+        shared = Shared.of(shared_parameters)
+        wide = any(isinstance(p, Tensor) and p.dtype == torch.float64 for p in shared.parameters)
         super().__init__(
-            given, num_tasks, beta=0.0, beta_sigma=0.0, eps=eps, scale=scale, log_transform=log_transform,
-            state_dtype=torch.float64 if wide else torch.float32, process_group=process_group, nonfinite=nonfinite,
+            shared, num_tasks, beta=0.0,  # type: ignore[arg-type]
+            beta_sigma=0.0, eps=eps, scale=scale, task_weights=task_weights,
+            log_transform=log_transform, state_dtype=torch.float64 if wide else torch.float32,
+            process_group=process_group, nonfinite=nonfinite,
         )  # fmt: skip
 
-    def _begin(self, shared: Shared, num_tasks: int, weighting: Weighting, frozen_ok: bool = False) -> None:
-        super()._begin(shared, num_tasks, weighting, frozen_ok)
+    def _begin(self, shared: Shared, tasks: TaskNames, weighting: Weighting, frozen_ok: bool = False) -> None:
+        super()._begin(shared, tasks, weighting, frozen_ok)
         self._sharded = placement.is_distributed(self._engine.rows.parameters)
-        levels = Levels(num_tasks, self.measure_every, self._full, self._sharded, self._engine.rows.device)
-        self._weigher = Weigher(self._engine, levels, cast(MaxNorm, weighting).scale, self.eps)
+        levels = Levels(len(tasks), self._measure_every, self._full, self._sharded, self._engine.rows.device)
+        self._weigher = Weigher(self._engine, levels, cast(MaxNorm, weighting))
         self._others = torch.zeros((), dtype=torch.bool, device=self._engine.rows.device)
         self._forget()
 
@@ -116,7 +120,9 @@ class OnePassDBMTL(DBMTL):
 
     # --- a step -----------------------------------------------------------------------------------------------
 
-    def __call__(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> Tensor:
+    def __call__(
+        self, losses: Given, *, tasks: Sequence[int | str] | None = None, retain_graph: bool = False
+    ) -> Tensor:
         """A scalar to call ``backward()`` on; see `GradientBalancer.__call__` for value, arguments and errors.
 
         Args:
@@ -137,19 +143,22 @@ class OnePassDBMTL(DBMTL):
         if not torch.is_grad_enabled():
             present.check_logarithms()
             return present.total()
-        present.check_graphs()
         engine = self._engine
+        if not self.enabled:
+            return engine.plain(present)
+        engine.check_graphs(present)
+        present.claim(engine.rows, engine.rows.parameters)
         if self._recipe.process_group is None and not self._sharded:
             placement.refuse_unnamed_group()
         self._weigher.read_exact()
         self._weigher.end_if_dropped()
         if self._sharded and self._weigher.measures(present.tasks):
-            return self._exactly(losses, tasks, retain_graph)
+            return self._exactly(present, retain_graph)
         self._replicas.check()
         frontier = self._find(present)
         if frontier.strangers:
             self._refuse_or_tell(frontier)
-            return self._exactly(losses, tasks, retain_graph)
+            return self._exactly(present, retain_graph)
         present.share(engine.ranks, engine.rows.device)
         present.check_logarithms()
         clears = any(finite is not True for finite in present.finite()) or any(
@@ -158,11 +167,11 @@ class OnePassDBMTL(DBMTL):
         weighing = Weighing(frontier, engine.rows.stats, NONFINITE[self._recipe.nonfinite], clears, self._others)
         return balanced_loss(self._weigher, present, weighing, frontier.at_root)
 
-    def backward(self, losses: Given, *, tasks: Sequence[int] | None = None, retain_graph: bool = False) -> None:
+    def backward(self, losses: Given, *, tasks: Sequence[int | str] | None = None, retain_graph: bool = False) -> None:
         """``balancer(losses).backward()``, named."""
         self(losses, tasks=tasks, retain_graph=retain_graph).backward(retain_graph=retain_graph)
 
-    def task(self, index: int, *, loss_scale: float | Tensor | None = None) -> AbstractContextManager[None]:
+    def task(self, index: int | str, *, loss_scale: float | Tensor | None = None) -> AbstractContextManager[None]:
         """Not of this form: the weights of all tasks meet in one backward.
 
         Raises:
@@ -213,26 +222,56 @@ class OnePassDBMTL(DBMTL):
             "exact", f"{reason}. The exact form takes such steps, with a backward pass a task"
         )
 
-    def _exactly(self, losses: Given, tasks: Sequence[int] | None, retain_graph: bool) -> Tensor:
+    def _exactly(self, losses: TaskLosses, retain_graph: bool) -> Tensor:
         steps = self._engine.steps
         if steps.open and not (steps.fresh or self._engine.frozen):
             raise RuntimeError(
                 "losses that cannot be told apart, in a second backward of one step: use DBMTL(..., keep_rows=True)"
             )
-        loss = super().__call__(losses, tasks=tasks, retain_graph=retain_graph)
+        self._engine.prepare(losses)
+        loss = exactly_balanced_loss(self._engine, losses, retain_graph)
         self._weigher.expect_exact()
         return loss
 
     # --- what may change between steps ------------------------------------------------------------------------
 
-    def add_task(self) -> int:
+    @property
+    def measure_every(self) -> int:
+        """In every how many steps one task is measured. To set it raises ValueError or TypeError as the class does."""
+        return self._measure_every
+
+    @measure_every.setter
+    def measure_every(self, measure_every: int) -> None:
+        self._measure_every = arguments.check_count("measure_every", measure_every)
+        self._weigher.levels.measure_every = self._measure_every
+
+    @property
+    def beta(self) -> float:
+        """0: there is no moving average. To set it, or ``beta_sigma``, raises RuntimeError."""
+        return 0.0
+
+    @beta.setter
+    def beta(self, beta: float) -> None:
+        raise RuntimeError("OnePassDBMTL has no moving average, and no beta: use DBMTL")
+
+    @property
+    def beta_sigma(self) -> float:
+        """0; see `beta`."""
+        return 0.0
+
+    @beta_sigma.setter
+    def beta_sigma(self, beta_sigma: float) -> None:
+        self.beta = beta_sigma
+
+    def add_task(self, name: str | None = None) -> int:
         """Make room for one task more, which is measured when it first comes. Returns its index, the last."""
-        index = super().add_task()
+        index = super().add_task(name)
         self._reindex([*range(index), None])
         return index
 
-    def remove_task(self, index: int) -> None:
+    def remove_task(self, index: int | str) -> None:
         """Forget a task; those after it move up by one. Errors as for `GradientBalancer.remove_task`."""
+        index = self._engine.steps.tasks.index(index)
         kept: list[int | None] = [task for task in range(self.num_tasks) if task != index]
         super().remove_task(index)
         self._reindex(kept)
@@ -241,7 +280,7 @@ class OnePassDBMTL(DBMTL):
         self._weigher.levels.reindex_tasks(tasks)
         self._forget()
 
-    def rebind(self, shared_parameters: Iterable[Tensor] | nn.Module) -> None:
+    def rebind(self, shared_parameters: Parameters) -> None:
         """Go on with other shared parameters; norms are those of the last measurements until they are measured again.
 
         See `GradientBalancer.rebind` for errors.
@@ -250,13 +289,9 @@ class OnePassDBMTL(DBMTL):
         self._sharded = self._weigher.levels.together = placement.is_distributed(self._engine.rows.parameters)
         self._forget()
 
-    def set_beta(self, beta: float, beta_sigma: float) -> None:
-        """There is no moving average.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError("OnePassDBMTL has no moving average, and no beta: use DBMTL")
+    def _described(self) -> dict[str, Any]:
+        shown = super()._described()
+        return {**shown, "form": "one pass", "state": f"{self.num_tasks} norms", "measure_every": self.measure_every}
 
     # --- what it tells ----------------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ class Levels:
     def __init__(
         self, num_tasks: int, measure_every: int, full_every: int, together: bool, device: torch.device
     ) -> None:
-        self._every, self._full, self.together = measure_every, full_every, together
+        self.measure_every, self._full, self.together = measure_every, full_every, together
         self._wide = torch.float32 if device.type == "mps" else torch.float64
         self.norms = torch.full((num_tasks,), torch.nan, dtype=self._wide, device=device)
         self._errors = torch.full((num_tasks, KEPT), torch.nan, dtype=self._wide, device=device)
@@ -92,12 +92,12 @@ class Levels:
         return self._full > 0 and (self.step + 1) % self._full == 0
 
     def _measures_all(self, step: int) -> bool:
-        if self.together and step % (self._every * len(self._counts)) == 0:
+        if self.together and step % (self.measure_every * len(self._counts)) == 0:
             return True
         return self._full > 0 and step % self._full == 0
 
     def _has_turn(self, step: int) -> bool:
-        return not self.together and step % self._every == 0
+        return not self.together and step % self.measure_every == 0
 
     def _next(self, present: Sequence[int]) -> int:
         count = len(self._counts)

@@ -32,6 +32,7 @@ class Measurement:
 
     def __init__(self, losses: TaskLosses, slopes: Mapping[int, Tensor], factor: Tensor, weighing: Weighing) -> None:
         self.tasks = list(slopes)
+        self.values = dict(zip(losses.tasks, losses.values, strict=True))
         self._losses = dict(zip(losses.tasks, losses.losses, strict=True))
         self._slopes, self._factor, self._weighing = slopes, factor, weighing
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..engine.losses import loss_scale_or_none
 from ..engine.step import Engine
 from ..rows import placement
+from ..weightings import MaxNorm
 from .levels import Levels
 from .step import Measurement
 from .weighing import Weighing, may_look
@@ -24,17 +25,17 @@ class Weigher:
     Args:
         engine: its steps are counted; parameters, ranks, stats.
         levels: the norms.
-        scale: alpha; see `reference.weights`.
-        eps: added to the norms.
+        rule: scale and eps; see `reference.weights`.
     """
 
-    def __init__(self, engine: Engine, levels: Levels, scale: str | float, eps: float) -> None:
-        self._engine, self.levels, self._scale, self._eps = engine, levels, scale, eps
+    def __init__(self, engine: Engine, levels: Levels, rule: MaxNorm) -> None:
+        self._engine, self.levels, self._rule = engine, levels, rule
         self.forget()
 
     def forget(self) -> None:
         """The weights may be others by now than those set last."""
-        self._set: tuple[Any, int] | None = None  # whose weights these are, and `Steps.changes` then
+        self._set: Any = None  # whose weights these are, how they were formed, and `Steps.changes` then
+        self._unfactored: Tensor | None = None  # what `Steps.factors` are multiplied with
         self._exact_from: int | None = None  # `Steps.changes` before a step of the exact form, until its norms are read
         self._left = False  # the last backward of the open step left a shared .grad
         self._sharded = placement.is_distributed(self._engine.rows.parameters)
@@ -111,7 +112,7 @@ class Weigher:
         steps, stats, held = engine.steps, engine.rows.stats, engine.steps.open
         due = self._due(now.tasks, finite)
         compares = bool(due) and not held and levels.compares_next()
-        assumed = levels.weights(now.tasks, self._scale, self._eps, finite) if compares else stats.weights
+        assumed = levels.weights(now.tasks, self._rule.scale, self._rule.eps, finite) if compares else stats.weights
         shared = [p for p in engine.rows.parameters if p.requires_grad] if due else []
         norms, gradients = now.measure(due if shared else [], shared, engine.ranks, levels.norms, compares)
         if not held:
@@ -119,15 +120,19 @@ class Weigher:
             levels.begin(now.tasks)
             stats.nonfinite.zero_()
             self._left = False
+        steps.losses.update(now.values)
         levels.observe(norms)
         if finite is not None:
             bad = ~finite & ~stats.nonfinite
             stats.nonfinite_steps.add_(bad)
             stats.nonfinite.logical_or_(bad)
-        self._set_weights(tuple(now.tasks), bool(due), finite, held)
+        factors = steps.factors()
+        self._set_weights(tuple(now.tasks), bool(due), finite, held, factors)
         self._exact_from = None
         if compares:
-            levels.compare(gradients, assumed, stats.weights)
+            levels.compare(
+                gradients, assumed if factors is None else assumed * assumed.new_tensor(factors), stats.weights
+            )
 
     def _due(self, tasks: Sequence[int], finite: Tensor | None) -> list[int]:
         """Which of the tasks to measure now."""
@@ -144,21 +149,31 @@ class Weigher:
             )
         return due
 
-    def _set_weights(self, tasks: tuple[int, ...], measured: bool, finite: Tensor | None, held: bool) -> None:
+    def _set_weights(
+        self,
+        tasks: tuple[int, ...],
+        measured: bool,
+        finite: Tensor | None,
+        held: bool,
+        factors: list[float] | None,
+    ) -> None:
         """Of the tasks present; if ``held``, of those that had none in this step."""
-        levels, steps, stats, eps = self.levels, self._engine.steps, self._engine.rows.stats, self._eps
-        same = not measured and finite is None and (tasks, steps.changes) == self._set
+        levels, steps, stats, eps = self.levels, self._engine.steps, self._engine.rows.stats, self._rule.eps
+        how = tasks, self._rule.scale, eps, factors
+        same = not measured and finite is None and (how, steps.changes) == self._set
         steps.changes += 1
-        self._set = None if finite is not None else (tasks, steps.changes)
+        self._set = None if finite is not None else (how, steps.changes)
         if same:
             return
-        weights = levels.weights(tasks, self._scale, eps, finite)
+        weights = levels.weights(tasks, self._rule.scale, eps, finite)
         if held:  # all have the length alpha
-            alpha = (stats.weights * (stats.norms + eps)).nan_to_num(0.0).amax()
+            before = stats.weights if self._unfactored is None else self._unfactored
+            alpha = (before * (stats.norms + eps)).nan_to_num(0.0).amax()
             late = torch.where(levels.norms.isfinite(), alpha / (levels.norms + eps), 1.0)
             late = torch.where((weights > 0) & (alpha > 0), late, weights)
-            weights = torch.where(stats.weights > 0, stats.weights, late)
-        stats.weights.copy_(weights)
+            weights = torch.where(before > 0, before, late)
+        self._unfactored = None if factors is None else weights
+        stats.weights.copy_(weights if factors is None else weights * weights.new_tensor(factors))
         stats.norms.copy_(levels.norms)
 
 

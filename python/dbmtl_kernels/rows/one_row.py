@@ -97,7 +97,13 @@ class OneRowBuffer(TaskGradientBuffer):
         self._held = None
 
     def add(
-        self, task: int, eps: float, flats: Flats | None, finite: Tensor | None = None, sums: Tensor | None = None
+        self,
+        task: int,
+        eps: float,
+        flats: Flats | None,
+        finite: Tensor | None = None,
+        sums: Tensor | None = None,
+        factor: float = 1.0,
     ) -> None:
         """Add what was collected last, divided by its norm. Of a gradient that is not finite nothing is added.
 
@@ -107,6 +113,7 @@ class OneRowBuffer(TaskGradientBuffer):
             flats: where the balanced gradient will be; None if something is there that must stay.
             finite: (1,) bool, whether the loss was, where only a device knows.
             sums: what takes the place of `sums`, where rows go on in another buffer.
+            factor: what it is multiplied by.
         """
         total = (self.sums() if sums is None else sums)[task : task + 1]
         held, self._held = self._held, None
@@ -117,13 +124,13 @@ class OneRowBuffer(TaskGradientBuffer):
         if self.deferred:
             norm = total.sqrt()
             keep = norm.isfinite() if finite is None else norm.isfinite() & finite.to(norm.device)
-            gain = (norm + eps).reciprocal().masked_fill(~keep, 0.0)
+            gain = (norm + eps).reciprocal().mul_(factor).masked_fill_(~keep, 0.0)
             coefficients = torch.cat([torch.full_like(gain, decay), gain])
         else:
             length = math.sqrt(float(total))
             if not math.isfinite(length) or not (finite is None or bool(finite)):
                 return
-            coefficients = decay, 1.0 / (length + eps)
+            coefficients = decay, factor / (length + eps)
         if self._any:  # what is missing adds nothing
             there = [index for index, grad in enumerate(grads) if grad is not None]
             if len(there) < len(grads):
@@ -236,12 +243,14 @@ class SplitOneRowBuffer(SplitTaskGradientBuffer):
         for part in self.parts:
             part.start()
 
-    def add(self, task: int, eps: float, flats: Flats | None, finite: Tensor | None = None) -> None:
+    def add(
+        self, task: int, eps: float, flats: Flats | None, finite: Tensor | None = None, factor: float = 1.0
+    ) -> None:
         """See `OneRowBuffer.add`."""
         total = self.sums()
         rooms = [None] * len(self.parts) if flats is None else self._flats_of_parts(flats)
         for part, room in zip(self.parts, rooms, strict=True):
-            part.add(task, eps, room, finite, total.to(part.device))
+            part.add(task, eps, room, finite, total.to(part.device), factor)
 
 
 class OneRowCollector(RowCollector):
