@@ -34,5 +34,6 @@ _LATER = {"OnePassDBMTL": "onepass.balancer", "balance_": "functional", "log_tra
 def __getattr__(name: str) -> Any:
     """What not everybody takes, when it is first asked for."""
     if name in _LATER:
-        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+        found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

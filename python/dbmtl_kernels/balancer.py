@@ -121,7 +121,7 @@ class GradientBalancer(Adjustable, Watched):
         self._settings = Settings(
             arguments.check_beta(beta), arguments.check_beta_sigma(beta_sigma), arguments.check_eps(eps)
         )
-        check_weighting(weighting, len(tasks), capturable)
+        check_weighting(weighting, tasks.num_tasks, capturable)
         self._recipe = Recipe(
             state_dtype, backend, process_group, capturable, arguments.check_choice("nonfinite", nonfinite, NONFINITE),
             str(arguments.check_choice("zero_gradients", zero_gradients, ZERO_GRADIENTS)), keep_rows,
@@ -174,7 +174,7 @@ class GradientBalancer(Adjustable, Watched):
         if not torch.is_grad_enabled():
             present.check_logarithms()
             return present.total()
-        if not self.enabled:
+        if not self._settings.enabled:
             return self._engine.plain(present)
         self._engine.prepare(present)
         return balanced_loss(self._engine, present, retain_graph)
@@ -182,7 +182,7 @@ class GradientBalancer(Adjustable, Watched):
     def backward(self, losses: Given, *, tasks: Sequence[int | str] | None = None, retain_graph: bool = False) -> None:
         """``balancer(losses).backward()``, named. Arguments and errors as for `__call__`."""
         present = self._losses(losses, tasks)
-        if not self.enabled:
+        if not self._settings.enabled:
             self._engine.plain(present).backward(retain_graph=retain_graph)
             return
         self._engine.prepare(present)
@@ -205,7 +205,7 @@ class GradientBalancer(Adjustable, Watched):
                 thread is within a step.
         """
         task = self._engine.steps.tasks.index(index)
-        if not (self.enabled or self._engine.steps.pending):
+        if not (self._settings.enabled or self._engine.steps.pending):
             return nullcontext()
         return self._engine.task(task, loss_scale, self.log_transform)
 
@@ -217,7 +217,7 @@ class GradientBalancer(Adjustable, Watched):
         Raises:
             RuntimeError: no task was entered since the last `balance`, or a `task` context is open.
         """
-        if self.enabled or self._engine.steps.pending:
+        if self._settings.enabled or self._engine.steps.pending:
             self._engine.balance()
 
     @contextmanager
@@ -279,7 +279,7 @@ class GradientBalancer(Adjustable, Watched):
             self._attachment.remove(discard)
 
     def _losses(self, losses: Given, tasks: Sequence[int | str] | None) -> TaskLosses:
-        return TaskLosses(losses, tasks, self._engine.steps.tasks, self.eps if self.log_transform else None)
+        return TaskLosses(losses, tasks, self._engine.steps.tasks, self._settings.eps if self.log_transform else None)
 
     # --- what may change between steps ------------------------------------------------------------------------
 

@@ -238,7 +238,7 @@ def _pairs(matrix: Tensor) -> Tensor:
 def _checked(names: Sequence[str] | None, tasks: TaskNames) -> list[str]:
     given = names or tasks.names
     if given is None:
-        return [str(task) for task in range(len(tasks))]
-    if len(given) != len(tasks) or len(set(given)) != len(tasks):
-        raise ValueError(f"names must be {len(tasks)} different names, one for each task, got {list(given)}")
+        return [str(task) for task in range(tasks.num_tasks)]
+    if not len(given) == len(set(given)) == tasks.num_tasks:
+        raise ValueError(f"names must be {tasks.num_tasks} different names, one for each task, got {list(given)}")
     return list(given)

@@ -86,7 +86,7 @@ class Recipe(NamedTuple):
     ) -> Engine:
         """One of these parameters that has done nothing yet; ``frozen_ok`` if they may be frozen."""
         rows, ranks = placement.place(
-            shared.parameters, len(tasks), *self._how(), shared.names, frozen_ok, one_row=not self.keep_rows
+            shared.parameters, tasks.num_tasks, *self._how(), shared.names, frozen_ok, one_row=not self.keep_rows
         )
         steps = Steps(tasks, settings, rows.device if self.capturable else None)
         engine = Engine(
@@ -201,8 +201,10 @@ class Adjustable:
         rows, tasks, num_ranks = engine.rows, engine.steps.tasks, engine.ranks.size
         P = sum(p.numel() for p in rows.parameters)
         shown: dict[str, Any] = {
-            "num_tasks": len(tasks) if tasks.names is None else tasks.names, "parameters": len(rows.parameters), "P": P,
-        }  # fmt: skip
+            "num_tasks": tasks.names or tasks.num_tasks,
+            "parameters": len(rows.parameters),
+            "P": P,
+        }
         if settings.beta > 0.0:
             shown |= {"beta": settings.beta, "beta_sigma": settings.beta_sigma}
         if settings.task_weights is not None:
@@ -210,7 +212,7 @@ class Adjustable:
         layout = (rows.parts[0] if isinstance(rows, SplitTaskGradientBuffer) else rows).layout
         form, dtype, count = "one row for all tasks", layout.wide, 1
         if self._recipe.keep_rows:
-            form, dtype, count = "a row for each task", layout.state_dtype, len(tasks)
+            form, dtype, count = "a row for each task", layout.state_dtype, tasks.num_tasks
         shown |= {
             "form": f"{form} ({str(dtype)[6:]})", "state": f"{count * P * dtype.itemsize / num_ranks / 1e6:.1f} MB",
             "device": str(rows.device),

@@ -12,7 +12,7 @@ A weighting is any callable from a Gramian to weights; ten lines make one::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,25 +55,13 @@ class MaxNorm:
     """
 
     def __init__(self, scale: str | float = "max", eps: float = 1e-8) -> None:
-        self.scale, self.eps = scale, eps
+        self.scale: str | float = scale
+        self.eps: float = eps
 
-    @property
-    def scale(self) -> str | float:
-        """Alpha, checked when it is set."""
-        return self._scale
-
-    @scale.setter
-    def scale(self, scale: str | float) -> None:
-        self._scale = check_scale(scale)
-
-    @property
-    def eps(self) -> float:
-        """Added to the norms, checked when it is set."""
-        return self._eps
-
-    @eps.setter
-    def eps(self, eps: float) -> None:
-        self._eps = check_eps(eps)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Checked: both may be changed between steps, and are read in every one."""
+        check = {"scale": check_scale, "eps": check_eps}.get(name)
+        super().__setattr__(name, value if check is None else check(value))
 
     def __call__(self, gramian: Tensor, /) -> Tensor:
         """(k, k) Gramian to (k,) weights."""

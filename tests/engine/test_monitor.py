@@ -177,9 +177,12 @@ def test_as_dict():
     assert numbers["b/cosine/depth-edge"] == float(monitor.cosine[0, 2])
     assert numbers["b/cosine/normal-edge"] == float(monitor.cosine[1, 2])
     assert numbers["b/conflicts"] == float(monitor.conflicts)
-    assert len(numbers) == 1 + 9 + 1 + 3
-    assert set(monitor.as_dict()) == {"step"} | {
-        f"{what}/{t}" for what in ("norm", "weight", "nonfinite_steps") for t in range(3)
+    losses = [numbers[f"b/loss/{name}"] for name in ("depth", "normal", "edge")]
+    assert losses == balancer.losses.tolist()
+    assert numbers["b/loss"] == pytest.approx(sum(losses))
+    assert len(numbers) == 1 + 9 + 4 + 1 + 3
+    assert set(monitor.as_dict()) == {"step", "loss"} | {
+        f"{what}/{t}" for what in ("norm", "weight", "nonfinite_steps", "loss") for t in range(3)
     }
 
 

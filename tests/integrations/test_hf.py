@@ -170,6 +170,29 @@ def test_logs(gramian, tmp_path):
         assert logs["balancer/step"] == logs["step"]
 
 
+class Named(Net):
+    def forward(self, x, labels_a, labels_b):
+        out = super().forward(x, labels_a, labels_b)
+        losses = dict(zip("ab", out["losses"], strict=True))
+        return {**out, "losses": losses if self.training else dict(reversed(losses.items()))}
+
+
+@pytest.mark.parametrize("names", [2, ("a", "b")])
+def test_a_dict_of_losses(names, tmp_path):
+    """Its names are in the logs; an evaluation has them in another order."""
+    found = []
+    for net, tasks in ((Net, 2), (Named, names)):
+        more = {"eval_dataset": Data(14)}
+        trainer = trainer_of(tmp_path, net, more=more, logging_strategy="steps", logging_steps=28)
+        trainer._balancing = (trainer._balancing[0], tasks, *trainer._balancing[2:])
+        trainer.train()
+        found.append((parameters(trainer.model), trainer.evaluate()["eval_loss"]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+    logs = trainer.state.log_history[0]
+    assert logs["balancer/loss"] == pytest.approx(logs["balancer/loss/a"] + logs["balancer/loss/b"])
+
+
 class Unlabelled(Net):
     """What it is to predict has no name that a Trainer takes for labels."""
 

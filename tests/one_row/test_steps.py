@@ -48,9 +48,8 @@ def test_only_the_weighting_of_the_paper_without_an_average_takes_one_row():
         with pytest.raises(ValueError, match=r"(beta=0.1|EqualWeights|Mine) needs a row for each task: keep_rows=True"):
             dbk.GradientBalancer([p], 2, weighting=weighting, beta=beta, keep_rows=False)
     with pytest.raises(ValueError, match=r"beta=0.5 needs a row for each task: .*keep_rows=True"):
-        one.set_beta(0.5, 0.0)
+        one.beta = 0.5
     assert one.beta == 0.0
-    one.set_beta(0.0, 0.5)
 
 
 @pytest.mark.parametrize("second", ["call", "task", "other tasks"])
@@ -116,9 +115,8 @@ def test_the_gramian_and_what_is_made_of_it():
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=r"needs a row for each task.*keep_rows=True"):
             read()
-    assert monitor.as_dict().keys() == {f"{x}/{t}" for x in ("norm", "weight", "nonfinite_steps") for t in range(2)} | {
-        "step"
-    }
+    kinds = ("norm", "weight", "nonfinite_steps", "loss")
+    assert monitor.as_dict().keys() == {f"{x}/{t}" for x in kinds for t in range(2)} | {"step", "loss"}
 
 
 def test_a_grad_of_an_earlier_step_that_is_kept_stays_till_the_balance():

@@ -280,11 +280,6 @@ def test_an_exact_micro_batch_teaches_no_factor():
     assert setting.balancer.step == setting.balancer._weigher.levels.step == 7
 
 
-def test_there_is_no_moving_average():
-    with pytest.raises(RuntimeError, match="no moving average"):
-        Setting().balancer.set_beta(0.9, 0.0)
-
-
 def test_a_head_that_begins_with_zeros_and_comes_late():
     setting, x = Setting(measure_every=1000), torch.randn(16, 8)
     nn.init.zeros_(setting.heads[2].weight)

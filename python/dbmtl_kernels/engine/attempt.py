@@ -73,7 +73,8 @@ class Attempt:
             collector = self._scratch[0].collector(0, (0.0, 1.0), self._carried(loss_scale))
         else:
             collector = self._collectors[task] = self.rows.collector(
-                task, steps.coefficients(), self._carried(steps.loss_scale), again=steps.seen[task],
+                task, steps.coefficients(),
+                steps.loss_scale if self.smaller is None else self._carried(steps.loss_scale), again=steps.seen[task],
                 skip_zeros=skip_zeros and (loss_scale is None or not is_zero(loss_scale)),
             )  # fmt: skip
         self.grads.collect_into(collector)

@@ -55,7 +55,7 @@ class BalancedGradient:
         """
         steps, weighting = self._steps, self._weighting
         self.writes += 1
-        factors = steps.factors()
+        factors = None if steps.settings.task_weights is None else steps.factors()
         if type(weighting) is MaxNorm and (factors is None or self.one is not None):  # a subclass may weigh otherwise
             self._rows.balance(
                 flats, weighting.eps, weighting.scale, active=self._active(), loss_scale=steps.loss_scale,

@@ -113,7 +113,7 @@ class Steps:
 
     def __init__(self, tasks: TaskNames, settings: Settings, device: torch.device | None) -> None:
         self.tasks, self.settings = tasks, settings
-        num_tasks, beta = len(tasks), settings.beta
+        num_tasks, beta = tasks.num_tasks, settings.beta
         self.capturable = device is not None
         self._count: int | Tensor = 0 if device is None else torch.zeros((), dtype=torch.int64, device=device)
         self._coefficients: Coefficients = beta, 1.0 - beta  # of a first gradient in the step now open

@@ -26,6 +26,7 @@ ADVICE = {
 }
 
 CLAIM = "_dbmtl_rows"  # an attribute of a loss: the rows of the balancer that it was given to
+NOBODY = "every loss is None or a zero without a graph: a step needs at least one task"
 NARROW = (torch.float16, torch.bfloat16)
 
 # A loss, and the losses of a step, as people hold them; see `GradientBalancer.__call__`.
@@ -47,6 +48,7 @@ class TaskLosses:
         tasks: indices of those present.
         losses: their losses.
         log_eps: see above.
+        half: whether any is narrower than float32.
         zeros: indices of those that count as absent because their loss is a zero without a graph.
         values: their values, float32 at least, without a graph: those that the logarithm is taken of.
 
@@ -64,6 +66,7 @@ class TaskLosses:
         indices, given = _in_order(losses, tasks, names)
         self._whole = losses if isinstance(losses, Tensor) else None
         self.zeros: list[int] = []
+        self.half = False
         self.tasks: list[int] = []
         self.losses: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -73,26 +76,24 @@ class TaskLosses:
             if isinstance(loss, Real) and not isinstance(loss, bool) and loss == 0:
                 self.zeros.append(task)
                 continue
-            name = f"the loss of {names.describe(task)}"
             if not isinstance(loss, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(loss).__name__}")
+                raise TypeError(f"the loss of {names.describe(task)} must be a tensor, got {type(loss).__name__}")
             if loss.numel() != 1:
-                raise ValueError(f"{name} must be a scalar, got shape {tuple(loss.shape)}")
+                raise ValueError(f"the loss of {names.describe(task)} must be a scalar, got shape {tuple(loss.shape)}")
             if not loss.is_floating_point():
-                raise TypeError(f"{name} must be floating point, got {loss.dtype}")
+                raise TypeError(f"the loss of {names.describe(task)} must be floating point, got {loss.dtype}")
             self.tasks.append(task)
             self.losses.append(loss)
             value = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
-            self.values.append(value.float() if value.dtype in NARROW else value)
-        self._refuse_none()
-
-    def _refuse_none(self) -> None:
+            if value.dtype in NARROW:
+                value, self.half = value.float(), True
+            self.values.append(value)
         if not self.tasks:
-            raise ValueError("every loss is None or a zero without a graph: a step needs at least one task")
+            raise ValueError(NOBODY)
 
     def share(self, ranks: Ranks, device: torch.device) -> None:
         """Make ``values`` the means over the ranks; one all-reduce on ``device``, no sync."""
-        self.values = ranks.mean_losses(self.values, self.tasks, len(self._names), device)
+        self.values = ranks.mean_losses(self.values, self.tasks, self._names.num_tasks, device)
 
     def check_logarithms(self) -> None:
         """Raise ValueError naming the first task whose loss has no logarithm (seen on a CPU only)."""
@@ -104,24 +105,24 @@ class TaskLosses:
                     "logarithm (log_transform=False takes losses as they are)"
                 )
 
-    def check_graphs(self) -> None:
-        """Of losses that nothing can be backpropagated from, let those that are 0 count as absent.
+    def check_graphs(self, absent: Callable[[list[str]], None]) -> None:
+        """Of losses that nothing can be backpropagated from, let those that are 0 count as absent, and tell which.
 
         Raises:
             RuntimeError: one is something else.
             ValueError: none is left.
         """
-        if all(loss.requires_grad for loss in self.losses):
-            return
-        for index in reversed(range(len(self.tasks))):
-            if self.losses[index].requires_grad:
-                continue
+        missing = [index for index, loss in enumerate(self.losses) if not loss.requires_grad]
+        for index in reversed(missing):
             task = self.tasks[index]
             if float(self.values[index]) != 0.0:  # a sync, in a rare case
                 raise RuntimeError(f"the loss of {self._names.describe(task)} has no graph: it does not require grad")
             del self.tasks[index], self.losses[index], self.values[index]
             self.zeros.append(task)
-        self._refuse_none()
+        if missing and not self.tasks:
+            raise ValueError(NOBODY)
+        if self.zeros:
+            absent([self._names.describe(task) for task in self.zeros])
 
     @torch.no_grad()
     def total(self) -> Tensor:
@@ -166,37 +167,45 @@ class TaskLosses:
         return [math.isfinite(float(x)) if x.device.type == "cpu" else None for x in self.values]
 
     @torch.no_grad()
-    def slope(self, index: int, loss_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The gradient that a loss gets: loss_scale / (loss + eps), or loss_scale without the log.
+    def smaller(self, index: int, loss_scale: Tensor | None) -> Tensor | None:
+        """A power of two that the slope of a loss must carry to fit into the loss's dtype, float16; None if none.
 
-        Returns:
-            the slope, in the loss's dtype, and a power of two by which it is smaller than that where it would not fit
-            into that dtype; None where it fits.
+        float16 ends at 65504: a loss of 1e-5 has a slope of 1e5.
         """
-        loss = self.losses[index]
-        if self.log_eps is None:
-            slope = torch.ones_like(self.values[index])
-        else:
-            slope = (self.values[index] + self.log_eps).reciprocal()
-        if loss_scale is not None:
-            slope = slope * loss_scale.to(slope.device)
-        smaller: Tensor | None = None
-        if loss.dtype == torch.float16:  # up to 65504; a loss of 1e-5 has a slope of 1e5
-            excess = torch.frexp(slope).exponent - 15
-            smaller = torch.ldexp(torch.ones_like(slope), -excess.clamp(min=0))
-            slope = slope * smaller
-            if slope.device.type == "cpu" and float(smaller) == 1.0:
-                smaller = None
-        return slope.to(loss.dtype).view_as(loss), smaller
+        if self.losses[index].dtype != torch.float16:
+            return None
+        value = self.values[index]
+        slope = torch.ones_like(value) if self.log_eps is None else (value + self.log_eps).reciprocal()
+        slope = slope if loss_scale is None else slope * loss_scale.to(slope.device)
+        found = torch.ldexp(torch.ones_like(slope), -(torch.frexp(slope).exponent - 15).clamp(min=0))
+        return None if found.device.type == "cpu" and float(found) == 1.0 else found
 
-    def backward(self, index: int, slope: Tensor, retain_graph: bool, inputs: Sequence[Tensor] | None = None) -> None:
-        """Backpropagate ``loss * slope`` into all leaves, or into ``inputs`` alone.
+    def backward(
+        self,
+        index: int,
+        loss_scale: Tensor | None,
+        retain_graph: bool,
+        inputs: Sequence[Tensor] | None = None,
+        smaller: Tensor | None = None,
+    ) -> None:
+        """Backpropagate ``loss * slope``, with slope = loss_scale / (loss + eps), or loss_scale without the log.
+
+        Into all leaves, or into ``inputs`` alone; times ``smaller``.
 
         ``backward(gradient=slope)`` would make torch import sympy: 40 MB and 0.4 s. What PyTorch says of a compiled
         graph that was run through once already is explained.
         """
+        loss = self.losses[index]
+        with torch.no_grad():
+            if self.log_eps is None:
+                slope = torch.ones_like(self.values[index])
+            else:
+                slope = (self.values[index] + self.log_eps).reciprocal()
+            if loss_scale is not None:
+                slope = slope * loss_scale.to(slope.device)
+            slope = (slope if smaller is None else slope * smaller).to(loss.dtype).view_as(loss)
         with torch.enable_grad():
-            root = (self.losses[index] * slope).reshape(())
+            root = (loss * slope).reshape(())
         try:
             root.backward(retain_graph=retain_graph, inputs=inputs)
         except RuntimeError as error:
@@ -217,7 +226,9 @@ def _in_order(losses: Given, tasks: Sequence[int | str] | None, names: TaskNames
         return sorted(found), [found[task] for task in sorted(found)]
     if isinstance(losses, Tensor):
         if losses.dim() != 1:
-            raise ValueError(f"losses given as a tensor must have shape ({len(names)},), got {tuple(losses.shape)}")
+            raise ValueError(
+                f"losses given as a tensor must have shape ({names.num_tasks},), got {tuple(losses.shape)}"
+            )
         given: list[Loss] = list(losses.unbind())
     elif isinstance(losses, Iterable) and not isinstance(losses, (str, bytes, Set)):
         given = list(losses)
@@ -226,7 +237,9 @@ def _in_order(losses: Given, tasks: Sequence[int | str] | None, names: TaskNames
             "losses must be scalars in an order, a 1-D tensor, or a mapping from names to scalars, got "
             f"{type(losses).__name__}"
         )
-    return check_tasks(None if tasks is None else [names.index(task) for task in tasks], len(given), len(names)), given
+    return check_tasks(
+        None if tasks is None else [names.index(task) for task in tasks], len(given), names.num_tasks
+    ), given
 
 
 def loss_scale_or_none(scale: Tensor) -> Tensor | None:

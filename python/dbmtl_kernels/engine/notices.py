@@ -56,9 +56,8 @@ class Notices:
 
     def absent(self, tasks: Sequence[str]) -> None:
         """Losses of these were zeros without a graph."""
-        if tasks:
-            what = "is a zero without a graph, and counts as absent, as None does"
-            self.once("absent", f"the loss of {', '.join(tasks)} {what}")
+        what = "is a zero without a graph, and counts as absent, as None does"
+        self.once("absent", f"the loss of {', '.join(tasks)} {what}")
 
     def no_gradient(self, ran: Sequence[int], before: Sequence[bool], now: Sequence[bool], whole: bool) -> None:
         """Complain of shared parameters that had a gradient before, and none since from any task that ever had a pass.

@@ -84,7 +84,7 @@ class Engine:
 
     def prepare(self, losses: TaskLosses) -> None:
         """Check losses that will be backpropagated. With several ranks their values become the means over the ranks."""
-        self.check_graphs(losses)
+        losses.check_graphs(self.parts.notices.absent)
         losses.claim(self.rows, self.rows.parameters)
         if self._group_unnamed:
             placement.refuse_unnamed_group()
@@ -93,18 +93,13 @@ class Engine:
             losses.share(self.ranks, self.rows.device)
         losses.check_logarithms()
 
-    def check_graphs(self, losses: TaskLosses) -> None:
-        """See `TaskLosses.check_graphs`; says once which losses stand for absent tasks."""
-        losses.check_graphs()
-        self.parts.notices.absent([self.steps.tasks.describe(task) for task in losses.zeros])
-
     def plain(self, losses: TaskLosses) -> Tensor:
         """The sum of the losses (log-losses) as an ordinary tensor: nothing is balanced.
 
         Raises:
             RuntimeError: of several ranks nobody would average the gradients.
         """
-        self.check_graphs(losses)
+        losses.check_graphs(self.parts.notices.absent)
         if self.ranks.size > 1 and not placement.is_distributed(self.rows.parameters):
             self.heads.refuse_without_average()
         losses.share(self.ranks, self.rows.device)
@@ -132,7 +127,8 @@ class Engine:
         try:
             self._stash(attempt)
             if not attempt.frozen:
-                self._tell_copied()
+                if self.copied:
+                    self._tell_copied()
                 self.steps.begin(loss_scale)
             self._passes(attempt, losses, loss_scale, retain_graph, inputs)
             attempt.write(losses.tasks, None if inputs is None else {id(p) for p in inputs})
@@ -156,16 +152,18 @@ class Engine:
         finite = losses.finite()
         if None in finite and not attempt.frozen:
             steps.note_finite(losses.tasks, losses.values)
-        last = max((index for index, known in enumerate(finite) if known is not False), default=-1)
+        last = len(finite) - 1
+        while last >= 0 and finite[last] is False:
+            last -= 1
         for index, task in enumerate(losses.tasks):
             if not attempt.frozen:
                 steps.losses[task] = losses.values[index]
             if finite[index] is False:
                 attempt.spoil(task)
                 continue
-            slope, attempt.smaller = losses.slope(index, loss_scale)
+            attempt.smaller = losses.smaller(index, loss_scale) if losses.half else None
             attempt.collect(task, loss_scale, self._skip_zeros)
-            losses.backward(index, slope, retain_graph or index < last, leaves)
+            losses.backward(index, loss_scale, retain_graph or index < last, leaves, attempt.smaller)
             attempt.collected(task, loss_scale)
         if not attempt.frozen:
             ran = losses.tasks if False not in finite else attempt.ran
@@ -218,7 +216,8 @@ class Engine:
     @torch.no_grad()
     def _end_task(self, attempt: Attempt, index: int, scale: Tensor | None, spoilt: bool) -> None:
         if not attempt.frozen:
-            self._tell_copied()
+            if self.copied:
+                self._tell_copied()
             self.steps.begin(scale)
             self.steps.losses.pop(index, None)  # that of an earlier backward is not of this gradient
         if spoilt:
@@ -286,9 +285,8 @@ class Engine:
 
     def _tell_copied(self) -> None:
         """A copy without the averages of the original begins to train."""
-        if self.copied:
-            self.copied = False
-            self.parts.notices.copied()
+        self.copied = False
+        self.parts.notices.copied()
 
     @torch.no_grad()
     def _stash(self, attempt: Attempt) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -37,14 +37,14 @@ class GradientBalancing(Callback):
     It is a Callback of `lightning` where that is installed, else of `pytorch_lightning`.
 
     Args:
-        shared: a function from the LightningModule to its shared parameters, or the name of a submodule that has them
-            all; those of it that are frozen when fitting starts are left out.
-        num_tasks: K.
+        shared: a function from the LightningModule to its shared parameters or to a submodule, or the name of a
+            submodule that has them all; those of it that are frozen when fitting starts are left out.
+        num_tasks: K, or the names of the tasks.
         method: the class of the balancer: `DBMTL`, or `GradientBalancer` with a ``weighting`` among the options.
         log: log what `Monitor.as_dict` gives, as ``balancer/...``, every ``log_every_n_steps`` steps, through the
             module's loggers. Nothing is fetched from the device but by them.
         gramian: log conflicts and cosines besides, for which the K P elements of the state are read.
-        names: of the tasks, in the log; by default their indices.
+        names: of the tasks, in the log; by default those that the balancer knows, or indices.
         options: other arguments of ``method``.
 
     Attributes:
@@ -54,7 +54,7 @@ class GradientBalancing(Callback):
     def __init__(
         self,
         shared: Shared,
-        num_tasks: int,
+        num_tasks: int | Collection[str],
         *,
         method: Callable[..., GradientBalancer] = DBMTL,
         log: bool = True,

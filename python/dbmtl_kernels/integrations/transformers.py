@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +41,10 @@ class BalancedTrainerMixin(Base):
         args: of the Trainer, as all others that are not named here.
         shared: a function from the model to its shared parameters, or the name of a submodule that has them all; those
             of it that are frozen when training starts are left out.
-        num_tasks: K.
+        num_tasks: K, or the names of the tasks.
         method: the class of the balancer: `DBMTL`, or `GradientBalancer` with a ``weighting`` among the options.
         balancer_options: other arguments of ``method``.
-        task_names: of the tasks, in the logs; by default their indices.
+        task_names: of the tasks, in the logs; by default those that the balancer knows, or indices.
         log_gramian: log conflicts and cosines besides, for which the K P elements of the state are read.
         kwargs: of the Trainer.
 
@@ -62,7 +62,7 @@ class BalancedTrainerMixin(Base):
         self,
         *args: Any,
         shared: Shared,
-        num_tasks: int,
+        num_tasks: int | Collection[str],
         method: Callable[..., GradientBalancer] = DBMTL,
         balancer_options: Mapping[str, Any] | None = None,
         task_names: Sequence[str] | None = None,
@@ -83,7 +83,7 @@ class BalancedTrainerMixin(Base):
         self._resumed_from: str | None = None
         self.add_callback(_WhenTrainingBegins(self))
 
-    def task_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Sequence[Tensor | None] | Tensor, Any]:
+    def task_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Any]:
         """The K losses, and the outputs for an evaluation. To be overridden by other models.
 
         Args:
@@ -91,7 +91,8 @@ class BalancedTrainerMixin(Base):
             inputs: a batch on the device.
 
         Returns:
-            what the model gives as ``losses``, and a dict of the rest.
+            what the model gives as ``losses`` (a dict of names to losses, or whatever a balancer takes), and a dict of
+            the rest.
 
         Raises:
             ValueError: the model gives nothing of that name.
@@ -110,7 +111,8 @@ class BalancedTrainerMixin(Base):
         """The balanced loss for training; the plain sum of the losses for evaluation."""
         losses, outputs = self.task_losses(model, inputs)
         if not torch.is_grad_enabled():
-            loss = sum_of_losses(losses, self._balancing[1])
+            names = None if self.balancer is None else self.balancer.task_names
+            loss = sum_of_losses(losses, names or self._balancing[1])
         elif self.balancer is None:
             raise RuntimeError("compute_loss() for training before train() has made the balancer")
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,15 +14,16 @@ from torch.nn.parallel import DistributedDataParallel
 from ..balancer import GradientBalancer
 from ..onepass.balancer import OnePassDBMTL
 
-# The shared parameters of a model: a function of it, or the name of a submodule, of which all that require grad.
-Shared = Callable[[Any], Iterable[Tensor]] | str
+# The shared parameters of a model: a function from it to them, or to a submodule, or the name of one; of a submodule
+# all that require grad.
+Shared = Callable[[Any], Iterable[Tensor] | nn.Module] | str
 
 
 def make_balancer(
     module: nn.Module,
     wrapped: nn.Module,
     shared: Shared,
-    num_tasks: int,
+    num_tasks: int | Collection[str],
     method: Callable[..., GradientBalancer],
     options: Mapping[str, Any],
 ) -> GradientBalancer:
@@ -33,7 +34,7 @@ def make_balancer(
         wrapped: the same, or what is around it.
         shared: a function from ``module`` to its shared parameters, or the name of a submodule that has them all; those
             that are frozen are left out then.
-        num_tasks: K.
+        num_tasks: K, or the names of the tasks.
         method: the class of the balancer.
         options: its other arguments. Without a ``process_group`` that of a DistributedDataParallel is taken. A
             ``weighting`` is copied, so that each balancer begins with one as it was given.
@@ -44,11 +45,10 @@ def make_balancer(
             several ranks without DistributedDataParallel, and no ``process_group``.
         ValueError, TypeError: as ``method``.
     """
-    parameters: list[Tensor]
-    if isinstance(shared, str):
-        parameters = [p for p in module.get_submodule(shared).parameters() if p.requires_grad]
-    else:
-        parameters = list(shared(module))
+    found = module.get_submodule(shared) if isinstance(shared, str) else shared(module)
+    parameters: list[Tensor] = (
+        [p for p in found.parameters() if p.requires_grad] if isinstance(found, nn.Module) else list(found)
+    )
     given = dict(options)
     if "weighting" in given:
         given["weighting"] = copy.deepcopy(given["weighting"])
@@ -67,8 +67,8 @@ def make_balancer(
 def balancing(wrapped: nn.Module, balancer: GradientBalancer | None = None) -> AbstractContextManager[Any]:
     """A context for forward and backward of a model in which the balancer, not its wrapper, reduces gradients.
 
-    Inside, a DistributedDataParallel is in its ``no_sync()``, unless the balancer is an `OnePassDBMTL`, which leaves
-    that to it. A model of FSDP2's ``fully_shard`` reduces in every
+    Inside, a DistributedDataParallel is in its ``no_sync()``, unless the balancer is an `OnePassDBMTL`, or not enabled,
+    and leaves that to it. A model of FSDP2's ``fully_shard`` reduces in every
     backward pass, also where a trainer that accumulates has told it not to. Any other model is left alone.
 
     Args:
@@ -77,7 +77,8 @@ def balancing(wrapped: nn.Module, balancer: GradientBalancer | None = None) -> A
     """
     inner = _compiled(wrapped)
     if isinstance(inner, DistributedDataParallel):
-        return nullcontext() if isinstance(balancer, OnePassDBMTL) else inner.no_sync()
+        leaves_it = isinstance(balancer, OnePassDBMTL) or (balancer is not None and not balancer.enabled)
+        return nullcontext() if leaves_it else inner.no_sync()
     return _reducing(inner) if hasattr(inner, "set_requires_gradient_sync") else nullcontext()
 
 

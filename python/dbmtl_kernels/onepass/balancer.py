@@ -106,7 +106,7 @@ class OnePassDBMTL(DBMTL):
     def _begin(self, shared: Shared, tasks: TaskNames, weighting: Weighting, frozen_ok: bool = False) -> None:
         super()._begin(shared, tasks, weighting, frozen_ok)
         self._sharded = placement.is_distributed(self._engine.rows.parameters)
-        levels = Levels(len(tasks), self._measure_every, self._full, self._sharded, self._engine.rows.device)
+        levels = Levels(tasks.num_tasks, self._measure_every, self._full, self._sharded, self._engine.rows.device)
         self._weigher = Weigher(self._engine, levels, cast(MaxNorm, weighting))
         self._others = torch.zeros((), dtype=torch.bool, device=self._engine.rows.device)
         self._forget()
@@ -146,7 +146,7 @@ class OnePassDBMTL(DBMTL):
         engine = self._engine
         if not self.enabled:
             return engine.plain(present)
-        engine.check_graphs(present)
+        present.check_graphs(engine.parts.notices.absent)
         present.claim(engine.rows, engine.rows.parameters)
         if self._recipe.process_group is None and not self._sharded:
             placement.refuse_unnamed_group()

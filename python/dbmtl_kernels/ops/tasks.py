@@ -20,6 +20,7 @@ class TaskNames:
         given: K, or K different names.
 
     Attributes:
+        num_tasks: K.
         names: K, or None.
 
     Raises:
@@ -32,10 +33,8 @@ class TaskNames:
         if isinstance(given, Collection):
             self.names = [given] if isinstance(given, str) else list(given)
             _check_names(self.names)
-        self._num_tasks = check_num_tasks(given if self.names is None else len(self.names))  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        return self._num_tasks
+        count = given if self.names is None else len(self.names)
+        self.num_tasks = check_num_tasks(count)  # type: ignore[arg-type]
 
     def describe(self, task: int) -> str:
         """What a message calls a task."""
@@ -48,7 +47,7 @@ class TaskNames:
             TypeError, ValueError: there is no such task.
         """
         if not isinstance(task, str):
-            return check_task(task, len(self))
+            return check_task(task, self.num_tasks)
         if self.names is None:
             raise ValueError(f"task {task!r}: the tasks have no names (num_tasks=[...] gives them some)")
         if task not in self.names:
@@ -64,10 +63,10 @@ class TaskNames:
         if self.names is None:
             names = list(names)
             _check_names(names)
-            if len(names) != len(self):
+            if len(names) != self.num_tasks:
                 raise ValueError(
-                    f"the first dict of losses must name all {len(self)} tasks, got {names}: give None for one that is "
-                    "absent, or the balancer the names (num_tasks=[...])"
+                    f"the first dict of losses must name all {self.num_tasks} tasks, got {names}: give None for one "
+                    "that is absent, or the balancer the names (num_tasks=[...])"
                 )
             self.names = names
         return [self.index(name) for name in names]
@@ -78,7 +77,7 @@ class TaskNames:
             names = [new if task is None else self.names[task] for task in tasks]
             _check_names(names)
             self.names = [name for name in names if name is not None]
-        self._num_tasks = len(tasks)
+        self.num_tasks = len(tasks)
 
 
 def _check_names(names: Sequence[Any]) -> None:
