@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 
 import torch
@@ -77,8 +78,19 @@ def log_transform(loss: Tensor, eps: float = 1e-8) -> Tensor:
     Returns:
         The shape of ``loss``, in float32 or float64. A loss below ``-eps`` gives NaN, as log does.
 
+    Warns:
+        RuntimeWarning: a float16 loss below 2^-15 on a CPU, whose slope is beyond what float16 holds.
+
     Source: arXiv 2308.12029, equation of the logarithm transformation.
     """
+    narrow = loss.dtype == torch.float16 and loss.device.type == "cpu" and not torch.compiler.is_compiling()
+    if narrow and bool((loss.detach().float() + eps < 2.0**-15).any()):
+        warnings.warn(
+            "1 / loss does not fit into float16, and the gradient of its log will be inf: compute the loss in float32, "
+            "as autocast does",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     wide = loss.to(torch.promote_types(loss.dtype, torch.float32))
     shared = loss_values.shared_log
     if shared is None or (torch.compiler.is_compiling() and not shared.several):

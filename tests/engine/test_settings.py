@@ -285,3 +285,20 @@ def test_a_slope_that_fits_has_the_bits_it_had():
         for x in (p.square().mean(), (p - 1).square().mean())
     ]
     assert torch.equal(balancer.norms, torch.stack([row.double().norm() for row in rows]).float())
+
+
+def test_a_slope_beyond_float16_in_a_graph_that_is_not_ours():
+    """One pass takes the exact form, and says so; `log_transform` can only say so."""
+    p = torch.linspace(0.5, 1.5, 8).requires_grad_()
+    heads = [torch.ones(8).requires_grad_() for _ in range(2)]
+    losses = lambda: [((p * head).square().mean() * 1e-5 * (1 + t)).half() for t, head in enumerate(heads)]  # noqa: E731
+    exact = dbk.DBMTL([p], 2, beta=0.0)
+    exact.backward(losses())
+    expected, p.grad = p.grad.clone(), None
+    with pytest.warns(RuntimeWarning, match="does not fit into float16.*The exact form takes such steps"):
+        dbk.OnePassDBMTL([p], 2)(losses()).backward()
+    assert torch.equal(p.grad, expected)
+    with pytest.raises(ValueError, match="does not fit into float16"):
+        dbk.OnePassDBMTL([p], 2, strict=True)(losses())
+    with pytest.warns(RuntimeWarning, match="will be inf"):
+        dbk.log_transform(losses()[0])

@@ -180,6 +180,10 @@ class TaskLosses:
         found = torch.ldexp(torch.ones_like(slope), -(torch.frexp(slope).exponent - 15).clamp(min=0))
         return None if found.device.type == "cpu" and float(found) == 1.0 else found
 
+    def overflows(self, index: int) -> bool:
+        """Whether that is so with a factor of 1, as far as the host knows."""
+        return self.values[index].device.type == "cpu" and self.smaller(index, None) is not None
+
     def backward(
         self,
         index: int,

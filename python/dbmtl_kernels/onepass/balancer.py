@@ -156,8 +156,9 @@ class OnePassDBMTL(DBMTL):
             return self._exactly(present, retain_graph)
         self._replicas.check()
         frontier = self._find(present)
-        if frontier.strangers:
-            self._refuse_or_tell(frontier)
+        reason = self._not_in_one_pass(present, frontier)
+        if reason is not None:
+            self._refuse_or_tell(reason)
             return self._exactly(present, retain_graph)
         present.share(engine.ranks, engine.rows.device)
         present.check_logarithms()
@@ -208,12 +209,22 @@ class OnePassDBMTL(DBMTL):
 
     # --- steps of the exact form ------------------------------------------------------------------------------
 
-    def _refuse_or_tell(self, frontier: Frontier) -> None:
-        reason = (
+    def _not_in_one_pass(self, losses: TaskLosses, frontier: Frontier) -> str | None:
+        """Why the exact form must take this step, if it must."""
+        if losses.half and any(losses.overflows(index) for index in range(len(losses.tasks))):
+            return (
+                "1 / loss does not fit into float16, the dtype of a loss: compute losses in float32, as autocast does "
+                "(seen on a CPU only)"
+            )
+        if not frontier.strangers:
+            return None
+        return (
             f"{len(frontier.strangers)} parameter(s) are reached by several losses and are not among the shared ones, "
             f"the first of shape {tuple(frontier.strangers[0].shape)}: either they belong there, or the graph does not "
             "tell the tasks apart (one compiled model, or one tensor of predictions for all)"
         )
+
+    def _refuse_or_tell(self, reason: str) -> None:
         if self.strict:
             raise ValueError(reason)
         if self._engine.ranks.size > 1 and not self._sharded:
