@@ -26,7 +26,7 @@ def test_a_slope_that_half_precision_cannot_hold_takes_the_exact_form():
     slope = 2 * small.detach().float().sqrt() / (small.detach().float() + 1e-8)
     with pytest.warns(RuntimeWarning, match="does not fit into float16"):
         balancer([small, (shared * 2).sum()]).backward()
-    torch.testing.assert_close(head.grad.float(), slope.expand(4), rtol=2e-3, atol=0)
+    torch.testing.assert_close(head.grad.float(), slope.expand(4), rtol=1e-2, atol=0)
     assert shared.grad.isfinite().all()
     assert balancer.nonfinite_steps.tolist() == [0, 0]
 
