@@ -206,6 +206,7 @@ class GradientBalancer(Adjustable, Watched):
         """
         task = self._engine.steps.tasks.index(index)
         if not (self._settings.enabled or self._engine.steps.pending):
+            self._engine.heads.refuse_without_average(self._engine.rows.parameters)
             return nullcontext()
         return self._engine.task(task, loss_scale, self.log_transform)
 

@@ -168,6 +168,17 @@ def test_a_deep_copy_works_with_the_same_ranks(four):
     assert four["copies"] == {"same": True, "identical": True}
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_paused_balancer_leaves_the_average_to_the_wrapper(tmp_path, kind):
+    torchrun(2, HERE / "paused.py", tmp_path)
+    found = json.loads((tmp_path / "paused.json").read_text())[kind]
+    assert found["difference"] <= 1e-5
+    assert found["identical"]
+    assert (found["step"], found["goes on"]) == (0, 2)
+    if kind == "ddp":
+        assert all("DistributedDataParallel has to average" in said for said in found["refused"])
+
+
 def test_gradients_of_inputs_are_left_alone(four):
     assert not four["inputs"]["identical"]
 

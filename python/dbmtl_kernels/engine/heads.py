@@ -69,8 +69,10 @@ class HeadGradients:
                 "(dbmtl_kernels.integrations does so for Lightning, Accelerate and the Hugging Face Trainer)"
             )
 
-    def refuse_without_average(self) -> None:
-        """Raise RuntimeError unless DistributedDataParallel averages gradients, as an ordinary backward needs."""
+    def refuse_without_average(self, shared: Sequence[Tensor]) -> None:
+        """Raise RuntimeError unless gradients are averaged, by DistributedDataParallel or of DTensors by FSDP2."""
+        if self._ranks.size == 1 or dtensors.is_dtensor(shared[0]):
+            return
         wrappers = self.wrappers()
         if not wrappers or not all(map(synchronises, wrappers)):
             raise RuntimeError(

@@ -100,8 +100,7 @@ class Engine:
             RuntimeError: of several ranks nobody would average the gradients.
         """
         losses.check_graphs(self.parts.notices.absent)
-        if self.ranks.size > 1 and not placement.is_distributed(self.rows.parameters):
-            self.heads.refuse_without_average()
+        self.heads.refuse_without_average(self.rows.parameters)
         losses.share(self.ranks, self.rows.device)
         losses.check_logarithms()
         return losses.plain(self.ranks)
