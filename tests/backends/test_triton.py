@@ -6,6 +6,7 @@ import dbmtl_kernels as dbk
 import numpy as np
 import pytest
 import torch
+from buffers import defer
 from dbmtl_kernels import backends, ops
 from dbmtl_kernels.backends.arguments import BalanceRows, Stats
 from torch import nn
@@ -112,6 +113,21 @@ def test_an_engine_step_is_one_launch_a_task_and_one_more(launched):
         assert [name for name, _ in launched] == ["accumulate_kernel"] * 3 + ["balance_rows_kernel"]
         launched.clear()
     assert all(torch.isfinite(p.grad).all() for p in trunk.parameters())
+
+
+def test_on_a_device_a_look_for_zeros_comes_before_each_task(launched):
+    """Where the host must not know; unless zeros count."""
+    for zeros, names in (("absent", ["any_nonzero_kernel", "accumulate_kernel"]), ("count", ["accumulate_kernel"])):
+        trunk = nn.Linear(8, 4)
+        balancer = dbk.DBMTL(trunk.parameters(), 3, backend="triton", zero_gradients=zeros)
+        engine = balancer._engine
+        engine.use(defer(engine.rows))
+        for absent in (None, 1):
+            out = trunk(torch.randn(5, 8))
+            balancer.backward([(out - t).square().mean() * (0.0 if t == absent else 1.0) + 1.0 for t in range(3)])
+            assert [name for name, _ in launched] == names * 3 + ["balance_rows_kernel"]
+            launched.clear()
+            assert (balancer.weights != 0).tolist() == [zeros == "count" or t != absent for t in range(3)]
 
 
 class Operations(TorchDispatchMode):

@@ -84,6 +84,7 @@ CASES = {
     "accumulate, unaligned row": partial(accumulate, [F32], F32, step=7),
     "sum fp32": partial(accumulate, [F32], None),
     "sum bf16": partial(accumulate, [BF16], None),
+    "nonzero": lambda: launches.any_nonzero([torch.zeros(n, dtype=d) for n, d in ((8192, F32), (77, F64), (5, BF16))]),
     "combine fp32": partial(combine, 3, 1 << 16, F32),
     "combine bf16": partial(combine, 11, 1 << 16, BF16),
     "combine, odd P": partial(combine, 3, (1 << 16) + 1, F32),
