@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from numbers import Integral, Real
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .engine.bookkeeping import SavedSteps
 from .engine.step import Engine
 from .rows import dtensors
 from .rows.one_row import NO_ROWS
+from .weightings import load_weighting, state_of_weighting
 
 VERSION = 3
-# What version 3 has had since later, and a state may lack.
-OPTIONAL = {"steps.sitting_out", "left"}
+MOST = 2**53  # of a count: exact in float64, and no run gets there
+OTHER_ROWS = (
+    "(saved of replicas, of a sharded model, or the other way? of one row for all tasks, as beta=0 has without "
+    "keep_rows=True?)"
+)
+STATS = ("norms", "weights", "sumsq", "broken", "nonfinite_steps")
+AT_A_TIME = 2**20  # elements measured at once
+T = TypeVar("T")
 
 
 def state_of(engine: Engine) -> dict[str, Any]:
@@ -25,10 +36,6 @@ def state_of(engine: Engine) -> dict[str, Any]:
     """
     if engine.steps.pending and engine.parts.balanced.one is not None:
         raise RuntimeError(NO_ROWS.format(what=f"a state_dict while task(s) {sorted(engine.steps.pending)} wait"))
-    return _state(engine)
-
-
-def _state(engine: Engine) -> dict[str, Any]:
     engine.rows.settle()
     if engine.rows.local:  # of several ranks one alone may ask for its state
         engine.end_if_dropped()  # told by what is in .grad, which is not part of the state
@@ -40,7 +47,7 @@ def _state(engine: Engine) -> dict[str, Any]:
         "written": engine.grads.written,
         "left": engine.grads.left,
         "buffer": engine.rows.state(),
-        "weighting": _state_of_weighting(engine.weighting),
+        "weighting": state_of_weighting(engine.weighting),
     }
 
 
@@ -70,132 +77,273 @@ def gathered(state: dict[str, Any], keep: bool = True) -> dict[str, Any]:
     return out
 
 
-def load(state: dict[str, Any], engine: Engine) -> None:
-    """Copy a state into the live objects, if it is of the kind of theirs.
+class Entry:
+    """A value in a state, and the path to it. Each method gives a plain value of one kind.
 
-    Compared are the version, the entries, the shared parameters, and the dtypes and shapes of all tensors. Rows
-    that the state has and this balancer does not keep are left out, as beta = 0 reads none of an earlier step.
+    All raise ValueError, which names the path, where the value is of another kind or out of range.
+    """
+
+    def __init__(self, value: Any, path: str = "state_dict") -> None:
+        self.value, self.path = value, path
+
+    def error(self, why: str) -> ValueError:
+        """To be raised."""
+        return ValueError(f"{self.path}: {why}")
+
+    def has(self, key: str) -> bool:
+        """Whether a dict has the key."""
+        return key in self._a("a dict", isinstance(self.value, Mapping))
+
+    def get(self, key: Any, hint: str = "") -> Entry:
+        """The entry of a dict; ``hint`` tells why it may be missing."""
+        if not self.has(key):
+            raise ValueError(f"{self.path}[{key!r}] is missing{hint and ' ' + hint}")
+        return Entry(self.value[key], f"{self.path}[{key!r}]")
+
+    __getitem__ = get
+
+    def optional(self, key: str, read: Callable[[Entry], T]) -> T | None:
+        """What ``read`` gives of an entry that a state may lack; None if it does."""
+        return read(self[key]) if self.has(key) else None
+
+    def entries(self, count: int | None = None) -> list[Entry]:
+        """Those of a list, of so many."""
+        found = self._a("a list", isinstance(self.value, (list, tuple)))
+        if count is not None and len(found) != count:
+            raise self.error(f"{len(found)} entries, not {count}")
+        return [Entry(value, f"{self.path}[{index}]") for index, value in enumerate(found)]
+
+    def flag(self) -> bool:
+        """True or False, or 1 or 0."""
+        return bool(self._a("a bool", isinstance(self.value, int) and self.value in (0, 1)))
+
+    def flags(self, count: int) -> list[bool]:
+        """A list of so many."""
+        return [entry.flag() for entry in self.entries(count)]
+
+    def count(self) -> int:
+        """An integer >= 0."""
+        whole = int(self._a("an integer", isinstance(self.value, Integral) and not isinstance(self.value, bool)))
+        if not 0 <= whole <= MOST:
+            raise self.error(f"must be from 0 to {MOST}, got {_shown(whole)}")
+        return whole
+
+    def number(self) -> float:
+        """A finite number."""
+        value = self._a("a number", isinstance(self.value, Real) and not isinstance(self.value, bool))
+        if not abs(value) <= sys.float_info.max:
+            raise self.error(f"must be finite, got {_shown(value)}")
+        return float(value)
+
+    def text(self) -> str:
+        """A str."""
+        return str(self._a("a str", isinstance(self.value, str)))
+
+    def tasks(self, num_tasks: int) -> set[int]:
+        """A list of tasks."""
+        found = {entry.count(): entry for entry in self.entries()}
+        for task, entry in found.items():
+            if task >= num_tasks:
+                raise entry.error(f"task {task}, there are {num_tasks}")
+        return set(found)
+
+    def version(self, mine: int | str) -> None:
+        """Raise unless it is this one."""
+        if type(self.value) is not type(mine) or self.value != mine:
+            raise self.error(f"version {_shown(self.value)}, this is version {mine!r}")
+
+    def tensor(self, like: Tensor, dtype: bool = True) -> Tensor:
+        """A tensor of the shape of another, and of its ``dtype``, or else of any floating one."""
+        value = self._a("a tensor", isinstance(self.value, Tensor))
+        if value.is_nested or value.layout is not torch.strided or value.is_meta:
+            raise self.error(
+                f"must be a dense tensor that holds data, got one of layout {value.layout}, {value.device}"
+            )
+        if value.dtype != like.dtype if dtype else not value.is_floating_point():
+            raise self.error(f"in {value.dtype}, here in {like.dtype}")
+        if value.shape != like.shape:
+            raise self.error(f"of shape {tuple(value.shape)}, here of shape {tuple(like.shape)} (other num_tasks?)")
+        return value  # type: ignore[no-any-return]
+
+    def require(self, good: Tensor, what: str) -> None:
+        """Raise unless it is so of every task: ``good`` is (K,) bool."""
+        if not bool(good.all()):
+            raise self.error(f"{what}; not so of task(s) {(~good).nonzero().flatten().tolist()}")
+
+    def _a(self, kind: str, right: bool) -> Any:
+        if not right:
+            raise self.error(f"must be {kind}, got {_shown(self.value)}")
+        return self.value
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, if it is a short one; else its type."""
+    if isinstance(value, str):
+        return repr(value[:40])
+    short = value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and value.bit_length() < 64)
+    return repr(value) if short else f"a value of type {type(value).__name__}"
+
+
+class Saved(NamedTuple):
+    """What a state tells, read and checked: nothing is left to refuse."""
+
+    steps: SavedSteps
+    touched: list[bool]
+    left: list[bool] | None
+    buffer: dict[str, Any]
+    weighting: Entry
+
+
+@torch.no_grad()
+def load(state: dict[str, Any] | Entry, engine: Engine) -> None:
+    """Copy a state into the live objects, if it is of the kind of theirs. Of several ranks all must call it.
+
+    All is read and checked before anything is written: types, ranges, dtypes, shapes, what numbers must have to do with
+    each other. The weighting, whose loading is its own affair, comes before the rest, and is put back if it raises.
+    Entries that nobody here knows are ignored: they may be of another release. So are rows that the state has and this
+    balancer does not keep, as beta = 0 reads none of an earlier step.
 
     Raises:
-        ValueError: it is not. Nothing is changed then.
+        ValueError: the state does not fit; the message begins with the path of the entry. Nothing is changed then, on
+            any rank.
     """
-    _check(state, _state(engine), engine.rows.signature())
-    if state["steps"]["pending"] and engine.parts.balanced.one is not None:
-        raise ValueError(
-            NO_ROWS.format(what=f"a state in which task(s) {state['steps']['pending']} wait for a balance")
-        )
-    _load_weighting(engine.weighting, state["weighting"])
-    engine.rows.load(state["buffer"])
-    engine.steps.load(state["steps"], engine.rows.device)
-    touched = [bool(x) for x in state["touched"]]
-    gone = engine.grads.resume(touched, [bool(x) for x in state.get("left", touched)] if state["written"] else None)
+    with ExitStack() as undo:
+        with agreed(engine):
+            saved = _read(state if isinstance(state, Entry) else Entry(state), engine)
+            try:
+                undo.callback(load_weighting(engine.weighting, dict(saved.weighting.value)))
+            except ValueError as error:
+                raise saved.weighting.error(str(error)) from error
+        undo.pop_all()
+    engine.rows.load(saved.buffer)
+    engine.steps.load(saved.steps, engine.rows.device)
+    gone = engine.grads.resume(saved.touched, saved.left)
     if gone and not engine.steps.pending:  # saved after a step that a GradScaler skipped, say
         engine.steps.end()
 
 
-def _check(state: dict[str, Any], own: dict[str, Any], signature: list[list[Any]]) -> None:
-    if state.get("version") != own["version"]:
-        raise ValueError(f"state_dict has version {state.get('version')!r}, this is version {own['version']}")
-    kept = state.get("weighting", {})  # what one that has not run lacks, one that has must not ask for
-    own = {**own, "weighting": {key: value for key, value in own["weighting"].items() if key in kept}}
-    _check_present(state, own, "")
-    check_signature(signature, state["parameters"])
-    _check_tensors(state, own, "")
-    if len(state["touched"]) != len(own["touched"]):
-        raise ValueError(f"state_dict has {len(state['touched'])} entries of touched, not {len(own['touched'])}")
-    seen, expected = state["steps"]["seen"], own["steps"]["seen"]
-    if len(seen) != len(expected):
-        raise ValueError(f"state_dict has {len(seen)} entries of seen, not {len(expected)} (other num_tasks?)")
+@contextmanager
+def agreed(engine: Engine) -> Iterator[None]:
+    """If what is inside raises ValueError on any rank, it does on every one. A collective if there are several."""
+    error: ValueError | None = None
+    try:
+        yield
+    except ValueError as caught:
+        error = caught
+    refused = torch.full((1,), error is not None, dtype=torch.float32, device=engine.rows.device)
+    if engine.ranks.size > 1 and bool(engine.ranks.sum(refused, "whether a state fits") > 0) and error is None:
+        error = ValueError("state_dict: refused on another rank, whose error says why")
+    if error is not None:
+        raise error
 
 
-def check_signature(mine: list[list[Any]], theirs: list[list[Any]]) -> None:
-    """Raise ValueError unless two `ParameterLayout.signature` are the same."""
-    if len(theirs) != len(mine):
-        raise ValueError(f"the state is of {len(theirs)} shared parameters, there are {len(mine)} here")
-    for index, (here, there) in enumerate(zip(mine, theirs, strict=True)):
-        if here[:2] != list(there)[:2]:
-            raise ValueError(
-                f"shared parameter {index} is {here[0]} {here[1]} here and {there[0]} {there[1]} in the state"
-            )
-        if here != list(there):
-            raise ValueError(
-                f"shared parameter {index} has its dimensions in memory order {here[2]} here and {there[2]} in "
-                "the state (another memory_format?)"
-            )
-
-
-def _check_present(state: dict[str, Any], own: dict[str, Any], prefix: str) -> None:
-    missing = sorted({prefix + str(key) for key in set(own) - set(state)} - OPTIONAL)
-    if missing and not prefix.endswith(".rows."):  # their number follows from the parameters, which are checked next
-        raise ValueError(f"state_dict lacks {', '.join(missing)}")
-    for key, mine in own.items():
-        if isinstance(mine, dict) and key in state:
-            _check_present(state[key], mine, f"{prefix}{key}.")
-
-
-def _check_tensors(state: dict[str, Any], own: dict[str, Any], prefix: str) -> None:
-    for key, mine in own.items():
-        name = f"{prefix}{key}"
-        if key not in state:
-            if name in OPTIONAL:
-                continue
-            raise ValueError(
-                f"state_dict lacks {name} (saved of replicas, of a sharded model, or the other way? of one row for all "
-                "tasks, as beta=0 has without keep_rows=True?)"
-            )
-        theirs = state[key]
-        if isinstance(mine, dict):
-            _check_tensors(theirs, mine, f"{name}.")
-        elif isinstance(mine, Tensor):
-            if theirs.dtype != mine.dtype:
-                raise ValueError(f"state_dict has {name} in {theirs.dtype}, this balancer in {mine.dtype}")
-            if theirs.shape != mine.shape:
-                raise ValueError(
-                    f"state_dict has {name} of shape {tuple(theirs.shape)}, this balancer of {tuple(mine.shape)} "
-                    "(other num_tasks?)"
-                )
-
-
-def _state_of_weighting(weighting: Any) -> dict[str, Any]:
-    """What a checkpoint keeps of a weighting: the state_dict of one that has any."""
-    return dict(weighting.state_dict()) if hasattr(weighting, "state_dict") else {}
-
-
-def _load_weighting(weighting: Any, state: dict[str, Any]) -> None:
-    """Take over what `_state_of_weighting` gave, also into one that has not run yet.
+def _read(entry: Entry, engine: Engine) -> Saved:
+    """What a state tells.
 
     Raises:
-        ValueError: it is of another weighting. Nothing is changed then.
+        ValueError: it does not fit.
     """
-    if not hasattr(weighting, "load_state_dict"):
-        if state:
-            raise ValueError(f"the state is of a weighting that keeps {sorted(state)}, {_name(weighting)} keeps none")
-        return
-    before = copy.deepcopy(_state_of_weighting(weighting))
+    entry["version"].version(VERSION)
+    rows, number = engine.rows, len(engine.rows.parameters)
+    _check_parameters(entry["parameters"], rows.signature())
+    steps = _read_steps(entry["steps"], engine.steps.num_tasks)
+    if steps.pending and engine.parts.balanced.one is not None:
+        what = f"a state in which task(s) {sorted(steps.pending)} wait for a balance"
+        raise entry["steps"]["pending"].error(NO_ROWS.format(what=what))
+    touched = entry["touched"].flags(number)
+    left = entry.optional("left", lambda given: given.flags(number)) or touched
+    written = entry["written"].flag()
+    if written and not steps.open:
+        raise entry["written"].error("a balanced gradient of the open step, and none is open")
+    weighting = entry["weighting"]
+    for key, own in state_of_weighting(engine.weighting).items():
+        if weighting.has(key):  # what one that has not run lacks, one that has must not ask for
+            _like(weighting[key], own)
+    buffer = _read_buffer(entry["buffer"], rows.state(), steps.pending, torch.finfo(rows.narrow).max)
+    return Saved(steps, touched, left if written else None, buffer, weighting)
+
+
+def _read_steps(entry: Entry, num_tasks: int) -> SavedSteps:
+    known = entry["known"].tasks(num_tasks)
+    losses = entry["losses"].tensor(torch.empty(num_tasks, dtype=torch.float64, device="meta"))
+    saved = SavedSteps(
+        step=entry["step"].count(),
+        open=entry["open"].flag(),
+        fresh=entry["fresh"].flag(),
+        seen=entry["seen"].flags(num_tasks),
+        pending=entry["pending"].tasks(num_tasks),
+        sitting_out=entry.optional("sitting_out", lambda given: given.tasks(num_tasks)) or set(),
+        losses={task: losses[task] for task in known},
+        loss_scale=None if entry["loss_scale"].value is None else entry["loss_scale"].number(),
+    )
+    if saved.open and saved.step == 0:
+        raise entry["step"].error("a step is open, and none has begun")
+    if saved.pending and not saved.open:
+        raise entry["pending"].error(f"task(s) {sorted(saved.pending)} wait for a balance, and no step is open")
+    return saved
+
+
+def _check_parameters(entry: Entry, mine: list[list[Any]]) -> None:
+    """Raise ValueError unless the state is of parameters with this `ParameterLayout.signature`."""
+    theirs = entry.entries()
+    if len(theirs) != len(mine):
+        raise entry.error(f"the state is of {len(theirs)} shared parameters, there are {len(mine)} here")
+    for index, (here, there) in enumerate(zip(mine, theirs, strict=True)):
+        dtype, *dims = there.entries(3)
+        saved = [dtype.text(), *([dim.count() for dim in some.entries()] for some in dims)]
+        if here[:2] != saved[:2]:
+            raise there.error(
+                f"shared parameter {index} is {here[0]} {here[1]} here and {saved[0]} {saved[1]} in the state"
+            )
+        if here != saved:
+            raise there.error(
+                f"shared parameter {index} has its dimensions in memory order {here[2]} here and {saved[2]} in the "
+                "state (another memory_format?)"
+            )
+
+
+def _read_buffer(entry: Entry, own: dict[str, Any], pending: set[int], largest: float) -> dict[str, Any]:
+    """What `load` of the rows takes; ``largest``: no weight is larger."""
+    if "rows" not in own:  # in parts
+        return {key: _read_buffer(entry[key], part, pending, largest) for key, part in own.items()}
+    out: dict[str, Any] = _like(entry, own)
+    out["whole"] = entry["whole"].flag()
     try:
-        _load_into(weighting, state)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        _load_into(weighting, before)
-        raise ValueError(f"the state is not one of {_name(weighting)}: {error}") from error
+        dtensors.check_owner(own["owner"], out["owner"])
+    except ValueError as error:
+        raise entry["owner"].error(str(error)) from error
+    for name in STATS:
+        if dtensors.is_dtensor(out[name]):
+            raise entry[name].error("must be a plain tensor, got a DTensor")
+    norms, weights, sums, broken, steps = (out[name].cpu() for name in STATS)
+    entry["norms"].require(broken | (norms.isfinite() & (norms >= 0)), "must be finite and >= 0, unless broken")
+    entry["weights"].require(weights.abs() <= largest, f"must be finite and at most {largest}")
+    entry["sumsq"].require(~(sums < 0), "must be >= 0")
+    entry["nonfinite_steps"].require((steps >= 0) & (steps <= MOST), f"must be from 0 to {MOST}")
+    if own["rows"] and own["whole"] and out["whole"]:  # else they are measured when they have been loaded
+        norms = _norms(dtensors.local(rows) for rows in out["rows"].values())
+        near = torch.isclose(sums.double().sqrt(), norms, rtol=1e-3, atol=1e-15)  # some chips lose squares below 1e-38
+        # What overflowed stays so until the next balance; where one was interrupted its row is zero.
+        waits = torch.tensor([task in pending for task in range(len(sums))], device=sums.device)
+        over = ~sums.isfinite() & (waits | ~norms.isfinite() | (norms == 0))
+        entry["sumsq"].require(near | over, "must be the sum of squares of the row")
+    return out
 
 
-def _load_into(weighting: Any, state: dict[str, Any]) -> None:
-    if isinstance(weighting, nn.Module):
-        reset = getattr(weighting, "reset", None)
-        if callable(reset):
-            reset()
-        for name, value in state.items():
-            _make_room(weighting, name, value)
-    weighting.load_state_dict(state)
+def _like(entry: Entry, own: Any) -> Any:
+    """What an entry holds, if it has the keys, and its tensors the dtypes and shapes, of our own."""
+    if isinstance(own, dict):
+        hint = OTHER_ROWS if entry.path.endswith("['rows']") else ""
+        return {key: _like(entry.get(key, hint), value) for key, value in own.items()}
+    return entry.tensor(own) if isinstance(own, Tensor) else entry.value
 
 
-def _make_room(module: nn.Module, name: str, value: Any) -> None:
-    """For a buffer that a module makes when it first runs, as several of TorchJD's do."""
-    path, _, buffer = name.rpartition(".")
-    owner = dict(module.named_modules()).get(path)
-    if owner is not None and getattr(owner, buffer, value) is None:
-        setattr(owner, buffer, torch.empty_like(value))
-
-
-def _name(weighting: Any) -> str:
-    return type(weighting).__name__
+def _norms(rows: Iterable[Tensor]) -> Tensor:
+    """(K,) float64 norms of the rows, of which each tensor, (K, ...), has a part."""
+    totals = []
+    for part in rows:
+        wide = torch.float32 if part.device.type == "mps" else torch.float64
+        chunks = [row.reshape(-1).split(AT_A_TIME) for row in part]
+        sums = [torch.stack([chunk.to(wide).square().sum() for chunk in some]).sum() for some in chunks]
+        totals.append(torch.stack(sums).cpu().double())
+    return torch.stack(totals).sum(dim=0).sqrt()

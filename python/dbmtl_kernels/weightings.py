@@ -11,9 +11,12 @@ A weighting is any callable from a Gramian to weights; ten lines make one::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +37,8 @@ class Weighting(Protocol):
     - ``reindex_tasks(tasks)``, called when tasks come and go: the tasks now are these of the former ones, in this
       order, None being a new one.
     - ``num_tasks``, an int: the only number of tasks it serves.
-    - ``state_dict()`` and ``load_state_dict(state)``: what goes into a checkpoint.
+    - ``state_dict()`` and ``load_state_dict(state)``: what goes into a checkpoint. If loading raises, the weighting is
+      put back as it was and the checkpoint refused; values that would spoil later steps are for it to find.
     """
 
     def __call__(self, gramian: Tensor, /) -> Tensor:
@@ -163,6 +167,20 @@ class GradNorm(nn.Module):
             setattr(self, name, torch.stack([old.new_tensor(new) if t is None else old[t] for t in tasks]))
         self.weights *= len(tasks) / self.weights.sum()
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As that of any module.
+
+        Raises:
+            ValueError: weights that are not finite and positive, or first losses that are not, nor NaN.
+        """
+        for name, unknown in (("weights", False), ("used", False), ("start", True)):
+            numbers = state_dict.get(name)
+            if isinstance(numbers, Tensor):
+                good = (numbers > 0) & numbers.isfinite() | (numbers.isnan() & unknown)
+                if not bool(good.all()):
+                    raise ValueError(f"{name} must be finite and positive, got {numbers.tolist()}")
+        return super().load_state_dict(state_dict, strict, assign)
+
     def forward(self, gramian: Tensor, /) -> Tensor:
         """(k, k) Gramian to the (k,) weights found; leaves those of the next step."""
         if self._seen is None:
@@ -229,3 +247,95 @@ def check_weighting(weighting: Weighting, num_tasks: int, capturable: bool) -> W
     if capturable and type(weighting) is not MaxNorm:
         raise ValueError(f"capturable=True needs MaxNorm: {type(weighting).__name__} is called with a sync")
     return weighting
+
+
+def state_of_weighting(weighting: Any) -> dict[str, Any]:
+    """What a checkpoint keeps of a weighting: the state_dict of one that has any."""
+    return dict(weighting.state_dict()) if hasattr(weighting, "state_dict") else {}
+
+
+def load_weighting(weighting: Any, state: dict[str, Any]) -> Callable[[], None]:
+    """Take over what `state_of_weighting` gave, also into one that has not run yet.
+
+    Returns:
+        what puts it back as it was.
+
+    Raises:
+        ValueError: it is of another weighting. Nothing is changed then.
+    """
+    name = type(weighting).__name__
+    if not hasattr(weighting, "load_state_dict"):
+        if state:
+            raise ValueError(f"the state is of a weighting that keeps {sorted(map(str, state))}, {name} keeps none")
+        return lambda: None
+    before, put_back = copy.deepcopy(state_of_weighting(weighting)), _snapshot(weighting)
+
+    def undo() -> None:
+        put_back()
+        try:
+            weighting.load_state_dict(before)  # what it keeps elsewhere than in attributes, lists and tensors
+        except Exception:
+            put_back()
+
+    try:
+        _make_room(weighting, state)
+        weighting.load_state_dict(state)
+    except Exception as error:
+        undo()
+        raise ValueError(f"the state is not one of {name}: {type(error).__name__}: {error}") from error
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def _make_room(weighting: Any, state: dict[str, Any]) -> None:
+    """For buffers that a module makes when it first runs, as several of TorchJD's do."""
+    if not isinstance(weighting, nn.Module):
+        return
+    reset = getattr(weighting, "reset", None)
+    if callable(reset):
+        reset()
+    modules = dict(weighting.named_modules())
+    for name, value in state.items():
+        path, _, buffer = name.rpartition(".")
+        if isinstance(value, Tensor) and path in modules and getattr(modules[path], buffer, value) is None:
+            setattr(modules[path], buffer, torch.empty_like(value))
+
+
+def _snapshot(root: Any) -> Callable[[], None]:
+    """Note what an object is made of; what is returned puts it back, in place.
+
+    That is its attributes, those of modules in it, and what is in lists, dicts, sets, tensors and arrays there.
+    """
+    seen: dict[int, tuple[Any, Any]] = {}  # with a reference, so that no id is used again
+    todo = [root]
+    while todo:
+        x = todo.pop()
+        if x is root or isinstance(x, nn.Module):
+            x = getattr(x, "__dict__", None)
+        if id(x) in seen:
+            continue
+        if isinstance(x, Tensor):
+            seen[id(x)] = x, x.detach().clone()
+        elif isinstance(x, np.ndarray):
+            seen[id(x)] = x, x.copy()
+        elif isinstance(x, (dict, list, set, deque, tuple)):
+            seen[id(x)] = x, copy.copy(x)
+            todo.extend(x.values() if isinstance(x, dict) else x)
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for x, content in seen.values():
+            if isinstance(x, Tensor):
+                if x.shape != content.shape or x.dtype != content.dtype:
+                    x.data = content
+                elif not torch.equal(x, content):
+                    x.copy_(content)
+            elif isinstance(x, np.ndarray):
+                x[...] = content
+            elif not isinstance(x, tuple):
+                x.clear()
+                x.extend(content) if isinstance(x, (list, deque)) else x.update(content)
+
+    return put_back

@@ -77,8 +77,8 @@ def train(p, balancer, steps, start=0):
 def test_a_state_of_another_number_of_tasks_is_refused():
     balancer = make(leaf(6))
     state = copy.deepcopy(balancer.state_dict())
-    state["weighting"]["weights"] = torch.ones(4)
-    with pytest.raises(ValueError, match=r"weighting\.weights"):
+    state["weighting"]["weights"] = torch.ones(4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"\['weighting'\]\['weights'\]: of shape \(4,\)"):
         balancer.load_state_dict(state)
 
 

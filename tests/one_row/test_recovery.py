@@ -201,7 +201,7 @@ def test_a_state_with_rows_is_taken_and_one_without_is_not():
         balancer([loss + r.square().sum() for loss in quadratics(p)]).backward()
     one.load_state_dict(several.state_dict())
     with pytest.raises(
-        ValueError, match=r"state_dict lacks buffer.part0.rows.0 .*one row for all tasks.*keep_rows=True"
+        ValueError, match=r"\['buffer'\]\['part0'\]\['rows'\]\['0'\] is missing .*one row for all tasks.*keep_rows=True"
     ):
         several.load_state_dict(one.state_dict())
 
@@ -214,7 +214,9 @@ def test_a_state_without_rows_is_refused_and_changes_nothing():
         p.grad = None
     for other in (rows, average):
         before = copy.deepcopy(other.state_dict())
-        with pytest.raises(ValueError, match=r"state_dict lacks buffer.rows.0 .*one row for all tasks.*keep_rows=True"):
+        with pytest.raises(
+            ValueError, match=r"\['buffer'\]\['rows'\]\['0'\] is missing .*one row for all tasks.*keep_rows=True"
+        ):
             other.load_state_dict(one.state_dict())
         assert_same_state(before, other.state_dict())
 

@@ -87,6 +87,19 @@ class Before(NamedTuple):
     loss_scale: Tensor | None
 
 
+class SavedSteps(NamedTuple):
+    """What a checkpoint keeps of `Steps`: its attributes, checked; ``step`` is the count, at least 1 if one is open."""
+
+    step: int
+    open: bool
+    fresh: bool
+    seen: list[bool]
+    pending: set[int]
+    sitting_out: set[int]
+    losses: dict[int, Tensor]
+    loss_scale: float | None
+
+
 class Steps:
     """The bookkeeping of a balancer. A step is one update of the EMA, of one backward pass a task or of several.
 
@@ -286,21 +299,18 @@ class Steps:
             "loss_scale": None if self.loss_scale is None else float(self.loss_scale),
         }
 
-    def load(self, state: dict[str, Any], device: torch.device) -> None:
-        """Take over what `state` gave."""
+    def load(self, saved: SavedSteps, device: torch.device) -> None:
+        """Take over what `state` gave, read and checked."""
         self.changes += 1
-        count = int(state["step"])
-        self._count = self._count.fill_(count) if isinstance(self._count, Tensor) else count
-        self.open, self.fresh = bool(state["open"]), bool(state["fresh"])
+        self._count = self._count.fill_(saved.step) if isinstance(self._count, Tensor) else saved.step
+        self.open, self.fresh = saved.open, saved.fresh
         if self.open:
             self._coefficients = self._coefficients_of(self._count)
-        self.seen = [bool(x) for x in state["seen"]]
-        self.pending = {int(x) for x in state["pending"]}
-        scale = state["loss_scale"]
+        self.seen, self.pending, self.sitting_out = list(saved.seen), set(saved.pending), set(saved.sitting_out)
         wide = torch.float32 if device.type == "mps" else torch.float64
-        self.losses = {int(t): state["losses"][int(t)].to(device, wide) for t in state["known"]}
-        self.loss_scale = None if scale is None else torch.full((), float(scale), dtype=wide, device=device)
-        self.sitting_out = {int(x) for x in state.get("sitting_out", ())}
+        self.losses = {task: loss.to(device, wide, copy=True) for task, loss in saved.losses.items()}
+        scale = saved.loss_scale
+        self.loss_scale = None if scale is None else torch.full((), scale, dtype=wide, device=device)
         self.lengths, self.complete = {}, False
 
 

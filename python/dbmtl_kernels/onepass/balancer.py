@@ -326,12 +326,13 @@ class OnePassDBMTL(DBMTL):
             ValueError: it is of another class or version, of other parameters or number of tasks, or incomplete.
                 Nothing is changed then.
         """
-        if state.get("version") != VERSION:
-            raise ValueError(f"state_dict has version {state.get('version')!r}, this is version {VERSION!r}")
-        self._weigher.levels.check(state)
         self._engine.turns.refuse_inside("load_state_dict()")
-        checkpoint.load(state["engine"], self._engine)
-        self._weigher.levels.load(state["levels"])
+        entry, levels = checkpoint.Entry(state), self._weigher.levels
+        with checkpoint.agreed(self._engine):
+            entry["version"].version(VERSION)
+            saved, engine = levels.read(entry["levels"]), entry["engine"]
+        checkpoint.load(engine, self._engine)
+        levels.load(saved)
         self._engine.copied = False
         self._weigher.forget()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..checkpoint import Entry
 from .weighing import may_look
 
 DENSE_STEPS = 64  # of its steps up to here, a task is measured at each power of two: norms move fast at first
@@ -34,6 +35,19 @@ class Audit(NamedTuple):
     measured: int
     saved: int
     cosine: float
+
+
+class SavedLevels(NamedTuple):
+    """What a checkpoint keeps of `Levels`."""
+
+    step: int
+    passes: int
+    possible: int
+    turn: int
+    counts: list[int]
+    seen: list[int]
+    norms: Tensor
+    errors: Tensor
 
 
 class Levels:
@@ -177,33 +191,29 @@ class Levels:
             "errors": self._errors,
         }
 
-    def check(self, whole: Mapping[str, Any]) -> None:
-        """Raise ValueError unless a state_dict has what `load` needs, under ``levels``."""
-        if not isinstance(whole.get("engine"), Mapping):
-            raise ValueError("state_dict lacks engine")
-        state = whole.get("levels")
-        if not isinstance(state, Mapping):
-            raise ValueError("state_dict lacks levels")
-        for key, mine in self.state().items():
-            if key not in state:
-                raise ValueError(f"state_dict lacks levels.{key}")
-            theirs = state[key]
-            if isinstance(mine, Tensor):
-                if not isinstance(theirs, Tensor) or theirs.shape != mine.shape:
-                    raise ValueError(f"state_dict has levels.{key} that is not a tensor of shape {tuple(mine.shape)}")
-            elif type(theirs) is not type(mine):
-                raise ValueError(f"state_dict has levels.{key} of type {type(theirs).__name__}")
-        for key in ("counts", "seen"):
-            if len(state[key]) != len(self._counts):
-                raise ValueError(f"state_dict has levels.{key} of {len(state[key])} tasks, not {len(self._counts)}")
+    def read(self, entry: Entry) -> SavedLevels:
+        """What `state` gave, checked.
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` gave; it was checked."""
-        self.step, self._turn, self.passes = int(state["step"]), int(state["turn"]), int(state["passes"])
-        self._possible, self._counts = int(state["possible"]), [int(x) for x in state["counts"]]
-        self._seen = [int(x) for x in state["seen"]]
-        self.norms.copy_(state["norms"])
-        self._errors.copy_(state["errors"])
+        Raises:
+            ValueError: it does not fit.
+        """
+        tasks, turn = len(self._counts), entry["turn"].count()
+        norms = entry["norms"].tensor(self.norms, dtype=False)
+        errors = entry["errors"].tensor(self._errors, dtype=False)
+        if turn >= tasks:
+            raise entry["turn"].error(f"task {turn}, there are {tasks}")
+        counts, seen = ([each.count() for each in entry[name].entries(tasks)] for name in ("counts", "seen"))
+        entry["norms"].require(norms.isnan() | (norms.isfinite() & (norms > 0)), "must be finite and > 0, or NaN")
+        entry["errors"].require(~(errors < 0).any(dim=1), "must be >= 0, or NaN")
+        step, passes, possible = (entry[name].count() for name in ("step", "passes", "possible"))
+        return SavedLevels(step, passes, possible, turn, counts, seen, norms, errors)
+
+    def load(self, saved: SavedLevels) -> None:
+        """Take over what `read` gave."""
+        self.step, self.passes, self._possible, self._turn = saved.step, saved.passes, saved.possible, saved.turn
+        self._counts, self._seen = saved.counts, saved.seen
+        self.norms.copy_(saved.norms)
+        self._errors.copy_(saved.errors)
 
 
 def _is_dense(step: int) -> bool:
