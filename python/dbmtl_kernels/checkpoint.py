@@ -90,9 +90,14 @@ class Entry:
         """To be raised."""
         return ValueError(f"{self.path}: {why}")
 
+    def mapping(self) -> Mapping[Any, Any]:
+        """A dict."""
+        found: Mapping[Any, Any] = self._a("a dict", isinstance(self.value, Mapping))
+        return found
+
     def has(self, key: str) -> bool:
         """Whether a dict has the key."""
-        return key in self._a("a dict", isinstance(self.value, Mapping))
+        return key in self.mapping()
 
     def get(self, key: Any, hint: str = "") -> Entry:
         """The entry of a dict; ``hint`` tells why it may be missing."""
@@ -256,6 +261,7 @@ def _read(entry: Entry, engine: Engine) -> Saved:
     if written and not steps.open:
         raise entry["written"].error("a balanced gradient of the open step, and none is open")
     weighting = entry["weighting"]
+    weighting.mapping()
     for key, own in state_of_weighting(engine.weighting).items():
         if weighting.has(key):  # what one that has not run lacks, one that has must not ask for
             _like(weighting[key], own)
