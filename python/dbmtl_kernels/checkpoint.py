@@ -235,9 +235,10 @@ def agreed(engine: Engine) -> Iterator[None]:
         yield
     except ValueError as caught:
         error = caught
-    refused = torch.full((1,), error is not None, dtype=torch.float32, device=engine.rows.device)
-    if engine.ranks.size > 1 and bool(engine.ranks.sum(refused, "whether a state fits") > 0) and error is None:
-        error = ValueError("state_dict: refused on another rank, whose error says why")
+    if engine.ranks.size > 1:
+        refused = torch.full((1,), error is not None, dtype=torch.float32, device=engine.rows.device)
+        if bool(engine.ranks.sum(refused, "whether a state fits") > 0) and error is None:
+            error = ValueError("state_dict: refused on another rank, whose error says why")
     if error is not None:
         raise error
 

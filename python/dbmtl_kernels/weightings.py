@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -271,11 +272,9 @@ def load_weighting(weighting: Any, state: dict[str, Any]) -> Callable[[], None]:
     before, put_back = copy.deepcopy(state_of_weighting(weighting)), _snapshot(weighting)
 
     def undo() -> None:
+        with suppress(Exception):
+            weighting.load_state_dict(before)  # what it keeps in other objects than `_snapshot` knows
         put_back()
-        try:
-            weighting.load_state_dict(before)  # what it keeps elsewhere than in attributes, lists and tensors
-        except Exception:
-            put_back()
 
     try:
         _make_room(weighting, state)

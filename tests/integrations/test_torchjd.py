@@ -121,6 +121,23 @@ def test_a_fresh_aggregator_goes_on_bit_for_bit(state_dtype):
     assert weighting.step == 0
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("step", -1, r"\['step'\]: must be from 0"), ("step", None, r"\['step'\]: must be an integer"),
+        ("ema", 3.0, r"\['ema'\]: must be a matrix"), ("ema", torch.ones(3), r"\['ema'\]: must be a matrix"),
+    ],
+)  # fmt: skip
+def test_a_damaged_state_is_refused_and_changes_nothing(key, value, message):
+    aggregator = DBMTLAggregator()
+    aggregator(matrices(1)[0])
+    ema = aggregator.weighting.ema.clone()
+    with pytest.raises(ValueError, match=message):
+        aggregator.load_state_dict({"weighting._extra_state": {"step": 7, "ema": torch.ones(2, 2), key: value}})
+    assert aggregator.weighting.step == 1
+    assert torch.equal(aggregator.weighting.ema, ema)
+
+
 def test_a_copy_and_a_reset():
     aggregator = DBMTLAggregator()
     first, second = matrices(2)

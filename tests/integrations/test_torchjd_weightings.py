@@ -320,6 +320,16 @@ def test_nash_mtl_with_tasks_missing():
     assert_same_state(dict(balancer.weighting.state_dict()), dict(state))
 
 
+@pytest.mark.parametrize(("key", "value"), [("step", -1), ("weights", torch.tensor([1.0, torch.nan]).double())])
+def test_a_damaged_state_of_nash_mtl_changes_nothing(key, value):
+    weighting = nash_mtl(2)
+    weighting(torch.eye(2))
+    before = weighting.get_extra_state()
+    with pytest.raises(ValueError, match=rf"state_dict\['{key}'\]: must be"):
+        weighting.load_state_dict({"_extra_state": before | {key: value}})
+    assert_same_state(weighting.get_extra_state(), before)
+
+
 def balancer_of(weighting):
     return dbk.GradientBalancer([leaf(3)], 3, weighting=weighting)
 
@@ -335,7 +345,7 @@ def balancer_of(weighting):
         (lambda: nash_mtl(2, max_norm=-1.0), ValueError, "max_norm must be non-negative"),
         (
             lambda: nash_mtl(3).load_state_dict(nash_mtl(2).state_dict()), ValueError,
-            "the state is of 2 tasks, this weighting of 3",
+            r"state_dict\['weights'\]: of shape \(2,\), here of shape \(3,\)",
         ),
         (lambda: balancer_of(jd.UPGradWeighting), TypeError, "callable from a Gramian"),
         (lambda: balancer_of(nash_mtl(2)), ValueError, "is for 2 tasks, the balancer for 3"),

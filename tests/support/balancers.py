@@ -11,30 +11,34 @@ from dbmtl_kernels.rows import dtensors
 K = 3
 
 
+class Best:
+    norm = 0.0
+
+
 class Remembering:
-    """A user's weighting: learns in attributes, a tensor, a list and a dict, and loads them one by one."""
+    """A user's weighting: learns in attributes, a tensor, a list and an object, and loads them one by one."""
 
     def __init__(self):
-        self.calls, self.mean, self.history, self.best = 0, torch.zeros(K, dtype=torch.float64), [], {"norm": 0.0}
+        self.calls, self.mean, self.history, self.best = 0, torch.zeros(K, dtype=torch.float64), [], Best()
 
     def __call__(self, gramian):
         self.calls += 1
         norms = gramian.diagonal().sqrt()
         self.history.append(float(norms.sum()))
-        self.best["norm"] = max(self.best["norm"], self.history[-1])
+        self.best.norm = max(self.best.norm, self.history[-1])
         if len(norms) == K:
             self.mean.lerp_(norms.to(torch.float64), 0.5)
         return 1.0 / (norms + 1e-3)
 
     def state_dict(self):
-        return {"calls": self.calls, "mean": self.mean, "history": self.history, "best": self.best}
+        return {"calls": self.calls, "mean": self.mean, "history": self.history, "best": {"norm": self.best.norm}}
 
     def load_state_dict(self, state):
         self.calls = state["calls"]
         self.mean.copy_(state["mean"])
+        self.best.norm = state["best"]["norm"]
         self.history[:] = state["history"]
-        self.best["norm"] = state["best"]["norm"]
-        float(self.calls + sum(self.history) + self.best["norm"])  # raises unless they are numbers
+        float(self.calls + sum(self.history) + self.best.norm)  # raises unless they are numbers
 
 
 def gradient_balancer(weighting):

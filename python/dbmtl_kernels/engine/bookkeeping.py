@@ -259,7 +259,10 @@ class Steps:
 
     def _coefficients_of(self, count: int | Tensor) -> Coefficients:
         k = count.to(torch.float64) if isinstance(count, Tensor) else count
-        beta = self.settings.beta / k**self.settings.beta_sigma
+        try:
+            beta = self.settings.beta / k**self.settings.beta_sigma
+        except OverflowError:  # of Python's numbers; a tensor has inf
+            beta = 0.0
         return torch.stack([beta, 1.0 - beta]) if isinstance(beta, Tensor) else (beta, 1.0 - beta)
 
     def refuse_entered(self, task: int) -> None:

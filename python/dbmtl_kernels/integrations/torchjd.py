@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
+from ..checkpoint import Entry
 from ..functional import balance_
 from ..ops import arguments
 
@@ -98,12 +99,15 @@ class _MovingAverage(Weighting[Matrix], Stateful):
 
     def set_extra_state(self, state: Any) -> None:
         """Take over what `get_extra_state` gave; on the device of the EMA here, if there is one."""
-        ema = state["ema"]
+        entry = Entry(state)
+        step, ema = entry["step"].count(), entry["ema"].value
+        if ema is not None and not (isinstance(ema, Tensor) and ema.dim() == 2):
+            raise entry["ema"].error("must be a matrix or None")
         if ema is not None and ema.dtype not in (self.state_dtype, torch.float64):
             raise ValueError(f"the state has an EMA in {ema.dtype}, this aggregator keeps it in {self.state_dtype}")
         if ema is not None:
             ema = ema.detach().to(ema.device if self.ema is None else self.ema.device, copy=True)
-        self.ema, self.step, self._last = ema, int(state["step"]), None
+        self.ema, self.step, self._last = ema, step, None
 
     def _ema_for(self, matrix: Tensor) -> Tensor:
         dtype = torch.float64 if matrix.dtype == torch.float64 else self.state_dtype
@@ -251,11 +255,12 @@ class _NashMTL(OnMatrix):
 
     def set_extra_state(self, state: Any) -> None:
         """Take over what `get_extra_state` gave."""
-        nash = self._nash
-        if state["weights"].shape != (nash.n_tasks,):
-            raise ValueError(f"the state is of {len(state['weights'])} tasks, this weighting of {nash.n_tasks}")
+        nash, entry = self._nash, Entry(state)
+        like = torch.empty(nash.n_tasks, dtype=torch.float64, device="meta")
+        step, weights = entry["step"].count(), entry["weights"].tensor(like)
+        entry["weights"].require(weights.isfinite(), "must be finite")
         nash.reset()
-        nash.step, nash.prvs_alpha = float(state["step"]), state["weights"].cpu().clone().numpy()
+        nash.step, nash.prvs_alpha = float(step), weights.cpu().clone().numpy()
         if nash.step > 0:  # at step 0 it makes the problem itself
             nash._init_optim_problem()
 
