@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ..balancer import GradientBalancer
-from ..checkpoint import gathered
+from ..checkpoint import Entry, gathered
 from ..dbmtl import DBMTL
 from .wrappers import Shared, balancing, make_balancer
 
@@ -176,11 +176,12 @@ class GradientBalancing(Callback):
         Raises:
             ValueError: as `GradientBalancer.load_state_dict`.
         """
+        state = Entry(state_dict)["balancer"].value
         if self._fitting and self.balancer is not None:
-            self.balancer.load_state_dict(state_dict["balancer"])
+            self.balancer.load_state_dict(state)
             self._resumed = True
         else:
-            self._waiting = state_dict["balancer"]
+            self._waiting = state
 
     def _release(self, pl_module: LightningModule) -> None:
         self._batch.close()
