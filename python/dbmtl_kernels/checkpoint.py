@@ -92,7 +92,7 @@ class Entry:
 
     def mapping(self) -> Mapping[Any, Any]:
         """A dict."""
-        found: Mapping[Any, Any] = self._a("a dict", isinstance(self.value, Mapping))
+        found: Mapping[Any, Any] = self._expect("a dict", isinstance(self.value, Mapping))
         return found
 
     def has(self, key: str) -> bool:
@@ -113,14 +113,14 @@ class Entry:
 
     def entries(self, count: int | None = None) -> list[Entry]:
         """Those of a list, of so many."""
-        found = self._a("a list", isinstance(self.value, (list, tuple)))
+        found = self._expect("a list", isinstance(self.value, (list, tuple)))
         if count is not None and len(found) != count:
             raise self.error(f"{len(found)} entries, not {count}")
         return [Entry(value, f"{self.path}[{index}]") for index, value in enumerate(found)]
 
     def flag(self) -> bool:
         """True or False, or 1 or 0."""
-        return bool(self._a("a bool", isinstance(self.value, int) and self.value in (0, 1)))
+        return bool(self._expect("a bool", isinstance(self.value, int) and self.value in (0, 1)))
 
     def flags(self, count: int) -> list[bool]:
         """A list of so many."""
@@ -128,21 +128,21 @@ class Entry:
 
     def count(self) -> int:
         """An integer >= 0."""
-        whole = int(self._a("an integer", isinstance(self.value, Integral) and not isinstance(self.value, bool)))
+        whole = int(self._expect("an integer", isinstance(self.value, Integral) and not isinstance(self.value, bool)))
         if not 0 <= whole <= MOST:
             raise self.error(f"must be from 0 to {MOST}, got {_shown(whole)}")
         return whole
 
     def number(self) -> float:
         """A finite number."""
-        value = self._a("a number", isinstance(self.value, Real) and not isinstance(self.value, bool))
+        value = self._expect("a number", isinstance(self.value, Real) and not isinstance(self.value, bool))
         if not abs(value) <= sys.float_info.max:
             raise self.error(f"must be finite, got {_shown(value)}")
         return float(value)
 
     def text(self) -> str:
         """A str."""
-        return str(self._a("a str", isinstance(self.value, str)))
+        return str(self._expect("a str", isinstance(self.value, str)))
 
     def tasks(self, num_tasks: int) -> set[int]:
         """A list of tasks."""
@@ -159,7 +159,7 @@ class Entry:
 
     def tensor(self, like: Tensor, dtype: bool = True) -> Tensor:
         """A tensor of the shape of another, and of its ``dtype``, or else of any floating one."""
-        value = self._a("a tensor", isinstance(self.value, Tensor))
+        value = self._expect("a tensor", isinstance(self.value, Tensor))
         if value.is_nested or value.layout is not torch.strided or value.is_meta:
             raise self.error(
                 f"must be a dense tensor that holds data, got one of layout {value.layout}, {value.device}"
@@ -175,7 +175,7 @@ class Entry:
         if not bool(good.all()):
             raise self.error(f"{what}; not so of task(s) {(~good).nonzero().flatten().tolist()}")
 
-    def _a(self, kind: str, right: bool) -> Any:
+    def _expect(self, kind: str, right: bool) -> Any:
         if not right:
             raise self.error(f"must be {kind}, got {_shown(self.value)}")
         return self.value
@@ -212,6 +212,7 @@ def load(state: dict[str, Any] | Entry, engine: Engine) -> None:
         ValueError: the state does not fit; the message begins with the path of the entry. Nothing is changed then, on
             any rank.
     """
+    engine.rows.settle()  # what is under way would be added to what is loaded
     with ExitStack() as undo:
         with agreed(engine):
             saved = _read(state if isinstance(state, Entry) else Entry(state), engine)
@@ -323,7 +324,8 @@ def _read_buffer(entry: Entry, own: dict[str, Any], pending: set[int], largest: 
         if dtensors.is_dtensor(out[name]):
             raise entry[name].error("must be a plain tensor, got a DTensor")
     norms, weights, sums, broken, steps = (out[name].cpu() for name in STATS)
-    entry["norms"].require(broken | (norms.isfinite() & (norms >= 0)), "must be finite and >= 0, unless broken")
+    unknown = norms.isnan() if not own["rows"] else broken  # of tasks that `OnePassDBMTL` has not measured
+    entry["norms"].require(broken | unknown | (norms.isfinite() & (norms >= 0)), "must be finite and >= 0")
     entry["weights"].require(weights.abs() <= largest, f"must be finite and at most {largest}")
     entry["sumsq"].require(~(sums < 0), "must be >= 0")
     entry["nonfinite_steps"].require((steps >= 0) & (steps <= MOST), f"must be from 0 to {MOST}")

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import warnings
 
 import dbmtl_kernels as dbk
@@ -144,6 +145,37 @@ def test_keys_that_nobody_knows_are_ignored_and_optional_ones_may_be_missing(kin
     other.balancer.load_state_dict(state)
     assert bits(straight.balancer.state_dict()) == bits(other.balancer.state_dict())
     assert bits(straight.step()) == bits(other.step())
+
+
+@pytest.mark.parametrize("how", ["state_dict", "pickle"])
+def test_norms_that_one_pass_has_not_measured_are_kept(how):
+    p = leaf(4)
+    first, second = (dbk.OnePassDBMTL([p], K) for _ in range(2))
+    first([quadratics(p)[0]], tasks=[0]).backward()
+    state = copy.deepcopy(first.state_dict())
+    assert state["engine"]["buffer"]["norms"].isnan().tolist() == [False, True, True]
+    if how == "pickle":
+        second, p = pickle.loads(pickle.dumps((first, p)))
+    else:
+        second.load_state_dict(state)
+    assert bits(second.state_dict()) == bits(state)
+
+
+def test_a_norm_that_is_not_known_does_not_spoil_a_second_gradient():
+    training, state = Training("one row", 1), state_of("one row")
+    training.balancer.load_state_dict(changed(state, torch.full((K,), NAN, dtype=WIDE), "buffer", "norms"))
+    with training.balancer.no_update():
+        training.backward()
+    assert all(p.grad.isfinite().all() for p in training.shared)
+    assert any(p.grad.any() for p in training.shared)
+
+
+def test_rows_under_way_arrive_before_others_are_loaded(monkeypatch):
+    training, state, calls = Training("rows", 1), state_of("rows"), []
+    for name in ("settle", "load"):
+        monkeypatch.setattr(training.balancer._engine.rows, name, lambda *_, name=name: calls.append(name))
+    training.balancer.load_state_dict(state)
+    assert calls == ["settle", "load"]
 
 
 def test_an_optional_entry_takes_one_line():

@@ -115,8 +115,9 @@ class Attempt:
         passed_on = factor > self._balanced.propagate_above
         first = lengths.get(task, norm if self.steps.averages else stats.norms[task])
         lengths[task] = first = torch.where(first.isfinite() & (first > 0), first, norm)
-        weight = stats.weights[task : task + 1]
-        share = torch.where((weight != 0) & (first > 0), weight * stats.norms[task : task + 1] / first, 0.0)
+        weight, length = stats.weights[task : task + 1], stats.norms[task : task + 1]
+        length = torch.where(length.isnan(), first, length)  # never measured, as `OnePassDBMTL` may have it
+        share = torch.where((weight != 0) & (first > 0), weight * length / first, 0.0)
         one.combine(torch.where(finite, share * factor, torch.where(passed_on, torch.nan, 0.0)), flats, self._evaluated)
         self._evaluated = True
         kept = finite | passed_on
