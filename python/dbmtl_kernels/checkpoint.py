@@ -257,6 +257,10 @@ def _read(entry: Entry, engine: Engine) -> Saved:
     if steps.pending and engine.parts.balanced.one is not None:
         what = f"a state in which task(s) {sorted(steps.pending)} wait for a balance"
         raise entry["steps"]["pending"].error(NO_ROWS.format(what=what))
+    try:
+        engine.steps.coefficients_of(steps.step + 1)
+    except OverflowError as error:
+        raise entry["steps"]["step"].error("no step can follow, its decay is beyond any float") from error
     touched = entry["touched"].flags(number)
     left = entry.optional("left", lambda given: given.flags(number)) or touched
     written = entry["written"].flag()

@@ -170,6 +170,16 @@ def test_a_norm_that_is_not_known_does_not_spoil_a_second_gradient():
     assert any(p.grad.any() for p in training.shared)
 
 
+@pytest.mark.parametrize("kind", ["rows", "rows, within a step"])
+def test_a_count_that_no_step_can_follow(kind):
+    training = Training(kind, 1)
+    training.balancer.beta_sigma = 100.0
+    before = everything(training.balancer)
+    with pytest.raises(ValueError, match=r"\['steps'\]\['step'\]: no step can follow"):
+        training.balancer.load_state_dict(changed(state_of(kind), 2**53, "steps", "step"))
+    assert everything(training.balancer) == before
+
+
 def test_rows_under_way_arrive_before_others_are_loaded(monkeypatch):
     training, state, calls = Training("rows", 1), state_of("rows"), []
     for name in ("settle", "load"):

@@ -102,15 +102,3 @@ def test_state_dict_in_the_middle_of_an_accumulated_step():
     (p, state), (q, other) = run(False), run(True)
     assert torch.equal(p, q)
     assert_same_state(state, other)
-
-
-def test_a_decay_beyond_the_largest_number_is_none_at_all():
-    p = leaf(3)
-    balancer = dbk.DBMTL([p], 2, beta=0.5, beta_sigma=2000.0)
-    for _ in range(3):
-        p.grad = None
-        balancer(quadratics(p)).backward()
-    alone = dbk.DBMTL([p], 2, beta=0.0)
-    p.grad, averaged = None, p.grad
-    alone(quadratics(p)).backward()
-    torch.testing.assert_close(averaged, p.grad)

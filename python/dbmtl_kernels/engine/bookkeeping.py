@@ -183,7 +183,7 @@ class Steps:
                 self.loss_scale = loss_scale  # nothing counted so far
             return
         self._advance(1)
-        self._coefficients = self._coefficients_of(self._count)
+        self._coefficients = self.coefficients_of(self._count)
         self.seen, self.losses, self.sitting_out, self.finite = [False] * len(self.seen), {}, set(), None
         self.loss_scale = loss_scale
         self.open = self.fresh = True
@@ -257,12 +257,10 @@ class Steps:
         count = self._count
         self._begun, self._count = self._begun + by, count.add_(by) if isinstance(count, Tensor) else count + by
 
-    def _coefficients_of(self, count: int | Tensor) -> Coefficients:
+    def coefficients_of(self, count: int | Tensor) -> Coefficients:
+        """Decay and gain of a first gradient in this step. Raises OverflowError if its decay is beyond any float."""
         k = count.to(torch.float64) if isinstance(count, Tensor) else count
-        try:
-            beta = self.settings.beta / k**self.settings.beta_sigma
-        except OverflowError:  # of Python's numbers; a tensor has inf
-            beta = 0.0
+        beta = self.settings.beta / k**self.settings.beta_sigma
         return torch.stack([beta, 1.0 - beta]) if isinstance(beta, Tensor) else (beta, 1.0 - beta)
 
     def refuse_entered(self, task: int) -> None:
@@ -308,7 +306,7 @@ class Steps:
         self._count = self._count.fill_(saved.step) if isinstance(self._count, Tensor) else saved.step
         self.open, self.fresh = saved.open, saved.fresh
         if self.open:
-            self._coefficients = self._coefficients_of(self._count)
+            self._coefficients = self.coefficients_of(self._count)
         self.seen, self.pending, self.sitting_out = list(saved.seen), set(saved.pending), set(saved.sitting_out)
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.losses = {task: loss.to(device, wide, copy=True) for task, loss in saved.losses.items()}
