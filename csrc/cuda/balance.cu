@@ -302,7 +302,7 @@ int32_t launch_for(const BalanceArguments& a) {
 using namespace dbmtl;
 
 extern "C" int32_t dbmtl_balance(const dbmtl_balance_args* args) {
-  DBMTL_TRY(check(*args));
+  DBMTL_TRY(check(args));
   BalanceArguments a = {};
   a.call = *args;
   a.num_tasks = int(args->ema.num_tasks);
