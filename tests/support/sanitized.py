@@ -13,10 +13,11 @@ FLAGS = {
     "thread": ["-O1", "-g", "-fsanitize=thread"],
 }
 RUNTIME = {"address": "libasan.so", "thread": "libtsan.so"}  # first in a process that is not built with it
-# What is too large is a null pointer, as it is without a sanitizer. Python keeps what it allocates.
+# What is too large is a null pointer, as it is without a sanitizer. Python keeps what it allocates. How the threads of
+# PyTorch wait for one another the thread sanitizer does not see.
 OPTIONS = {
     "ASAN_OPTIONS": "allocator_may_return_null=1:detect_leaks=0",
-    "TSAN_OPTIONS": "allocator_may_return_null=1:halt_on_error=1:report_signal_unsafe=0",
+    "TSAN_OPTIONS": "allocator_may_return_null=1:halt_on_error=1:ignore_noninstrumented_modules=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
 
