@@ -11,7 +11,7 @@ SOURCES = setup.py pyproject.toml $(wildcard csrc/*/*)
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo quick test test-all lint types bench clean
+.PHONY: demo quick test test-all sanitize lint types bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/multi_mnist.py
@@ -24,6 +24,10 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	CI=true $(PYTEST)
+
+# csrc/cpu under the address, undefined and thread sanitizers of GCC; test-all does this too.
+sanitize: $(VENV)/.dev
+	$(PYTEST) tests/sanitizers
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -134,9 +134,10 @@ def build_cuda(sources: list[str], target: Path) -> None:
 
 class BuildLibraries(build_ext):
     def run(self) -> None:
-        if self.inplace:  # an earlier build's must not pass for this one's, which may be left out
-            for name in LIBRARIES:
-                Path("python", self.get_ext_filename(f"dbmtl_kernels.lib.libdbmtl_{name}")).unlink(missing_ok=True)
+        for name in LIBRARIES:  # an earlier build's must not pass for this one's, which may be left out
+            file = self.get_ext_filename(f"dbmtl_kernels.lib.libdbmtl_{name}")
+            for folder in (self.build_lib, *(["python"] if self.inplace else [])):
+                Path(folder, file).unlink(missing_ok=True)
         super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -160,13 +161,18 @@ class BuildLibraries(build_ext):
                 raise
             say(
                 f"the native CPU kernels were NOT built ({error}). dbmtl_kernels installs all the same and runs on its "
-                "eager backend; for the kernels, install a C++17 compiler (or set CXX) and install again."
+                "eager backend; for the kernels, install a C++17 compiler (or set CXX) and install again, with pip's "
+                "--no-cache-dir --force-reinstall --no-deps: pip may have kept the wheel without them."
             )
 
 
 class Wheel(bdist_wheel):
-    def get_tag(self) -> tuple[str, str, str]:  # no Python symbols: one binary serves every Python and torch
-        return "py3", "none", super().get_tag()[2]
+    def get_tag(self) -> tuple[str, str, str]:
+        """Of this platform if a library was built. No Python symbols: one binary serves every Python and torch."""
+        build = self.get_finalized_command("build_ext")
+        built = [Path(build.get_ext_fullpath(one.name)).exists() for one in extensions]
+        self.root_is_pure = not any(built)
+        return "py3", "none", super().get_tag()[2] if any(built) else "any"
 
 
 def library(name: str, pattern: str, optional: bool) -> Extension:

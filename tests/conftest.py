@@ -1,14 +1,18 @@
 import os
+from pathlib import Path
 
 import emulator
 import pytest
 import torch
+from dbmtl_kernels.backends import native
 
 os.environ.pop("DBMTL_BACKEND", None)
 os.environ.pop("DBMTL_TRITON_LAUNCHES", None)
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # the Triton kernels run on CPU tensors; must be set before their import
+if "DBMTL_TEST_LIBRARY" in os.environ:  # another build of csrc/cpu: tests/sanitizers
+    native.path = Path(os.environ["DBMTL_TEST_LIBRARY"])
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; a test that is about threads asks for its own
     torch.set_num_threads(1)
 

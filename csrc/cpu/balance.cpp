@@ -9,7 +9,7 @@
 using namespace dbmtl;
 
 extern "C" int32_t dbmtl_balance(const dbmtl_balance_args* args) {
-  DBMTL_TRY(check(*args));
+  DBMTL_TRY(check(args));
   const dbmtl_rows &grads = args->grads, &ema = args->ema;
   const int64_t num_tasks = ema.num_tasks, num_params = ema.num_params, num_tiles = tiles(num_params);
   const int threads = clamp_threads(args->where.num_threads, num_tasks * num_params);

@@ -10,13 +10,16 @@ using namespace dbmtl;
 
 namespace {
 
-// Rows that count, and their weights.
+// Rows that count, and their weights; and where each thread has the addresses of their tiles.
 struct Used {
+  int threads;
   Scratch<double> weights;
-  Scratch<const void*> rows;
+  Scratch<const void*> rows, tiles;
   int64_t count = 0;
-  explicit Used(int64_t num_tasks) : weights(num_tasks), rows(num_tasks) {}
-  bool ok() const { return weights && rows; }
+  Used(const dbmtl_rows& r, int64_t num_threads)
+      : threads(clamp_threads(num_threads, r.num_tasks * r.num_params)), weights(r.num_tasks), rows(r.num_tasks),
+        tiles(r.num_tasks * threads) {}
+  bool ok() const { return weights && rows && tiles; }
   void add(double weight, const void* row) {
     if (weight == 0.0) return;
     rows[count] = row;
@@ -24,16 +27,14 @@ struct Used {
   }
 };
 
-int32_t combine_used(const Used& used, int64_t dtype, const dbmtl_out& out, bool accumulate, int64_t num_threads) {
+void combine_used(const Used& used, int64_t dtype, const dbmtl_out& out, bool accumulate) {
   const int64_t num_tiles = tiles(out.numel);
   const auto combine = kernels().combine[dtype][out.dtype];
   const bool streaming = !accumulate && streams(out.data, out.dtype, out.numel);
-  const int threads = clamp_threads(num_threads, used.count * out.numel);
-  const Scratch<const void*> pointers(used.count * threads);
-  if (!pointers) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
+  const int threads = clamp_threads(used.threads, used.count * out.numel);
 #pragma omp parallel num_threads(threads)
   {
-    const void** mine = &pointers[used.count * thread_index()];
+    const void** mine = &used.tiles[used.count * thread_index()];
     // Forwards: a backward pass ends with a model's first parameters, which were gathered last.
 #pragma omp for schedule(dynamic, kTilesAtOnce)
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
@@ -44,7 +45,6 @@ int32_t combine_used(const Used& used, int64_t dtype, const dbmtl_out& out, bool
               accumulate, streaming);
     }
   }
-  return DBMTL_OK;
 }
 
 }  // namespace
@@ -52,7 +52,7 @@ int32_t combine_used(const Used& used, int64_t dtype, const dbmtl_out& out, bool
 extern "C" {
 
 int32_t dbmtl_accumulate(const dbmtl_accumulate_args* args) {
-  DBMTL_TRY(check(*args));
+  DBMTL_TRY(check(args));
   const dbmtl_array &row = args->row, &scale = args->loss_scale;
   const double decay = args->coefficients[0];
   double gain = args->coefficients[1];
@@ -93,22 +93,25 @@ int32_t dbmtl_accumulate(const dbmtl_accumulate_args* args) {
 }
 
 int32_t dbmtl_combine(const dbmtl_combine_args* args) {
-  DBMTL_TRY(check(*args));
+  DBMTL_TRY(check(args));
   const dbmtl_rows& rows = args->rows;
   const dbmtl_array& weights = args->weights;
-  Used used(rows.num_tasks);
+  Used used(rows, args->where.num_threads);
   if (!used.ok()) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
+  if (rows.num_params == 0) return DBMTL_OK;
   for (int64_t t = 0; t < rows.num_tasks; ++t)
     used.add(number(at(weights.data, t, weights.dtype), weights.dtype), at(rows.data, t * rows.stride, rows.dtype));
-  return combine_used(used, rows.dtype, {args->out.data, args->out.dtype, 0, rows.num_params}, args->accumulate != 0,
-                      args->where.num_threads);
+  combine_used(used, rows.dtype, {args->out.data, args->out.dtype, 0, rows.num_params}, args->accumulate != 0);
+  return DBMTL_OK;
 }
 
 int32_t dbmtl_balance_rows(const dbmtl_balance_rows_args* args) {
-  DBMTL_TRY(check(*args));
+  DBMTL_TRY(check(args));
   const dbmtl_rows& rows = args->rows;
   const dbmtl_array& scale = args->loss_scale;
-  Used used(rows.num_tasks);
+  const bool empty = rows.num_params == 0;  // rows may be null then
+  const int64_t stride = empty ? 0 : rows.stride, num_outs = empty ? 0 : args->num_outs;
+  Used used(rows, args->where.num_threads);
   const Scratch<uint8_t> use(rows.num_tasks);
   if (!used.ok() || !use) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
   for (int64_t t = 0; t < rows.num_tasks; ++t) {
@@ -124,21 +127,22 @@ int32_t dbmtl_balance_rows(const dbmtl_balance_rows_args* args) {
     args->weights[t] = weight_of(args->norms[t], use[t], alpha, rows.num_tasks, args->weighting);
     used.add(carried_of(args->weights[t], args->nonfinite[t], is_active(args->active, t), factor,
                         args->propagate_above),
-             at(rows.data, t * rows.stride, rows.dtype));
+             at(rows.data, t * stride, rows.dtype));
     if (!args->nonfinite[t]) continue;
     args->sumsq[t] = 0.0;
-    for (int64_t i = 0; i < args->num_outs; ++i)
-      std::memset(at(rows.data, t * rows.stride + args->outs[i].start, rows.dtype), 0,
+    for (int64_t i = 0; i < num_outs; ++i)
+      std::memset(at(rows.data, t * stride + args->outs[i].start, rows.dtype), 0,
                   size_t(args->outs[i].numel * kElementSize[rows.dtype]));
   }
-  for (int64_t i = 0; i < args->num_outs; ++i)
-    DBMTL_TRY(combine_used(used, rows.dtype, args->outs[i], args->accumulate != 0, args->where.num_threads));
+  for (int64_t i = 0; i < num_outs; ++i)
+    combine_used(used, rows.dtype, args->outs[i], args->accumulate != 0);
   return DBMTL_OK;
 }
 
 int32_t dbmtl_gramian(const dbmtl_gramian_args* args) {
-  DBMTL_TRY(check(*args));
+  DBMTL_TRY(check(args));
   const dbmtl_rows& rows = args->rows;
+  if (rows.num_tasks == 0) return DBMTL_OK;
   // Each stripe of tiles has K x K slots of its own; stripes are as many for one thread as for a hundred.
   const int64_t num_tasks = rows.num_tasks, num_tiles = tiles(rows.num_params), pairs = num_tasks * num_tasks;
   const int64_t stripes = num_tiles < kStripes ? num_tiles : kStripes;

@@ -16,15 +16,16 @@ namespace {
 
 std::atomic<const KernelTable*> chosen{nullptr};
 
+// Whether the machine has all that setup.py compiles a table for.
 bool runs_here(const char* isa) {
 #ifdef DBMTL_X86
   __builtin_cpu_init();
-  if (std::strcmp(isa, "avx512") == 0)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   unsigned a, b, c, d;
-  if (std::strcmp(isa, "avx2") == 0)
-    return __builtin_cpu_supports("avx2") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);  // not every compiler's builtin knows its name
+  if (std::strcmp(isa, "avx512") == 0)
+    return f16c && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (std::strcmp(isa, "avx2") == 0) return f16c && __builtin_cpu_supports("avx2");
 #endif
   return std::strcmp(isa, "baseline") == 0;
 }

@@ -15,6 +15,7 @@ constexpr int64_t kTile = 16384;                   // elements
 constexpr int64_t kTilesAtOnce = 4;                // how many a thread takes at a time
 constexpr int64_t kSerialBelow = 2 * kTile;        // not worth waking a thread for
 constexpr int64_t kStreamFromBytes = 4 << 20;      // an output this large will not be read from cache
+constexpr int64_t kManyThreads = 64;               // may be more than there are processors
 constexpr int64_t kStripes = 256;                  // partial Gramians, and so the most threads that share one
 
 inline int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
@@ -23,23 +24,15 @@ inline int64_t tile_size(int64_t tile, int64_t n) {
   return left < kTile ? left : kTile;
 }
 
-// Zeros, and no exception: false where there is no memory.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t n) : data_(static_cast<T*>(std::calloc(n > 0 ? n : 1, sizeof(T)))) {}
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(data_); }
-  explicit operator bool() const { return data_ != nullptr; }
-  T& operator[](int64_t i) const { return data_[i]; }
-
- private:
-  T* data_;
-};
-
+// One at least; of many no more than the machine has processors, as OpenMP ends the process if it cannot start one.
 inline int clamp_threads(int64_t num_threads, int64_t elements) {
-  return elements < kSerialBelow || num_threads < 1 ? 1 : int(num_threads);
+  if (elements < kSerialBelow || num_threads < 1) return 1;
+#ifdef _OPENMP
+  if (num_threads <= kManyThreads) return int(num_threads);
+  return int(std::clamp<int64_t>(omp_get_num_procs(), kManyThreads, num_threads));
+#else
+  return 1;
+#endif
 }
 
 inline int thread_index() {

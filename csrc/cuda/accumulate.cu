@@ -150,7 +150,7 @@ int32_t launch_pieces(const GatherHead& head, const Piece* pieces, int blocks, c
 using namespace dbmtl;
 
 extern "C" int32_t dbmtl_accumulate(const dbmtl_accumulate_args* args) {
-  DBMTL_TRY(check(*args));
+  DBMTL_TRY(check(args));
   DBMTL_TRY(ready(1, args->where));
   const int64_t* segments = args->segments;
   for (int64_t i = 0; i < args->num_segments; ++i)

@@ -302,17 +302,17 @@ int32_t launch_for(const BalanceArguments& a) {
 using namespace dbmtl;
 
 extern "C" int32_t dbmtl_balance(const dbmtl_balance_args* args) {
-  DBMTL_TRY(check(*args));
+  DBMTL_TRY(check(args));
   BalanceArguments a = {};
   a.call = *args;
-  a.num_tasks = int(args->ema.num_tasks);
-  a.counters = counters_of(args->where);
-  a.slots = slots_of(args->where);
   dbmtl_rows &grads = a.call.grads, &ema = a.call.ema;
   if (a.call.out.dtype != grads.dtype) return fail(DBMTL_UNSUPPORTED_DTYPE, "out: dtype is not that of grads");
   if ((grads.dtype == DBMTL_F64) != (ema.dtype == DBMTL_F64))
     return fail(DBMTL_UNSUPPORTED_DTYPE, "grads: dtype float64 goes with a float64 ema");
   DBMTL_TRY(ready(ema.num_tasks, args->where));
+  a.num_tasks = int(ema.num_tasks);
+  a.counters = counters_of(args->where);
+  a.slots = slots_of(args->where);
   if (ema.num_tasks < 2) grads.stride = ema.stride = 0;  // any: it is not used
   switch (ema.dtype) {
     case DBMTL_F64: return launch_aligned<double, double>(a);

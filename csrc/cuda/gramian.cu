@@ -177,7 +177,7 @@ int64_t gramian_slots(int64_t num_tasks) {
 using namespace dbmtl;
 
 extern "C" int32_t dbmtl_gramian(const dbmtl_gramian_args* args) {
-  DBMTL_TRY(check(*args));
+  DBMTL_TRY(check(args));
   const dbmtl_rows& rows = args->rows;
   if (rows.num_tasks > kMaxRows) return fail(DBMTL_INVALID_ARGUMENT, "num_tasks: the Gramian takes at most 64");
   DBMTL_TRY(ready(rows.num_tasks, args->where));

@@ -155,7 +155,7 @@ int32_t launch(RowsArguments& a) {
 using namespace dbmtl;
 
 extern "C" int32_t dbmtl_combine(const dbmtl_combine_args* args) {
-  DBMTL_TRY(check(*args));
+  DBMTL_TRY(check(args));
   DBMTL_TRY(ready(args->rows.num_tasks, args->where));
   if (args->rows.num_params == 0) return DBMTL_OK;
   RowsArguments a = {};
@@ -170,7 +170,7 @@ extern "C" int32_t dbmtl_combine(const dbmtl_combine_args* args) {
 }
 
 extern "C" int32_t dbmtl_balance_rows(const dbmtl_balance_rows_args* args) {
-  DBMTL_TRY(check(*args));
+  DBMTL_TRY(check(args));
   DBMTL_TRY(ready(args->rows.num_tasks, args->where));
   RowsArguments a = {};
   a.step = *args;

@@ -98,7 +98,7 @@ const char* dbmtl_last_error(void) { return dbmtl::last_error; }
 
 int64_t dbmtl_workspace_bytes(int64_t num_tasks) {
   using namespace dbmtl;
-  if (num_tasks < 1) num_tasks = 1;
+  num_tasks = std::clamp<int64_t>(num_tasks, 1, kMaxTasks);  // no call has more
   const int64_t dense = num_tasks * (kSlots * current_device().multiprocessors + 1);  // a sum besides
   const int64_t a_multiprocessor =
       std::max<int64_t>(gramian_slots(num_tasks) * kGramianBlocks, kGatherBlocks * kSlots);

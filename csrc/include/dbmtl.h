@@ -2,11 +2,13 @@
  *
  * csrc/cpu and csrc/cuda implement it; ctypes loads them (python/dbmtl_kernels/backends/c_library.py). Rules:
  *   - A call takes one struct. It returns DBMTL_OK (or DBMTL_NOTED), or dbmtl_last_error() says what was wrong. No
- *     exception crosses the boundary.
- *   - The caller has checked the values. A call checks what protects memory (null pointers, dtypes, sizes), and then has
- *     written nothing. A device may still fail later, or a second launch of one call after the first:
+ *     exception crosses the boundary: none is thrown.
+ *   - A call that fails has written nothing: pointers that are null, dtypes, sizes and numbers are checked, and memory is
+ *     allocated, before. Only the caller knows whether there is as much memory as the sizes say, each pointer on a multiple
+ *     of its elements' size. A device may still fail later, or a second launch of one call after the first:
  *     DBMTL_LAUNCH_FAILED.
- *   - Sizes, offsets and strides are int64_t and count elements, not bytes. A pointer to no elements may be null.
+ *   - Sizes, offsets and strides are int64_t and count elements, not bytes. A pointer to no elements may be null. Tasks
+ *     and segments are fewer than 2^31, an array has at most 2^47 bytes.
  *   - Sums are made of fixed chunks added in a fixed order: the same input gives the same bits, run after run, on a CPU
  *     for any number of threads and any instruction set. bf16 and f16 are rounded to nearest, ties to even.
  *   - On a GPU, pointers are to device memory, except `segments`, `grads` and `grad_dtypes`, which are read before the
@@ -62,19 +64,21 @@ typedef struct {
   int64_t dtype, stride, num_tasks, num_params;
 } dbmtl_rows;
 
+/* eps is positive and finite, constant finite, whatever the scale. */
 typedef struct {
   double eps, constant;
   int64_t scale;
 } dbmtl_weighting;
 
-/* On a CPU: num_threads. On a GPU: the CUDA stream to launch on, and dbmtl_workspace_bytes() of its memory, set to zero
- * once and used by no other stream; a call leaves it as the next one needs it. */
+/* On a CPU: how many threads at most; less than 1 is 1, and beyond 64 there is one for each processor. On a GPU: the CUDA
+ * stream to launch on, and dbmtl_workspace_bytes() of its memory, set to zero once and used by no other stream; a call
+ * leaves it as the next one needs it. */
 typedef struct {
   int64_t num_threads;
   void *workspace, *stream;
 } dbmtl_where;
 
-/* ema   <- beta * ema + (1 - beta) * grads                 [num_tasks, num_params], in place
+/* ema   <- beta * ema + (1 - beta) * grads                 [num_tasks, num_params], in place; beta in [0, 1)
  * norms <- ||ema_t||                                        [num_tasks], f64 if ema is f64, else f32
  * out   <- sum_t alpha / (norms_t + eps) * ema_t            [num_params]
  *
@@ -102,7 +106,7 @@ typedef struct {
   const double* coefficients; /* decay, gain; a GPU reads them when the kernel runs */
   dbmtl_array loss_scale;
   int64_t num_segments;
-  const int64_t* segments; /* pairs of offset and numel */
+  const int64_t* segments; /* pairs of offset and numel, in any order; of a row that is there none overlap */
   const void* const* grads;
   const uint8_t* grad_dtypes;
   dbmtl_where where;
@@ -131,7 +135,7 @@ typedef struct {
   int64_t* nonfinite_steps;
   const uint8_t* active;
   dbmtl_array loss_scale;
-  double propagate_above;
+  double propagate_above; /* not NaN */
   dbmtl_out outs[DBMTL_MAX_OUTS];
   int64_t num_outs, fresh, accumulate;
   dbmtl_weighting weighting;

@@ -4,7 +4,9 @@ The GPU library is the emulated one. Each case changes one argument of a call th
 """
 
 import ctypes
+import math
 import re
+import subprocess
 
 import pytest
 import torch
@@ -13,10 +15,13 @@ from dbmtl_kernels.backends.c_library import cuda, native
 
 CPU = torch.device("cpu")
 BACKENDS = ("native", "cuda")
-INVALID, UNSUPPORTED = 1, 2
-RAISED = {INVALID: ValueError, UNSUPPORTED: TypeError}
+INVALID, UNSUPPORTED, NO_MEMORY = 1, 2, 3
+RAISED = {INVALID: ValueError, UNSUPPORTED: TypeError, NO_MEMORY: MemoryError}
 F32, F64, BF16, F16 = range(4)
-NEGATIVE = (ctypes.c_int64 * 4)(0, 8, 8, -4)
+LAST = 2**63 - 1
+NEGATIVE, OVERLAPPING, ENDLESS, OVERFLOWING, LARGE = (
+    (ctypes.c_int64 * 4)(0, 8, *second) for second in ((8, -4), (4, 4), (8, LAST), (LAST - 3, 4), (2**45, 4))
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +34,7 @@ class Call:
 
     def __init__(self, backend, entry):
         self.serve = cuda if backend == "cuda" else native
-        self.memory = []
+        self.memory, self.kept = [], []
         self.where = self.serve._where(CPU, 256)
         self.args = getattr(self, entry)()
         self._function = getattr(self.serve.library(), f"dbmtl_{entry}")
@@ -37,12 +42,18 @@ class Call:
     def __call__(self):
         return self._function(ctypes.byref(self.args))
 
-    def set(self, path, value):
+    def set(self, paths, value):
+        for path in paths.split():
+            self.set_one(path, value)
+
+    def set_one(self, path, value):
+        self.kept.append(value)
         *path, last = path.split(".")
         at = self.args
         for name in path:
             at = at[int(name)] if name.isdigit() else getattr(at, name)
-        setattr(at, last, ctypes.addressof(value) if value is NEGATIVE else value)
+        by_address = last == "segments" and value is not None
+        setattr(at, last, ctypes.addressof(value) if by_address else value)
 
     def tensor(self, *values, dtype=torch.float32):
         self.memory.append(torch.tensor(values, dtype=dtype))
@@ -85,6 +96,7 @@ class Call:
 
 ENTRIES = ("balance", "accumulate", "combine", "balance_rows", "gramian")
 SIZE = "size or stride"
+LARGEST = "no memory is so large"
 CASES = [
     ("balance", "grads.data", None, INVALID, "grads is null"),
     ("balance", "ema.dtype", F16, UNSUPPORTED, "ema: dtype"),
@@ -104,14 +116,47 @@ CASES = [
     ("balance_rows", "outs.1.start", 5, INVALID, "outs: outside the rows"),
     ("balance_rows", "nonfinite", None, INVALID, "nonfinite or nonfinite_steps is null"),
     ("gramian", "gramian.dtype", BF16, UNSUPPORTED, "gramian: dtype"),
+    # Sizes of which a product, a sum or a number of bytes is beyond int64, or beyond any memory.
+    ("balance", "grads.num_tasks ema.num_tasks", 2**60, INVALID, "grads: num_tasks is too large"),
+    ("balance", "grads.num_tasks ema.num_tasks", 2**62, INVALID, "grads: num_tasks is too large"),
+    ("balance", "grads.num_params grads.stride ema.num_params ema.stride", LAST, INVALID, f"grads: {LARGEST}"),
+    ("balance", "grads.stride", LAST, INVALID, f"grads: {LARGEST}"),
+    ("balance", "ema.stride", 2**46, INVALID, f"ema: {LARGEST}"),
+    ("accumulate", "num_segments", 2**60, INVALID, "num_segments is too large"),
+    ("accumulate", "segments", ENDLESS, INVALID, f"segments: {LARGEST}"),
+    ("accumulate", "segments", OVERFLOWING, INVALID, f"segments: {LARGEST}"),
+    ("accumulate", "segments", LARGE, INVALID, f"segments: {LARGEST}"),
+    ("accumulate", "segments", OVERLAPPING, INVALID, "segments: two overlap"),
+    ("combine", "rows.num_tasks", 2**60, INVALID, "rows: num_tasks is too large"),
+    ("combine", "rows.num_params rows.stride", LAST, INVALID, f"rows: {LARGEST}"),
+    ("combine", "rows.num_params rows.stride", 2**62, INVALID, f"rows: {LARGEST}"),
+    ("balance_rows", "rows.num_tasks", 2**60, INVALID, "rows: num_tasks is too large"),
+    ("balance_rows", "num_outs", -(2**63), INVALID, "num_outs"),
+    ("balance_rows", "outs.1.start", LAST, INVALID, "outs: outside the rows"),
+    ("balance_rows", "outs.1.numel", LAST, INVALID, "outs: outside the rows"),
+    ("gramian", "rows.num_tasks", 2**60, INVALID, "rows: num_tasks is too large"),
+    ("gramian", "rows.num_tasks", 2**24, INVALID, f"gramian: {LARGEST}"),
+    ("gramian", "rows.num_params rows.stride", 2**46, INVALID, f"rows: {LARGEST}"),
+    # Numbers that are none, or that Python would refuse too.
+    *(("balance", "beta", x, INVALID, "beta: not in [0, 1)") for x in (math.nan, 1.0, -0.1, math.inf)),
+    *(
+        (entry, f"weighting.{name}", x, INVALID, f"{name}: not ")
+        for entry in ("balance", "balance_rows")
+        for name, values in (("eps", (math.nan, 0.0, -1.0, math.inf)), ("constant", (math.nan, math.inf, -math.inf)))
+        for x in values
+    ),
+    *((entry, "weighting.scale", x, INVALID, "scale") for entry in ("balance", "balance_rows") for x in (-1, 5, 2**32)),
+    ("balance_rows", "propagate_above", math.nan, INVALID, "propagate_above: NaN"),
 ]
+ON_CPU = [("gramian", "rows.num_tasks", 2**22, NO_MEMORY, "scratch")]  # 2^47 bytes for sums
 ON_CUDA = [
     ("combine", "where.workspace", None, INVALID, "workspace is null"),
     ("combine", "rows.num_tasks", 257, INVALID, "num_tasks: the CUDA kernels take at most 256"),
     ("gramian", "rows.num_tasks", 65, INVALID, "num_tasks: the Gramian takes at most 64"),
     ("balance", "grads.dtype", F64, UNSUPPORTED, "out: dtype is not that of grads"),
 ]
-TABLE = [(backend, *case) for backend in BACKENDS for case in CASES] + [("cuda", *case) for case in ON_CUDA]
+TABLE = [(backend, *case) for backend in BACKENDS for case in CASES]
+TABLE += [("cuda", *case) for case in ON_CUDA] + [("native", *case) for case in ON_CPU]
 
 
 @pytest.mark.parametrize(("backend", "entry", "path", "value", "status", "message"), TABLE)
@@ -123,6 +168,58 @@ def test_it_is_refused_by_name_and_nothing_is_written(backend, entry, path, valu
     assert all(map(torch.equal, call.memory, before))
     with pytest.raises(RAISED[status], match=re.escape(f"dbmtl ({backend}): ") + ".*" + re.escape(message)):
         call.serve.check(status)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_call_without_a_struct_is_refused(entry, backend):
+    call = Call(backend, entry)
+    with pytest.raises(ValueError, match="args is null"):
+        call.serve.check(call._function(None))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_and_orders_that_stay_legal(backend):
+    for entry, path, values in (
+        ("balance", "beta", (0.0, -0.0, 1 - 2**-53)),
+        ("balance", "weighting.eps", (5e-324, 1.7e308)),
+        ("balance", "weighting.constant", (-1.7e308, -0.0, 1.7e308)),
+        ("balance", "where.num_threads", (-(2**63), 0, LAST)),
+        ("accumulate", "segments", ((8, 8, 0, 4), (0, 8, 12, 4), (5, 8, 0, 4))),
+    ):
+        for value in values:
+            call = Call(backend, entry)
+            call.set(path, (ctypes.c_int64 * 4)(*value) if isinstance(value, tuple) else value)
+            assert call() == 0, (path, value)
+    # In no order, and an empty segment within another.
+    call = Call(backend, "accumulate")
+    numels = (0, 4, 8, 2)
+    segments = (ctypes.c_int64 * 8)(*(x for pair in zip((9, 12, 4, 0), numels, strict=True) for x in pair))
+    call.set("segments", segments)
+    call.set("grads", (ctypes.c_void_p * 4)(*(call.numbers(n).data for n in numels)))
+    call.set("grad_dtypes", bytes(4))
+    call.set("num_segments", 4)
+    assert call() == 0
+    segments[0:2] = (9, 1)
+    assert call() == INVALID
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    rows = torch.randn(3, 50000)
+    grams = []
+    for threads in (1, 3, LAST):
+        grams.append(torch.empty(3, 3))
+        args = c.GramianArgs(c._rows(rows), c._array(grams[-1]), c.Where(threads, None, None))
+        native.check(native.library().dbmtl_gramian(args))
+    assert torch.equal(grams[0], grams[1])
+    assert torch.equal(grams[0], grams[2])
+
+
+def test_nothing_in_the_library_throws():
+    """What an exception would begin with is not called: none can cross the boundary."""
+    symbols = subprocess.run(["nm", "-D", "-C", native.path], capture_output=True, text=True, check=True).stdout
+    assert "dbmtl_gramian" in symbols
+    assert re.findall(r"U (__cxa_throw|std::__throw\w*|operator new.*)", symbols) == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -36,6 +36,7 @@ ACCUMULATE = {
     "segments short": ({"segments": torch.tensor([[0, 4]])}, ValueError, r"\(2, 2\).*\(1, 2\)"),
     "segments outside": ({"segments": torch.tensor([[0, 4], [4, 7]])}, ValueError, r"\[4, 11\).*10"),
     "segments negative": ({"segments": torch.tensor([[-1, 4], [4, 6]])}, ValueError, r"\[-1, 3\)"),
+    "segments that overlap": ({"segments": torch.tensor([[3, 7], [0, 4]])}, ValueError, r"\[0, 4\) and \[3, 10\)"),
     "grad size": ({"grads": [torch.ones(5), None]}, ValueError, r"grads\[0\] has 5.*4"),
     "grad dtype": ({"grads": [torch.ones(4).int(), None]}, TypeError, r"grads\[0\].*int32"),
     "grad device": ({"grads": [torch.ones(4, device="meta"), None]}, RuntimeError, r"grads\[0\].*meta.*cpu"),
@@ -79,6 +80,7 @@ ROWS = {
     "propagate_above str": ({"propagate_above": "inf"}, TypeError, "propagate_above must be a number, got 'inf'"),
     "eps": ({"eps": -1.0}, ValueError, "eps.*-1.0"),
     "scale": ({"scale": "sum"}, ValueError, "'sum'"),
+    "constant": ({"scale": "constant", "constant": float("nan")}, ValueError, "constant must be finite, got nan"),
     "no outs": ({"outs": [], "starts": []}, ValueError, "1 to 4 each, got 0 and 0"),
     "starts": ({"starts": [0, 1]}, ValueError, "got 1 and 2"),
     "out dtype": ({"outs": [torch.ones(4).int()]}, TypeError, r"outs\[0\].*int32"),
@@ -147,3 +149,11 @@ def test_refused(op, changes, kind, message):
 @pytest.mark.parametrize("op", [dbk.balance_, ops.accumulate_, balance_rows_, ops.combine_out, ops.gramian])
 def test_what_is_not_changed_is_fine(op):
     op(**fine(op))
+
+
+@pytest.mark.parametrize("constant", [float("nan"), float("inf"), -float("inf")])
+def test_the_torch_op_refuses_a_constant_that_is_no_number(constant):
+    arguments = fine(dbk.balance_)
+    with pytest.raises(ValueError, match="constant must be finite"):
+        torch.ops.dbmtl_kernels.balance_(*arguments.values(), 0.9, 1e-8, "constant", constant, "eager")
+    assert (arguments["ema"] == 1).all()

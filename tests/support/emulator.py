@@ -66,7 +66,7 @@ def emulated_library():
         assert [process.wait() for process in running] == [0] * len(running)
         subprocess.run([*compiler, "-shared", *objects, "-o", str(target), "-lpthread"], check=True)
 
-    return _cached("emulated", "libdbmtl_cuda.so", build, [*compiler, *FLAGS, *EXTRA])
+    return cached("emulated", "libdbmtl_cuda.so", build, [*compiler, *FLAGS, *EXTRA])
 
 
 def nvcc_library(architectures):
@@ -80,12 +80,12 @@ def nvcc_library(architectures):
         command = [sys.executable, "setup.py", "build_ext", *into]
         subprocess.run(command, check=True, cwd=ROOT, env=os.environ | asked)
 
-    return _cached("nvcc", "dbmtl_kernels/lib/libdbmtl_cuda.so", build, architectures)
+    return cached("nvcc", "dbmtl_kernels/lib/libdbmtl_cuda.so", build, architectures)
 
 
-def _cached(kind, file, build, flags):
-    """Built once for its sources, whatever the process or the run."""
-    sources = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "tests" / "cuda").glob("*.*"), ROOT / "setup.py"]
+def cached(kind, file, build, flags, *more):
+    """Built once for its sources, and ``more`` of them, whatever the process or the run."""
+    sources = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "tests" / "cuda").glob("*.*"), ROOT / "setup.py", *more]
     key = hashlib.sha256("\0".join(flags).encode())
     for path in sorted(sources):
         key.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())

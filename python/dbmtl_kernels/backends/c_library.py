@@ -202,12 +202,12 @@ class CLibrary:
             library = CDLL(str(self.path))
             version = library.dbmtl_abi_version()
             if version != ABI_VERSION:
-                return f"{file} has ABI version {version}, this package needs {ABI_VERSION}: install again"
+                return f"{file} has ABI version {version}, this package needs {ABI_VERSION}: {self._remedy}"
             for name, (result, *arguments) in (SIGNATURES if self._gpu else SIGNATURES | CPU_SIGNATURES).items():
                 function = getattr(library, name)
                 function.restype, function.argtypes = result, arguments
         except (OSError, AttributeError) as error:
-            return f"{file} could not be loaded: {error}"
+            return f"{file} could not be loaded ({error}): {self._remedy}"
         return library
 
     def _known(self) -> CDLL:
@@ -315,5 +315,7 @@ class CLibrary:
         return out
 
 
-native = CLibrary("native", "libdbmtl_cpu", False, "install again with a C++17 compiler on the PATH (or CXX set)")
-cuda = CLibrary("cuda", "libdbmtl_cuda", True, "install again with DBMTL_CUDA=1 and nvcc >= 12.4 on the PATH")
+# pip keeps the wheel that it built of a release, and installs that again whatever there is to build with by then.
+INSTALL = "pip install --no-cache-dir --force-reinstall --no-deps SOURCE, where SOURCE is what it was installed from"
+native = CLibrary("native", "libdbmtl_cpu", False, f"install a C++17 compiler (or set CXX), then {INSTALL}")
+cuda = CLibrary("cuda", "libdbmtl_cuda", True, f"with nvcc >= 12.4 (or CUDACXX set), DBMTL_CUDA=1 {INSTALL}")

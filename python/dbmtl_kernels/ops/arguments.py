@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import SupportsIndex
 
 import torch
@@ -161,7 +162,7 @@ def check_balance(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: st
         )
     check_beta(beta)
     check_eps(eps)
-    _check_named_scale(scale)
+    _check_named_scale(scale, constant)
 
 
 def check_accumulate(
@@ -240,11 +241,15 @@ def _refuse_gradient(index: int, grad: Tensor, numel: int, where: str, other: Te
 
 @lru_cache(512)
 def _numels(segments: bytes, end: float) -> list[int]:
-    """Of each segment, if all lie within a row of ``end`` elements."""
+    """Of each segment, if all lie within a row of ``end`` elements, none over another; inf is of no row."""
     pairs = memoryview(segments).cast("q").tolist()
     for index, (offset, numel) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
         if offset < 0 or numel < 0 or offset + numel > end:
             raise ValueError(f"segment {index} covers [{offset}, {offset + numel}) of a row of {end} elements")
+    spans = sorted((offset, offset + numel) for offset, numel in zip(pairs[::2], pairs[1::2], strict=True) if numel)
+    for one, other in pairwise(spans):
+        if other[0] < one[1] and end < math.inf:
+            raise ValueError(f"segments overlap: [{one[0]}, {one[1]}) and [{other[0]}, {other[1]})")
     return pairs[1::2]
 
 
@@ -278,7 +283,7 @@ def check_balance_rows(step: BalanceRows) -> None:
     if math.isnan(above):
         raise ValueError(f"propagate_above must not be NaN, got {above}")
     check_eps(step.eps)
-    _check_named_scale(step.scale)
+    _check_named_scale(step.scale, step.constant)
     if len(step.outs) != len(step.starts) or not 1 <= len(step.outs) <= len(GRAD_DTYPES):
         raise ValueError(
             f"outs and starts must be 1 to {len(GRAD_DTYPES)} each, got {len(step.outs)} and {len(step.starts)}"
@@ -313,6 +318,8 @@ def _check_loss_scale(loss_scale: Tensor) -> None:
         raise ValueError(f"loss_scale must be one number, got shape {tuple(loss_scale.shape)}")
 
 
-def _check_named_scale(scale: str) -> None:
+def _check_named_scale(scale: str, constant: float) -> None:
     if scale not in SCALES and scale != "constant":
         raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))} or 'constant', got {scale!r}")
+    if not math.isfinite(constant):
+        raise ValueError(f"constant must be finite, got {constant}")
