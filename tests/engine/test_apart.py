@@ -179,6 +179,12 @@ def test_a_change_that_pytorch_does_not_count_is_lost_within_a_step(way):
     assert not found.any()
 
 
+@pytest.mark.parametrize("way", NOT_SEEN)
+def test_and_stays_if_pytorch_is_told_of_it(way):
+    found, wanted = changed_by(lambda g: (NOT_SEEN[way](g), torch.autograd.graph.increment_version(g)))
+    close(found.numpy(), wanted.numpy(), 1e-5)
+
+
 @pytest.mark.parametrize("way", {**SEEN, **NOT_SEEN})
 def test_any_change_stays_where_a_backward_is_a_step(way):
     found, wanted = changed_by({**SEEN, **NOT_SEEN}[way], attached=False)
