@@ -9,6 +9,8 @@ import dbmtl_kernels as dbk
 import torch
 
 OPTIONAL = ("__main__", ".lib", ".integrations")
+# A class of these that another of them imported stays that of before: what is made anew there may be of both.
+PUBLIC = ("balancer", "dbmtl", "functional", "onepass", "recipe")
 
 
 def find():
@@ -63,7 +65,8 @@ def main():
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     names = find()
-    path = names + names[::-1]
+    inner = [name for name in names if "." in name and name.split(".")[1] not in PUBLIC]
+    path = inner + names + names[::-1]
     wanted = [[job.bits() for _ in path] for job in map(Job, forms())]
     result = operate()
     jobs = list(map(Job, forms()))
@@ -73,7 +76,7 @@ def main():
         for number, (job, form) in enumerate(zip(jobs, forms(), strict=True)):
             try:
                 assert torch.equal(job.bits(), wanted[number][step]), "made before the reloads"
-                if step < len(names):
+                if step < len(inner):
                     assert torch.equal(Job(form).bits(), wanted[number][0]), "made after it"
             except BaseException:
                 print(f"{name}, form {number}")

@@ -251,9 +251,9 @@ def test_a_logger_gets_every_pair_of_few_tasks_and_a_summary_of_each_of_many(num
     pairs = [name for name in numbers if name.startswith("cosine/")]
     if num_tasks <= 16:
         assert len(pairs) == num_tasks * (num_tasks - 1) // 2
-        assert len(numbers) == 3 * num_tasks + 2 + len(pairs)
+        assert len(numbers) == 4 * num_tasks + 3 + len(pairs)
         return
-    assert len(numbers) == 5 * num_tasks + 2
+    assert len(numbers) == 6 * num_tasks + 3
     others = cosine[~np.eye(num_tasks, dtype=bool)].reshape(num_tasks, -1)
     close([numbers[f"cosine_mean/{t}"] for t in range(num_tasks)], others.mean(1), 1e-6)
     close([numbers[f"cosine_min/{t}"] for t in range(num_tasks)], others.min(1), 1e-6)

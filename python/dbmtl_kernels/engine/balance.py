@@ -121,7 +121,7 @@ class BalancedGradient:
         """Weights by the Gramian, times ``factors``, and the stats, as the kernels do for `MaxNorm`."""
         rows, steps, weighting = self._rows, self._steps, self._weighting
         sums = rows.sums() if sums is None else sums
-        by_norms = type(weighting) is MaxNorm  # all it asks of the Gramian are these sums
+        by_norms = is_max_norm(weighting)  # all it asks of the Gramian are these sums
         # The Gramian may be narrower than the sums; what does not fit is not given to a solver.
         largest = None if by_norms else 0.999 * torch.finfo(rows.narrow).max
         nonfinite, now = reference.nonfinite(sums, rows.stats.nonfinite, steps.fresh, largest)
