@@ -1,6 +1,8 @@
 """``python -m dbmtl_kernels`` finds a backend that computes wrongly."""
 
 import re
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -55,3 +57,14 @@ def test_a_backend_asked_for_that_cannot_serve(asked, message, monkeypatch, caps
     assert re.search(f"none will be used: .*{message}", out)
     assert "native on cpu: right" in out
     assert "memory of cpu" not in out
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="no such signal here")
+@pytest.mark.parametrize("arguments", [["--no-check"], ["--help"]])
+def test_a_reader_that_has_seen_enough_ends_it_without_a_word(arguments):
+    """As ``| head -0`` does."""
+    command = [sys.executable, "-m", "dbmtl_kernels", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=120) == -signal.SIGPIPE  # 141 in a shell, as cat gives

@@ -155,6 +155,16 @@ def distributed_data_parallel():
     names = ddp.__init__.__code__.co_names
     assert "require_backward_grad_sync" in names
     assert "require_forward_param_sync" in names
+    assert callable(torch.distributed.Reducer._reset_state)
+
+
+def slice_of_a_storage():
+    x = torch.arange(6.0)
+    part = torch.empty(0).set_(x.untyped_storage()[8:16], 0, (2,))
+    assert part.data_ptr() == x[2:].data_ptr()
+    x += 1
+    del x
+    assert part.tolist() == [3.0, 4.0]
 
 
 def fully_sharded_1():
@@ -193,8 +203,8 @@ def torchjd():
 CASES = [
     assert_async, callback_after_a_pass, compiled_module, custom_backward, dispatch_keys, distributed_data_parallel,
     donated_buffer, dtensor_local, fully_sharded_1, fully_sharded_parameters, graph_task, hooks_of_a_parameter,
-    node_names, node_sequence, nodes_that_pass_on, raw_stream, subclass_without_functions, tensor_version, torchjd,
-    trainer,
+    node_names, node_sequence, nodes_that_pass_on, raw_stream, slice_of_a_storage,
+    subclass_without_functions, tensor_version, torchjd, trainer,
 ]  # fmt: skip
 
 

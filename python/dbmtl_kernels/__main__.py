@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import time
 from collections.abc import Callable
 
@@ -158,4 +159,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # a reader that has seen enough ends this, as it ends other commands
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     raise SystemExit(main())

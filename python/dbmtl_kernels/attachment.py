@@ -13,8 +13,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .engine.step import Engine
 
-# The engines attached to each optimizer.
-_ATTACHED: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Engine]] = weakref.WeakKeyDictionary()
+# The engines attached to each optimizer. A reload of this module goes on with those that are.
+_ATTACHED: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Engine]] = globals().get(
+    "_ATTACHED", weakref.WeakKeyDictionary()
+)
 
 
 class Attachment:

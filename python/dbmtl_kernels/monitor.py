@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .engine.step import Engine
 from .ops.tasks import TaskNames
-from .weightings import Weighting
+from .weightings import Weighting, is_max_norm
+
+PAIRS_UP_TO = 16  # tasks; with more a logger gets each task's mean and least cosine, not all K (K - 1) / 2
 
 
 class ScalarWriter(Protocol):
@@ -43,8 +45,14 @@ class Monitor:
 
     @property
     def weights(self) -> Tensor:
-        """(K,) weights; see `GradientBalancer.weights`."""
-        return self._engine.rows.stats.weights.to(self._engine.rows.narrow, copy=True)
+        """(K,) weights; see `GradientBalancer.weights`.
+
+        0 for a task whose gradient is zero: it has no say, and alpha / (0 + eps) would tell nothing.
+        """
+        stats, narrow = self._engine.rows.stats, self._engine.rows.narrow
+        if not is_max_norm(self._engine.weighting):
+            return stats.weights.to(narrow, copy=True)
+        return torch.where(stats.norms == 0.0, 0.0, stats.weights).to(narrow)
 
     @property
     def nonfinite_steps(self) -> Tensor:
@@ -103,11 +111,13 @@ class Monitor:
         Args:
             prefix: put before each name.
             names: of the K tasks; by default the balancer's, or indices.
-            gramian: `conflicts` and the cosine of each pair besides; of several ranks all must ask for them.
+            gramian: `conflicts` and cosines besides; of several ranks all must ask for them.
 
         Returns:
             ``step``, ``norm/NAME``, ``weight/NAME``, ``nonfinite_steps/NAME``; ``loss/NAME`` of tasks whose loss is
-            known, and ``loss``, their sum; with ``gramian`` ``conflicts`` and ``cosine/NAME-OTHER``.
+            known, and ``loss``, their sum; with ``gramian`` ``conflicts`` and ``cosine/NAME-OTHER``, or with more than
+            16 tasks ``cosine_mean/NAME`` and ``cosine_min/NAME``, over the other tasks: some 6 K numbers, where pairs
+            would grow as K squared (`cosine` has them).
 
         Raises:
             ValueError: ``names`` are not K, or two are the same.
@@ -161,7 +171,15 @@ class Monitor:
         if gramian:
             cosine = self.cosine
             yield ["conflicts"], _pairs(cosine).lt(0.0).sum()
-            yield [f"cosine/{a}-{b}" for a, b in combinations(names, 2)], _pairs(cosine)
+            if len(names) <= PAIRS_UP_TO:
+                yield [f"cosine/{a}-{b}" for a, b in combinations(names, 2)], _pairs(cosine)
+            else:
+                own = torch.eye(len(names), dtype=torch.bool, device=cosine.device)
+                yield (
+                    [f"cosine_mean/{name}" for name in names],
+                    cosine.masked_fill(own, 0.0).sum(1) / (len(names) - 1),
+                )
+                yield [f"cosine_min/{name}" for name in names], cosine.masked_fill(own, torch.inf).amin(1)
 
 
 class Watched:

@@ -15,7 +15,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -71,6 +71,15 @@ class MaxNorm:
     def __call__(self, gramian: Tensor, /) -> Tensor:
         """(k, k) Gramian to (k,) weights."""
         return reference.weights(gramian.diagonal().clamp(min=0.0).sqrt(), self.eps, self.scale)
+
+
+def is_max_norm(weighting: object) -> TypeGuard[MaxNorm]:
+    """Whether it is a `MaxNorm`, and not a subclass, which may weigh otherwise.
+
+    By its name: a reload of this module makes another class, and those of the class before are none the less.
+    """
+    kind = type(weighting)
+    return (kind.__module__, kind.__qualname__) == (__name__, "MaxNorm")
 
 
 class EqualWeights:
@@ -245,7 +254,7 @@ def check_weighting(weighting: Weighting, num_tasks: int, capturable: bool) -> W
     made_for = getattr(weighting, "num_tasks", num_tasks)
     if isinstance(made_for, int) and made_for != num_tasks:
         raise ValueError(f"{type(weighting).__name__} is for {made_for} tasks, the balancer for {num_tasks}")
-    if capturable and type(weighting) is not MaxNorm:
+    if capturable and not is_max_norm(weighting):
         raise ValueError(f"capturable=True needs MaxNorm: {type(weighting).__name__} is called with a sync")
     return weighting
 

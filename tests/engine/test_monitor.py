@@ -215,3 +215,45 @@ def test_tensorboard(tmp_path):
         assert [event.value for event in written] == pytest.approx([numbers[name] for numbers in expected], rel=1e-6)
     assert [event.step for event in events.Scalars("other/norm/0")] == [100, 101, 102]
     assert "other/conflicts" not in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("scale", ["max", 3.0])
+@pytest.mark.parametrize("keep_rows", [True, False])
+def test_a_task_whose_gradient_is_zero_shows_no_weight(scale, keep_rows):
+    """And alpha / (0 + eps) in the state, with which .grad is what it was."""
+    p = leaf(3)
+    balancer = make(p, num_tasks=3, beta=0.0, scale=scale, zero_gradients="count", keep_rows=keep_rows)
+    balancer.backward([(p - 3.0).square().sum(), (p * 0.0).sum() + 1.0, (p + 1.0).square().sum()])
+    assert balancer.norms[1] == 0.0
+    shown = balancer.monitor().as_dict()
+    assert shown["weight/1"] == balancer.weights[1] == balancer.monitor().scalars()["weight/1"] == 0.0
+    assert (balancer.weights[[0, 2]] > 0.0).all()
+    assert torch.equal(balancer.weights[[0, 2]], state_of(balancer).stats.weights[[0, 2]])
+
+
+def test_a_weight_that_another_weighting_gave_to_a_zero_gradient_is_shown():
+    p = leaf(3)
+    balancer = dbk.GradientBalancer([p], 2, weighting=dbk.EqualWeights(), zero_gradients="count")
+    balancer.backward([(p - 3.0).square().sum(), (p * 0.0).sum() + 1.0])
+    assert balancer.weights.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("num_tasks", [16, 17, 500])
+def test_a_logger_gets_every_pair_of_few_tasks_and_a_summary_of_each_of_many(num_tasks):
+    p = leaf(7)
+    balancer = make(p, num_tasks=num_tasks, beta=0.5)
+    directions = torch.randn(num_tasks, 7, dtype=torch.float64)
+    balancer.backward([(p * d).sum().exp() for d in directions])
+    monitor = balancer.monitor()
+    numbers, cosine = monitor.as_dict(gramian=True), cosines(directions.numpy())
+    assert {name: float(x) for name, x in monitor.scalars(gramian=True).items()} == numbers
+    assert numbers["conflicts"] == (cosine[np.triu_indices(num_tasks, 1)] < 0).sum()
+    pairs = [name for name in numbers if name.startswith("cosine/")]
+    if num_tasks <= 16:
+        assert len(pairs) == num_tasks * (num_tasks - 1) // 2
+        assert len(numbers) == 4 * num_tasks + 3 + len(pairs)
+        return
+    assert len(numbers) == 6 * num_tasks + 3
+    others = cosine[~np.eye(num_tasks, dtype=bool)].reshape(num_tasks, -1)
+    close([numbers[f"cosine_mean/{t}"] for t in range(num_tasks)], others.mean(1), 1e-6)
+    close([numbers[f"cosine_min/{t}"] for t in range(num_tasks)], others.min(1), 1e-6)

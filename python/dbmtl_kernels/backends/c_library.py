@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from contextlib import nullcontext
-from ctypes import CDLL, POINTER, Structure, addressof, c_char_p, c_double, c_int32, c_int64, c_void_p
+from ctypes import CDLL, POINTER, Structure, addressof, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,13 @@ BalanceRowsArgs = _struct(
 )  # fmt: skip
 GramianArgs = _struct("GramianArgs", rows=Rows, gramian=Array, where=Where)
 
-SIGNATURES: dict[str, tuple[Any, ...]] = {  # result, then arguments
-    "dbmtl_balance": (c_int32, POINTER(BalanceArgs)),
-    "dbmtl_accumulate": (c_int32, POINTER(AccumulateArgs)),
-    "dbmtl_combine": (c_int32, POINTER(CombineArgs)),
-    "dbmtl_balance_rows": (c_int32, POINTER(BalanceRowsArgs)),
-    "dbmtl_gramian": (c_int32, POINTER(GramianArgs)),
+# Result, then arguments. Those that take a structure name no class of it, as a reload of this module makes others.
+SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "dbmtl_balance": (c_int32, c_void_p),
+    "dbmtl_accumulate": (c_int32, c_void_p),
+    "dbmtl_combine": (c_int32, c_void_p),
+    "dbmtl_balance_rows": (c_int32, c_void_p),
+    "dbmtl_gramian": (c_int32, c_void_p),
     "dbmtl_abi_version": (c_int32,),
     "dbmtl_available": (c_int32,),
     "dbmtl_last_error": (c_char_p,),
@@ -219,12 +220,12 @@ class CLibrary:
         library = self._loaded if isinstance(self._loaded, CDLL) else self._known()
         if not self._gpu:
             args.where.num_threads = torch.get_num_threads()
-            status = getattr(library, name)(args)
+            status = getattr(library, name)(byref(args))
         else:
             elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
             with torch.cuda.device(device) if elsewhere else nullcontext():
                 args.where = self._where(device, num_tasks)
-                status = getattr(library, name)(args)
+                status = getattr(library, name)(byref(args))
         if status != 0:
             self.check(status)
 

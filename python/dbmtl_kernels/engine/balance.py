@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from .. import ops, reference
 from ..rows.placement import Buffer, OneRow
 from ..rows.ranks import Ranks
 from ..rows.rows import Flats
-from ..weightings import MaxNorm, Weighting
+from ..weightings import Weighting, is_max_norm
 from .bookkeeping import Steps
 
 
@@ -45,7 +45,8 @@ class BalancedGradient:
         self._rows, self._steps, self._weighting, self._ranks = rows, steps, weighting, ranks
         self.propagate_above = propagate_above
         self._asks_rows = skip_zeros and rows.deferred
-        self.one = rows if isinstance(rows, OneRow) else None
+        # Not by its class: a reload makes another of each.
+        self.one = cast(OneRow, rows) if hasattr(rows, "in_flats") else None
         self.writes = 0
 
     def compute(self, flats: Flats, accumulate: bool, sums: Tensor | None = None) -> None:
@@ -56,7 +57,7 @@ class BalancedGradient:
         steps, weighting = self._steps, self._weighting
         self.writes += 1
         factors = None if steps.settings.task_weights is None else steps.factors()
-        if type(weighting) is MaxNorm and (factors is None or self.one is not None):  # a subclass may weigh otherwise
+        if is_max_norm(weighting) and (factors is None or self.one is not None):
             self._rows.balance(
                 flats, weighting.eps, weighting.scale, active=self._active(), loss_scale=steps.loss_scale,
                 propagate_above=self.propagate_above, fresh=steps.fresh, accumulate=accumulate, sums=sums,
@@ -72,7 +73,7 @@ class BalancedGradient:
     def add(self, task: int, flats: Flats | None) -> None:
         """The gradient just collected into the one row; see `OneRowBuffer.add`."""
         assert self.one is not None
-        assert isinstance(self._weighting, MaxNorm)
+        assert is_max_norm(self._weighting)
         finite, factors = self._steps.finite, self._steps.factors()
         self.writes += 1
         self.one.add(
@@ -120,7 +121,7 @@ class BalancedGradient:
         """Weights by the Gramian, times ``factors``, and the stats, as the kernels do for `MaxNorm`."""
         rows, steps, weighting = self._rows, self._steps, self._weighting
         sums = rows.sums() if sums is None else sums
-        by_norms = type(weighting) is MaxNorm  # all it asks of the Gramian are these sums
+        by_norms = is_max_norm(weighting)  # all it asks of the Gramian are these sums
         # The Gramian may be narrower than the sums; what does not fit is not given to a solver.
         largest = None if by_norms else 0.999 * torch.finfo(rows.narrow).max
         nonfinite, now = reference.nonfinite(sums, rows.stats.nonfinite, steps.fresh, largest)

@@ -60,7 +60,7 @@ class SharedGradients:
 
     - during the passes `stash_grads` has set it aside, so that all it holds is one task's gradient;
     - `put_grads` puts the balanced gradient there. It lives in one flat tensor that is reused from step to step, each
-      ``.grad`` being a view of it. What others had put there is added to, in place, as autograd would;
+      ``.grad`` being a part of it. What others had put there is added to, in place, as autograd would;
     - what `put_grads` left in each is recorded until the step ends. The next balanced gradient of the step takes its
       place; whatever else is there (a regulariser's gradient, say) stays, whether it came before or in between.
 
@@ -96,10 +96,10 @@ class SharedGradients:
         self.flat = FlatGradient(rows)
         self.due: Due | None = None
         self.undefined: set[int] = set()
-        # What was written in this step: the tensor left in .grad (None where nothing of ours is), its version then, and
-        # whether it held nothing else.
+        # What was written in this step: the tensor left in .grad (None where nothing of ours is), what `_mark` gave
+        # then, and whether it held nothing else.
         self._left: list[Tensor | None] = [None] * len(self._parameters)
-        self._versions, self._only_ours = ([0] * len(self._parameters) for _ in range(2))
+        self._marks, self._only_ours = [(0, 0)] * len(self._parameters), [0] * len(self._parameters)
 
     # --- before the passes ------------------------------------------------------------------------------------
 
@@ -250,6 +250,7 @@ class SharedGradients:
                 view.zero_()
         self.undefined = ours
         self._balanced.compute(flat.flats, bool(ours), sums)
+        flat.count_write()
         self.due, self.undefined = Due(grads, views, wanted, {}, True), set()
 
     def take_grads(self, flats: Flats) -> None:
@@ -264,7 +265,7 @@ class SharedGradients:
         """Leave in every ``.grad`` what is due. Called again after an interrupt it adds nothing twice."""
         if (due := self.due) is None:
             return
-        left, versions, only_ours = self._left, self._versions, self._only_ours
+        left, marks, only_ours = self._left, self._marks, self._only_ours
         for index, (p, grad, view) in enumerate(zip(self._parameters, due.grads, due.views, strict=True)):
             if not due.wanted[index]:
                 p.grad = grad
@@ -278,7 +279,7 @@ class SharedGradients:
                 new = due.added[index] = grad.add_(view)
             p.grad = new
             if due.ours:
-                left[index], versions[index], only_ours[index] = new, new._version, int(grad is None)
+                left[index], marks[index], only_ours[index] = new, self._mark(new), int(grad is None)
         self.written, self.aside, self.due = self.written or due.ours, None, None
 
     def was_dropped(self) -> bool:
@@ -304,19 +305,23 @@ class SharedGradients:
         self.written = any(grad is not None for grad in grads)
         if self.written:
             self._left, self._only_ours = grads, [0] * len(grads)
-            self._versions = [-1 if grad is None else grad._version for grad in grads]
+            self._marks = [(-1, 0) if grad is None else self._mark(grad) for grad in grads]
         return any(left) and not self.written
+
+    def _mark(self, grad: Tensor) -> tuple[int, int]:
+        """What another write changes: the version; where it has other memory (``.grad.data = ...``), the address."""
+        return grad._version, 0 if self._distributed else grad.data_ptr()
 
     def _was_dropped(self, grads: list[Tensor | None]) -> bool:
         """Whether nothing is left of what was written; values are looked at only where they changed."""
         changed, any_left = [], False
-        for grad, left, version in zip(grads, self._left, self._versions, strict=True):
+        for grad, left, mark in zip(grads, self._left, self._marks, strict=True):
             if left is None:
                 continue
             any_left = True
             if grad is not left:
                 continue
-            if left._version == version:
+            if self._mark(left) == mark:
                 return False
             changed.append(dtensors.local(left))
         if not changed:
@@ -342,7 +347,7 @@ class SharedGradients:
                     "gradient or not: change it in place, or set all to None (zero_grad) to begin the step anew"
                 )
             rest[index] = None
-            if not (self._only_ours[index] and left._version == self._versions[index]):
+            if not (self._only_ours[index] and self._mark(left) == self._marks[index]):
                 mixed.append(index)
         if mixed:
             before = self._balanced.recompute()

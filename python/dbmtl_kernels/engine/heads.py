@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +48,8 @@ class HeadGradients:
         self._shared = {id(p) for p in shared}
         self._ranks = ranks
         self._device = device
-        self._wrappers: list[weakref.ref[DistributedDataParallel]] | None = None
+        self._wrappers: list[weakref.ref[DistributedDataParallel]] = []
+        self._asked = 0  # how often for them in vain
         # Not shared, but reached by several tasks, when last looked for.
         self._common: list[weakref.ref[Tensor]] | None = None
         self._heads: dict[int, Head] = {}  # by id
@@ -60,13 +61,21 @@ class HeadGradients:
     def refuse_synchronising_wrapper(self) -> None:
         """Raise RuntimeError if the forward pass of a DistributedDataParallel is or was not inside its ``no_sync()``.
 
-        It would reduce the gradients of the first backward pass only, in the background.
+        It would reduce the gradients of the first backward pass only, in the background. One that the user named is
+        told not to (`begin`), unless it is of ``static_graph``, which reduces in any case.
         """
-        if any(map(synchronises, self.wrappers())):
+        named = self._named
+        if named is None and any(map(synchronises, self.wrappers())):
             raise RuntimeError(
-                "DistributedDataParallel would reduce the first task's gradients and no other's: run its forward "
-                "pass (and the backward) inside `with model.no_sync():`, DBMTL averages the gradients itself "
-                "(dbmtl_kernels.integrations does so for Lightning, Accelerate and the Hugging Face Trainer)"
+                "DistributedDataParallel would reduce the first task's gradients and no other's: name it, "
+                "process_group=model, or run its forward pass (and the backward) inside `with model.no_sync():`, DBMTL "
+                "averages the gradients itself (dbmtl_kernels.integrations does so for Lightning, Accelerate and the "
+                "Hugging Face Trainer)"
+            )
+        if named is not None and named.static_graph:
+            raise RuntimeError(
+                "DistributedDataParallel(static_graph=True) expects one backward pass a step, and there is one for "
+                "each task"
             )
 
     def refuse_without_average(self, shared: Sequence[Tensor]) -> None:
@@ -95,6 +104,8 @@ class HeadGradients:
             RuntimeError: with several ranks, a head is hidden in a re-entrant checkpoint.
         """
         self._heads = {}
+        if (named := self._named) is not None:  # as if its last forward pass had been inside no_sync()
+            named.reducer._reset_state()
         wrapped = []
         if self._ranks.size > 1:
             wrapped = [p for wrapper in self.wrappers() for p in wrapper.parameters()]
@@ -135,7 +146,7 @@ class HeadGradients:
     def sharing_logs(self, task: int, expected: bool) -> Iterator[list[int]]:
         """Inside, `functional.log_transform` finds the heads in the loss's graph, and is the log of the mean loss.
 
-        A loss on a CPU that is not finite is cut off from its graph.
+        A loss on a CPU that is not finite is cut off from its graph. A wrapper that the user named is in ``no_sync()``.
 
         Yields:
             a list, to which the task is added then.
@@ -164,10 +175,12 @@ class HeadGradients:
             out: Tensor = loss_values.LogOfMean.apply(loss, mean, eps)  # type: ignore[no-untyped-call]
             return out
 
+        named = self._named
         try:
             try:
                 loss_values.shared_log = loss_values.SharedLog(log_of, several)
-                yield spoilt
+                with nullcontext() if named is None else named.no_sync():
+                    yield spoilt
             finally:
                 loss_values.shared_log = None
         finally:  # once more, should an interrupt have come just there
@@ -296,14 +309,34 @@ class HeadGradients:
             head.parameter.grad = head.before
         self._heads = {}
 
+    @property
+    def _named(self) -> DistributedDataParallel | None:
+        """The wrapper that the user named."""
+        return None if self._ranks.size == 1 or self._ranks.wrapper is None else self._ranks.wrapper()
+
     def wrappers(self, again: bool = False) -> list[DistributedDataParallel]:
-        """The DistributedDataParallel modules that hold shared parameters. Looked for once, or ``again``: 0.1 s."""
-        if self._wrappers is None or again:
+        """The DistributedDataParallel modules that hold shared parameters: that which the user named, or any.
+
+        While none is found they are looked for ever more rarely, as that takes 0.1 s, or ``again``: one may have been
+        made since.
+        """
+        if (named := self._named) is not None:
+            return [named]
+        found = _alive(self._wrappers)
+        if not found:
+            self._asked += 1
+            again = again or self._asked & (self._asked - 1) == 0
+        if again:
             modules = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
             self._wrappers = [
                 weakref.ref(module) for module in modules if any(id(p) in self._shared for p in module.parameters())
             ]
-        return [module for ref in self._wrappers if (module := ref()) is not None]
+            found = _alive(self._wrappers)
+        return found
+
+
+def _alive(refs: Iterable[weakref.ref[DistributedDataParallel]]) -> list[DistributedDataParallel]:
+    return [module for ref in refs if (module := ref()) is not None]
 
 
 def synchronises(wrapper: DistributedDataParallel) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Real
@@ -21,9 +22,8 @@ ADVICE = {
     "each: set torch._functorch.config.donated_buffer = False before the first call of the compiled model",
     "mark a variable ready only once": "DistributedDataParallel was about to reduce the gradients of a single pass: "
     "run its forward pass (and the backward) inside `with model.no_sync():`, DBMTL averages the gradients itself",
-    "gloo": "one of FSDP's collectives failed; has another rank stopped?",
-    "NCCL": "one of FSDP's collectives failed; has another rank stopped?",
 }
+FSDP = "one of FSDP's collectives failed; has another rank stopped?"
 
 CLAIM = "_dbmtl_rows"  # an attribute of a loss: the rows of the balancer that it was given to
 NOBODY = "every loss is None or a zero without a graph: a step needs at least one task"
@@ -213,7 +213,7 @@ class TaskLosses:
         try:
             root.backward(retain_graph=retain_graph, inputs=inputs)
         except RuntimeError as error:
-            advice = next((advice for words, advice in ADVICE.items() if words in str(error)), None)
+            advice = _advice(error)
             if advice is None or "DBMTL" in str(error):  # collecting early, one of our own collectives may have failed
                 raise
             raise RuntimeError(f"backward pass of task {self.tasks[index]}: {advice}") from error
@@ -244,6 +244,21 @@ def _in_order(losses: Given, tasks: Sequence[int | str] | None, names: TaskNames
     return check_tasks(
         None if tasks is None else [names.index(task) for task in tasks], len(given), names.num_tasks
     ), given
+
+
+def _advice(error: RuntimeError) -> str | None:
+    """What helps against an error of PyTorch's own; None for any other, whatever it says.
+
+    The frames that it came through tell: the last is that of who raised it.
+    """
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if modules[-1].split(".")[0] != "torch":
+        return None
+    if modules[-1].startswith("torch.distributed.") and any(
+        name.startswith("torch.distributed.fsdp.") for name in modules
+    ):
+        return FSDP
+    return next((advice for words, advice in ADVICE.items() if words in str(error)), None)
 
 
 def loss_scale_or_none(scale: Tensor) -> Tensor | None:

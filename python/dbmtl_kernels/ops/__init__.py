@@ -12,7 +12,10 @@ The rest runs inside a backward pass, where nothing is traced.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,15 +85,21 @@ def _balance_fake(
     return grads.new_empty(grads.shape[1]), ema.new_empty(ema.shape[0], dtype=norm_dtype)
 
 
-_LIBRARY = torch.library.Library("dbmtl_kernels", "DEF")
-_LIBRARY.define(
-    "balance_(Tensor grads, Tensor(a!) ema, float beta, float eps, str scale, float constant, str backend) "
-    "-> (Tensor, Tensor)",
-    # Counters and scratch outlive a call: they must not lie in the memory of a graph that torch.compile makes.
-    tags=[torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else (),
-)
-_LIBRARY.impl("balance_", balance_, "CompositeExplicitAutograd")
-torch.library.register_fake("dbmtl_kernels::balance_", _balance_fake, lib=_LIBRARY)
+def _newest(name: str, _library: torch.library.Library, *args: Any) -> Any:
+    """Call what is of this name in the module as it was last loaded; whoever holds this holds the library."""
+    return getattr(sys.modules[__name__], name)(*args)
+
+
+if not hasattr(torch.ops.dbmtl_kernels, "balance_"):  # a module that is loaded again finds it
+    _library = torch.library.Library("dbmtl_kernels", "DEF")
+    _library.define(
+        "balance_(Tensor grads, Tensor(a!) ema, float beta, float eps, str scale, float constant, str backend) "
+        "-> (Tensor, Tensor)",
+        # Counters and scratch outlive a call: they must not lie in the memory of a graph that torch.compile makes.
+        tags=[torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else (),
+    )
+    _library.impl("balance_", partial(_newest, "balance_", _library), "CompositeExplicitAutograd")
+    torch.library.register_fake("dbmtl_kernels::balance_", partial(_newest, "_balance_fake", _library), lib=_library)
 
 # What every call goes through where nobody else looks at tensor operations: no mode, tracer or transformation.
 _UNSEEN = DispatchKeySet(DispatchKey.BackendSelect) | DispatchKeySet(DispatchKey.ADInplaceOrView)

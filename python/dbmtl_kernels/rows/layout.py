@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..ops.arguments import STATE_DTYPES
 from . import dtensors
@@ -231,11 +232,27 @@ def _memory_order(p: Tensor) -> list[int]:
     return sorted(range(p.dim()), key=lambda d: (-strides[d], -p.shape[d]))
 
 
-class FlatGradient:
-    """A flat tensor for each dtype and device, and views of it that become the ``.grad`` of the parameters.
+def _apart(view: Tensor) -> Tensor:
+    """The same memory as a tensor with a storage and a version counter of its own.
 
-    A view is an object that anybody may give other memory (``.grad.data = ...``, ``model.half()``); it is not a view
-    then, and another takes its place.
+    Saving or copying it takes no more than its elements, and changing it marks no other as changed. Where addresses
+    are no numbers (MPS, XLA, meta) it stays a view.
+    """
+    own = dtensors.local(view)
+    if own.device.type not in ("cpu", "cuda"):
+        return view
+    begin = own.storage_offset() * own.element_size()
+    storage = own.untyped_storage()[begin : begin + own.nbytes]
+    alone = torch.empty(0, dtype=own.dtype, device=own.device).set_(storage, 0, own.shape, own.stride())
+    return dtensors.like(view, alone)
+
+
+class FlatGradient:
+    """A flat tensor for each dtype and device, and the parts of it that become the ``.grad`` of the parameters.
+
+    Each part, called a view, shares that memory, with a storage of its own over it (see `_apart`). It is an object that
+    anybody may give other memory (``.grad.data = ...``, ``model.half()``); it is no view then, and another takes its
+    place.
 
     Args:
         rows: a buffer, which knows the layout.
@@ -246,7 +263,7 @@ class FlatGradient:
         self._views: list[Tensor] = []
         self._locals: list[Tensor] = []  # of DTensors what is here
         self._addresses: list[int] = []
-        self._storages: set[int] = set()
+        self._memory: list[tuple[int, int]] = []  # addresses, from and to
         self._references: list[int] = []
         self.flats: dict[Any, Tensor] = {}
 
@@ -254,12 +271,13 @@ class FlatGradient:
         """Each parameter's part; allocated when first asked for."""
         if not self._addresses:
             self.flats = self._rows.new_flats()
-            self._storages = {flat.untyped_storage().data_ptr() for flat in self.flats.values()}
-            self._take(self._rows.views(self.flats))
+            storages = [flat.untyped_storage() for flat in self.flats.values()]
+            self._memory = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+            self._take(list(map(_apart, self._rows.views(self.flats))))
             self._addresses = list(map(Tensor.data_ptr, self._locals))
         elif list(map(Tensor.data_ptr, self._locals)) != self._addresses:
             here = zip(self._views, self._locals, self._addresses, self._rows.views(self.flats), strict=True)
-            self._take([view if own.data_ptr() == address else new for view, own, address, new in here])
+            self._take([view if own.data_ptr() == address else _apart(new) for view, own, address, new in here])
         return self._views
 
     def _take(self, views: list[Tensor]) -> None:
@@ -273,7 +291,14 @@ class FlatGradient:
     def holds(self, grad: Tensor) -> bool:
         """Whether a tensor lies in this memory, as one of the views or as another object."""
         grad = dtensors.local(grad)
-        return grad.layout is torch.strided and grad.untyped_storage().data_ptr() in self._storages
+        if grad.layout is not torch.strided:
+            return False
+        address = grad.untyped_storage().data_ptr()
+        return any(begin <= address < end for begin, end in self._memory)
+
+    def count_write(self) -> None:
+        """Tell autograd that the views were changed: a graph that saved one must not use it unawares."""
+        increment_version([*self._views, *self._locals])
 
     def free(self, grads: Iterable[Tensor | None]) -> dict[Any, Tensor] | None:
         """`flats`, allocated if need be; None if any of ``grads`` lies there, or somebody keeps a view."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from . import dtensors
 from .layout import ParameterLayout, check_parameters
@@ -46,7 +47,7 @@ def place(
     num_tasks: int,
     state_dtype: torch.dtype,
     backend: str,
-    process_group: ProcessGroup | bool | None,
+    process_group: ProcessGroup | DistributedDataParallel | bool | None,
     names: Sequence[str | None] | None = None,
     frozen_ok: bool = False,
     one_row: bool = False,
@@ -61,7 +62,8 @@ def place(
         num_tasks: K.
         state_dtype: dtype of the rows.
         backend: "auto" or a backend by name.
-        process_group: the ranks that hold replicas; False for none, None if nobody said.
+        process_group: the ranks that hold replicas, or the DistributedDataParallel that has made them so; False for
+            none, None if nobody said.
         names: of each parameter, for messages; None where it has none.
         frozen_ok: parameters need not require grad.
         one_row: one for all tasks.
@@ -95,7 +97,7 @@ def place(
     return split(parts, [members_of[i] for i in range(len(given))]), ranks
 
 
-def _ranks(parameters: list[Tensor], process_group: ProcessGroup | bool | None) -> Ranks:
+def _ranks(parameters: list[Tensor], process_group: ProcessGroup | DistributedDataParallel | bool | None) -> Ranks:
     if process_group is False:
         if is_distributed(parameters):
             raise ValueError(
@@ -110,9 +112,14 @@ def _ranks(parameters: list[Tensor], process_group: ProcessGroup | bool | None) 
         meshes = [p.device_mesh for p in parameters if dtensors.is_dtensor(p)]
         largest = max(meshes, key=lambda mesh: mesh.size())
         return Ranks([largest.get_group(dim) for dim in range(largest.ndim)])
+    if isinstance(process_group, DistributedDataParallel):
+        held = {id(p) for p in process_group.parameters()}
+        ours = any(id(p) in held for p in parameters)  # not those of a deep copy
+        return Ranks([process_group.process_group], process_group if ours else None)
     if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
         raise TypeError(
-            f"process_group must be a process group that this rank is in, None or False, got {process_group!r}"
+            "process_group must be a process group that this rank is in, a DistributedDataParallel, None or False, got "
+            f"{process_group!r}"
         )
     return Ranks([process_group])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from .. import ops
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.nn.parallel import DistributedDataParallel
 
 
 @contextmanager
@@ -35,13 +37,16 @@ class Ranks:
 
     Args:
         groups: process groups that this rank is in; reducing over one after the other reaches every rank.
+        wrapper: the DistributedDataParallel that holds the parameters, where the user named it. It is not kept alive.
 
     Attributes:
         groups: those of more than one rank.
         size: how many ranks there are in all; 1 without a group.
+        wrapper: a weak reference to that, or None.
     """
 
-    def __init__(self, groups: Sequence[ProcessGroup] = ()) -> None:
+    def __init__(self, groups: Sequence[ProcessGroup] = (), wrapper: DistributedDataParallel | None = None) -> None:
+        self.wrapper = None if wrapper is None else weakref.ref(wrapper)
         self.groups = [group for group in groups if dist.get_world_size(group) > 1]
         self.size = math.prod(dist.get_world_size(group) for group in self.groups)
 

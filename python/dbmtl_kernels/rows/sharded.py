@@ -264,9 +264,8 @@ class ShardedCollector(RowCollector):
         self._nonzero: Tensor | None = None
         scratch = torch.empty(1, dtype=torch.float64, device=buffer.device)
         share = (0.0, 1.0 / buffer.spread.size)
-        zeros = (
-            skip_zeros if isinstance(skip_zeros, Zeros) else None
-        )  # of a split buffer, where all have to agree first
+        # That of a split buffer, where all have to agree first.
+        zeros = None if isinstance(skip_zeros, bool) else skip_zeros
         super().__init__(buffer.layout, scratch, scratch, share, None, buffer.backend, buffer.early, zeros=zeros)
 
     def finish(self, indices: list[int], grads: list[Tensor | None]) -> None:
