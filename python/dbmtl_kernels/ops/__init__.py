@@ -116,7 +116,7 @@ def unseen(grads: Tensor, ema: Tensor) -> bool:
         return False
     plain = _plain.get(kind)
     if plain is None:
-        plain = _plain[kind] = _dispatch_keys(torch.empty(0, device=kind))
+        plain = _plain[kind] = _dispatch_keys(torch.empty(0, dtype=torch.float32, device=kind))
     return bool(_dispatch_keys(ema) == plain and _dispatch_keys(grads) == plain)
 
 

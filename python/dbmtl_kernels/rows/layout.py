@@ -138,7 +138,8 @@ class ParameterLayout:
             self.groups.append(Group(dtype, start, end, columns, pad))
         self.row_numel = end
         self.wide = torch.float64 if torch.float64 in (state_dtype, *by_dtype) else torch.float32
-        self.segments = torch.tensor([[o, p.numel()] for o, p in zip(offsets, local, strict=True)], dtype=torch.int64)
+        segments = [[o, p.numel()] for o, p in zip(offsets, local, strict=True)]
+        self.segments = torch.tensor(segments, dtype=torch.int64, device="cpu")
         self._subsets: dict[tuple[int, ...], Tensor] = {tuple(range(len(self.parameters))): self.segments}
 
     def segments_of(self, indices: Sequence[int]) -> Tensor:

@@ -275,7 +275,7 @@ class OneRowCollector(RowCollector):
         if self._before is not None:
             self._sumsq.copy_(torch.where(self._buffer.fed[self._task], self._sumsq, self._before))
         if self._in_row is not None and not self.empty:  # padding may be anything, and adds to padding
-            whole = torch.tensor([[0, self._in_row.numel()]])
+            whole = torch.tensor([[0, self._in_row.numel()]], dtype=torch.int64, device="cpu")
             self._buffer.hold(Held(self._task, [self._in_row], whole, None))
         elif not self.empty:
             kept: list[Tensor | None] = [self._grads.get(index) for index in range(len(self._layout.parameters))]

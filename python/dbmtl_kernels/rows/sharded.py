@@ -242,7 +242,7 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
         return out
 
     def _measured_segments(self) -> Tensor:
-        return torch.tensor([[0, self._row_numel()]])
+        return torch.tensor([[0, self._row_numel()]], dtype=torch.int64, device="cpu")
 
 
 class ShardedCollector(RowCollector):
