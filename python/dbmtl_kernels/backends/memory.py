@@ -6,13 +6,52 @@ within the graph (the addresses of gradients) is uploaded from pinned memory tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def threads() -> int:
+    """With how many threads a CPU kernel may run: PyTorch's number, but one in a forked process.
+
+    OpenMP's threads do not follow into one, and its runtime, which PyTorch shares, would wait for them there.
+    """
+    return 1 if _forked else torch.get_num_threads()
+
+
+@contextmanager
+def one_thread_if_forked() -> Iterator[None]:
+    """PyTorch's operations inside keep to `threads` too. For those on whole rows: a model need not have such large ones.
+
+    A decorator as well.
+    """
+    before = torch.get_num_threads()
+    if not _forked or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def on_gpu(device: torch.device) -> bool:

@@ -185,7 +185,8 @@ class OneRowBuffer(TaskGradientBuffer):
             self.stats.sumsq.masked_fill_(self.stats.nonfinite, 0.0)
         alpha, row = alphas.max(), self._room(None if accumulate else flats)
         if not self._any:
-            row.zero_()
+            with ops.one_thread_if_forked():
+                row.zero_()
         if self.in_flats:
             segments, coefficients = self._measured_segments(), torch.stack([alpha, torch.zeros_like(alpha)])
             grads: list[Tensor | None] = [None] * len(segments)

@@ -151,6 +151,7 @@ class TaskGradientBuffer:
         self.stats.nonfinite[task] = True
         self.stats.nonfinite_steps[task] = count
 
+    @ops.one_thread_if_forked()
     def drop(self, task: int) -> None:
         """Set the row to zero. One that is on its way does not arrive; nobody waits for it."""
         if self.allocated:
@@ -258,6 +259,7 @@ class TaskGradientBuffer:
             own.masked_fill_(self.stats.nonfinite, 0.0)
         self._complete(flats)
 
+    @ops.one_thread_if_forked()
     def record(self, sums: Tensor, weights: Tensor, nonfinite: Tensor, now: Tensor, bad: Sequence[int]) -> None:
         """The stats of a balance whose weights were computed elsewhere; rows of nonfinite tasks are set to zero.
 
@@ -301,6 +303,7 @@ class TaskGradientBuffer:
         """Each parameter's part of ``flats``, of its shape, strides and placements."""
         return self.layout.views(flats)
 
+    @ops.one_thread_if_forked()
     def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
         """Make the state anew and copy the rows that stay: of ``tasks``, None being a new one of zeros."""
         stats, rows = self.stats, self.rows if self.allocated else None
@@ -327,6 +330,7 @@ class TaskGradientBuffer:
             "owner": dtensors.owner(self._mesh_of_rows()),
         }
 
+    @ops.one_thread_if_forked()
     def load(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave, here or where the rows were cut otherwise.
 
