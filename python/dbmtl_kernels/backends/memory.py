@@ -16,37 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-_forked = False
+# Whether this process was forked: then one thread must do for what is of a row's size. OpenMP's threads stay in the
+# parent, and its runtime, which PyTorch shares, would wait for them.
+forked = False
 
 
 def _note_fork() -> None:
-    global _forked
-    _forked = True
+    global forked
+    forked = True
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_note_fork)
 
 
-def threads() -> int:
-    """With how many threads a CPU kernel may run: PyTorch's number, but one in a forked process.
-
-    OpenMP's threads do not follow into one, and its runtime, which PyTorch shares, would wait for them there.
-    """
-    return 1 if _forked else torch.get_num_threads()
-
-
 @contextmanager
 def one_thread_if_forked() -> Iterator[None]:
-    """PyTorch's operations inside keep to `threads` too. For those on whole rows: a model need not have such large ones.
+    """In a forked process PyTorch's operations inside use one thread: those on whole rows, which a model does not have.
 
     A decorator as well.
     """
-    before = torch.get_num_threads()
-    if not _forked or before == 1:
+    if not forked:
         yield
         return
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield

@@ -83,7 +83,7 @@ class OneRowBuffer(TaskGradientBuffer):
         """What keeps the gradients of one backward pass for `add`; see its base."""
         if skip_zeros is True:
             skip_zeros = Zeros([self.spread] if self.spread.size > 1 else [], self.device, self.deferred, self.backend)
-        if self._scratch is None and self.early and self._dtypes == [self.layout.wide]:
+        if self._scratch is None and self.early and self._flat_is_wide():
             self._scratch = ops.allocate(self._row_numel(), dtype=self.layout.wide, device=self.device)
         return OneRowCollector(self, task, loss_scale, skip_zeros or None, self._scratch)
 
@@ -139,11 +139,15 @@ class OneRowBuffer(TaskGradientBuffer):
         self._any = True
         ops.accumulate_(row, torch.empty_like(total), grads, segments, coefficients, loss_scale, self.backend)
 
+    def _flat_is_wide(self) -> bool:
+        """Whether the sum may lie where the balanced gradient will."""
+        return [group.flat for group in self.layout.groups] == [self.layout.wide]
+
     def _room(self, flats: Flats | None) -> Tensor:
         """The row; made when something is first added."""
         if self._row is None:
             wide = self.layout.wide
-            self.in_flats = flats is not None and self._dtypes == [wide]
+            self.in_flats = flats is not None and self._flat_is_wide()
             if flats is not None and self.in_flats:
                 (self._row,) = self._outs(flats)
             else:

@@ -292,12 +292,12 @@ class TaskGradientBuffer:
     def new_flats(self) -> Flats:
         """Room for a balanced gradient: one tensor of bytes, seen as one flat tensor per parameter dtype."""
         groups = self.layout.groups
-        sizes = [(g.stop - g.start) * g.dtype.itemsize for g in groups]
+        sizes = [(g.stop - g.start) * g.flat.itemsize for g in groups]
         if len(groups) == 1:
             only = groups[0]
-            return {only.dtype: ops.allocate(only.stop - only.start, dtype=only.dtype, device=self.device)}
+            return {only.dtype: ops.allocate(only.stop - only.start, dtype=only.flat, device=self.device)}
         storage = ops.allocate(sum(sizes), dtype=torch.uint8, device=self.device)
-        return {g.dtype: part.view(g.dtype) for g, part in zip(groups, storage.split(sizes), strict=True)}
+        return {g.dtype: part.view(g.flat) for g, part in zip(groups, storage.split(sizes), strict=True)}
 
     def views(self, flats: Flats) -> list[Tensor]:
         """Each parameter's part of ``flats``, of its shape, strides and placements."""
