@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import dtensors
-from .layout import ParameterLayout, check_parameters
+from .layout import ParameterLayout, check_parameters, grad_dtype
 from .one_row import OneRowBuffer, ShardedOneRowBuffer, SplitOneRowBuffer
 from .ranks import Ranks
 from .rows import TaskGradientBuffer
@@ -41,10 +41,16 @@ def is_distributed(parameters: list[Tensor]) -> bool:
     return any(dtensors.is_dtensor(p) for p in parameters)
 
 
+def widest(parameters: Iterable[Tensor]) -> torch.dtype:
+    """A dtype that holds all of their gradients: float64 if any is of it, else float32."""
+    dtypes = {grad_dtype(p) or p.dtype for p in parameters}
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 def place(
     parameters: Iterable[Tensor],
     num_tasks: int,
-    state_dtype: torch.dtype,
+    state_dtype: torch.dtype | None,
     backend: str,
     process_group: ProcessGroup | bool | None,
     names: Sequence[str | None] | None = None,
@@ -59,7 +65,7 @@ def place(
     Args:
         parameters: leaf tensors, floating point.
         num_tasks: K.
-        state_dtype: dtype of the rows.
+        state_dtype: dtype of the rows; None for `widest`.
         backend: "auto" or a backend by name.
         process_group: the ranks that hold replicas; False for none, None if nobody said.
         names: of each parameter, for messages; None where it has none.
@@ -77,6 +83,7 @@ def place(
         raise TypeError(
             "shared_parameters are of FullyShardedDataParallel (FSDP1), which flattens them: use FSDP2's fully_shard"
         )
+    state_dtype = widest(given) if state_dtype is None else state_dtype
     ranks = _ranks(given, process_group)
     devices = {str(p.device) for p in given}
     if len(devices) > 1 and "meta" in devices:
