@@ -24,6 +24,7 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	CI=true $(PYTEST)
+	DBMTL_FOREIGN_DEFAULTS=1 $(PYTEST) -m "not slow and not exhaustive"
 
 # csrc/cpu under the address, undefined and thread sanitizers of GCC; test-all does this too.
 sanitize: $(VENV)/.dev

@@ -208,6 +208,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.counts_calls
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_is_still_there(case):
     case()

@@ -104,12 +104,13 @@ def _largest_error(backend: str, device: torch.device) -> float:
     Raises:
         RuntimeError: the backend cannot serve tensors on ``device``.
     """
-    generator = torch.Generator().manual_seed(0)
-    ema = torch.zeros(NUM_TASKS, CHECK_PARAMS, device=device)
-    exact = torch.zeros(NUM_TASKS, CHECK_PARAMS, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)
+    ema = torch.zeros(NUM_TASKS, CHECK_PARAMS, dtype=torch.float32, device=device)
+    exact = ema.to("cpu", torch.float64)
+    lengths = torch.tensor([[1e-3], [1.0], [1e3]], dtype=torch.float32, device="cpu")
     error = 0.0
     for beta in (0.9, 0.6):
-        grads = torch.randn(NUM_TASKS, CHECK_PARAMS, generator=generator) * torch.tensor([[1e-3], [1.0], [1e3]])
+        grads = torch.randn(ema.shape, generator=generator, dtype=torch.float32, device="cpu") * lengths
         ours, _ = balance_(grads.to(device), ema, beta=beta, backend=backend)
         wanted, exact, _ = reference.balance(grads.double(), exact, beta=beta)
         error = max(error, float((ours.cpu().double() - wanted).abs().max() / wanted.abs().max()))
@@ -122,7 +123,7 @@ def _bandwidths(device: torch.device) -> tuple[float, float]:
     Medians over some 0.3 s each, on tensors beyond the caches.
     """
     size = MEASURE_BYTES // 4 // (2 * NUM_TASKS)
-    grads, ema = (torch.zeros(NUM_TASKS, size, device=device) for _ in range(2))
+    grads, ema = (torch.zeros(NUM_TASKS, size, dtype=torch.float32, device=device) for _ in range(2))
     copied = _median_seconds(lambda: ema.copy_(grads), device)
     balanced = _median_seconds(lambda: balance_(grads, ema), device)
     return 2 * grads.nbytes / copied, 4 * size * (4 * NUM_TASKS + 1) / balanced

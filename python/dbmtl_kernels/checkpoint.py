@@ -68,7 +68,7 @@ def gathered(state: dict[str, Any], keep: bool = True) -> dict[str, Any]:
         elif not dtensors.is_dtensor(value):
             out[key] = value
         else:
-            whole = torch.empty(value.shape, dtype=value.dtype) if keep else None
+            whole = torch.empty(value.shape, dtype=value.dtype, device="cpu") if keep else None
             for task, row in enumerate(dtensors.whole_rows(value)):
                 if whole is not None:
                     whole[task].copy_(row)

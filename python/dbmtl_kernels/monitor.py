@@ -249,7 +249,8 @@ class Watched:
 
 def _pairs(matrix: Tensor) -> Tensor:
     """(K (K - 1) / 2,) entries above the diagonal, row by row, without a sync."""
-    row, column = torch.triu_indices(matrix.shape[0], matrix.shape[1], 1, device=matrix.device)
+    rows, columns = matrix.shape
+    row, column = torch.triu_indices(rows, columns, 1, dtype=torch.int64, device=matrix.device)
     return matrix[row, column]
 
 

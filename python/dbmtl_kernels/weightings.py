@@ -136,9 +136,8 @@ class GradNorm(nn.Module):
         self.alpha, self.lr = check_finite("alpha", alpha), check_finite("lr", lr)
         if not lr > 0.0:
             raise ValueError(f"lr must be positive, got {lr}")
-        self.register_buffer("weights", torch.ones(num_tasks, dtype=torch.float64))
-        self.register_buffer("used", torch.ones(num_tasks, dtype=torch.float64))
-        self.register_buffer("start", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+        for name, value in (("weights", 1.0), ("used", 1.0), ("start", torch.nan)):
+            self.register_buffer(name, torch.full((num_tasks,), value, dtype=torch.float64, device="cpu"))
         self._seen: tuple[Tensor, Tensor] | None = None  # tasks and losses of the Gramian to come
 
     @property
@@ -226,7 +225,8 @@ class IMTLLoss(nn.Module):
 
     def __init__(self, num_tasks: int) -> None:
         super().__init__()
-        self.scales = nn.Parameter(torch.zeros(check_num_tasks(num_tasks)))
+        device = torch.get_default_device()  # as for the parameters of any module
+        self.scales = nn.Parameter(torch.zeros(check_num_tasks(num_tasks), dtype=torch.float32, device=device))
 
     def forward(self, losses: Sequence[Tensor | None]) -> list[Tensor | None]:
         """K scalars, or None where a task is absent, to as many, in float32 at least.

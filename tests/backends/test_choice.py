@@ -44,6 +44,16 @@ def test_cpu_is_served_by_the_kernels(monkeypatch):
         dbk.balance_(torch.ones(2, 2), torch.zeros(2, 2))
 
 
+def test_a_device_without_kernels_is_served_by_pytorch_and_told_so_once():
+    with pytest.warns(RuntimeWarning, match="there are no kernels for mps tensors; using the slower eager backend"):
+        assert backends.resolve("auto", torch.device("mps")) is eager
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.resolve("auto", torch.device("mps")) is eager
+        assert backends.resolve("eager", torch.device("xpu")) is eager  # asked for
+        assert backends.resolve("auto", META) is eager  # nothing is computed there
+
+
 @pytest.mark.parametrize(("content", "reason"), [(None, "was not built.*compiler"), (b"junk", "could not be loaded")])
 def test_without_the_library(monkeypatch, tmp_path, content, reason):
     monkeypatch.setattr(native, "path", tmp_path / "libdbmtl_cpu.so")

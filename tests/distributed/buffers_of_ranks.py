@@ -5,6 +5,7 @@ Kinds: "ddp" are replicas, "fsdp" DTensors, "mixed" both in one split buffer, "t
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -202,13 +203,16 @@ def failed(kind):
 def main():
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for kind in KINDS:
-        for deferred in (False, True):
-            for early in (False, True) if kind == "ddp" and not deferred else (False,):
-                passes(kind, early, deferred)
-        for function in (never_fed, other_parameters, sits_out_and_dropped, into_no_row, failed):
-            function(kind)
-    to_another_kind()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for kind in KINDS:
+            for deferred in (False, True):
+                for early in (False, True) if kind == "ddp" and not deferred else (False,):
+                    passes(kind, early, deferred)
+            for function in (never_fed, other_parameters, sits_out_and_dropped, into_no_row, failed):
+                function(kind)
+        to_another_kind()
+    RESULTS["deprecated"] = [text for text in map(str, (one.message for one in said)) if "is deprecated" in text]
     if dist.get_rank() == 0:
         Path(sys.argv[1], "results.json").write_text(json.dumps(RESULTS))
     dist.destroy_process_group()

@@ -70,3 +70,7 @@ def test_a_gradient_that_goes_into_no_row(two, kind):
 @each_kind
 def test_a_failed_pass_of_replicas_leaves_no_row_half_written(two, kind):
     assert two[f"failed, {kind}"] == [[True] * 2] * 2
+
+
+def test_no_collective_is_deprecated(two):
+    assert two["deprecated"] == []

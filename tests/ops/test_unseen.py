@@ -46,6 +46,7 @@ def problem():
     return torch.randn(3, 40), torch.randn(3, 40)
 
 
+@pytest.mark.counts_calls
 @pytest.mark.parametrize("backend", ["native", "eager"])
 def test_past_the_dispatcher(direct, backend):
     grads, ema = problem()
@@ -133,6 +134,7 @@ def test_no_graph_of_torch_compile_holds_the_counters():
     assert torch.Tag.cudagraph_unsafe in tags
 
 
+@pytest.mark.counts_calls
 def test_inference_and_autocast(direct):
     with torch.inference_mode():
         grads, ema = problem()

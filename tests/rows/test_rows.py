@@ -2,6 +2,7 @@
 
 import copy
 
+import dbmtl_kernels as dbk
 import pytest
 import torch
 from buffers import BETA, bits, feed, gradients, make_buffer, parameters, parts_of, run_pass, same_bits
@@ -233,3 +234,29 @@ def test_room_for_one_task_allocates_no_rows():
     one.combine(torch.tensor([2.0]), flats)
     assert all(torch.equal(view, 2.0 * grad) for view, grad in zip(buffer.views(flats), grads, strict=True))
     assert not buffer.allocated
+
+
+@pytest.mark.parametrize("kind", ["plain", "split"])
+def test_by_default_a_state_holds_what_gradients_hold(kind):
+    """A float64 parameter anywhere, and all rows are; else they are float32."""
+    for dtypes, wanted in (
+        ((torch.float32, torch.bfloat16), torch.float32),
+        ((torch.bfloat16, torch.float16), torch.float32),
+        ((torch.float64, torch.float32), torch.float64),
+    ):
+        params = [torch.ones(3, dtype=dtype, requires_grad=True) for dtype in dtypes]
+        assert {part.rows.dtype for part in parts_of(make_buffer(kind, params, state=None))} == {wanted}
+        assert {part.rows.dtype for part in parts_of(make_buffer(kind, params, state=torch.bfloat16))} == {
+            torch.bfloat16
+        }
+    if hasattr(torch.Tensor, "grad_dtype"):
+        params[1].grad_dtype = torch.float64
+        assert make_buffer("plain", params[1:], state=None).rows.dtype == torch.float64
+
+
+def test_gradients_beyond_float32_of_a_float64_model_do_not_count_as_broken():
+    p = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    balancer = dbk.DBMTL([p], 2, state_dtype=None, log_transform=False, beta=0.0, keep_rows=True)
+    balancer.backward([(p * 1e40).sum(), (p * 1e39).sum()])
+    assert balancer.nonfinite_steps.tolist() == [0, 0]
+    torch.testing.assert_close(p.grad, torch.full_like(p, 2e40))

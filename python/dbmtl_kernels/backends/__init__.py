@@ -131,7 +131,7 @@ def _too_many(backend: Backend, num_tasks: int, gramian: bool) -> str | None:
 
 def _choose(device: torch.device, num_tasks: int, gramian: bool) -> Backend:
     *kernels, last = CHOICE.get(device.type, ("eager",))
-    reasons = []
+    reasons = [] if kernels or device.type == "meta" else [f"there are no kernels for {device.type} tensors"]
     for name in kernels:
         backend = get(name)
         reason = _missing(name, device) or _too_many(backend, num_tasks, gramian)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import memory
 from .arguments import DTYPES, BalanceRows, Coefficients, Gradients
 from .memory import capturing, stream_of, upload, zeros_of
 
@@ -219,7 +220,7 @@ class CLibrary:
         """Call a function on the tensors' own device, which the library takes to be the current one."""
         library = self._loaded if isinstance(self._loaded, CDLL) else self._known()
         if not self._gpu:
-            args.where.num_threads = torch.get_num_threads()
+            args.where.num_threads = 1 if memory.forked else torch.get_num_threads()
             status = getattr(library, name)(byref(args))
         else:
             elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from .arguments import BalanceRows, Coefficients, Gradients
+from .memory import one_thread_if_forked
 
 
 def missing(device: torch.device) -> str | None:
@@ -55,6 +56,7 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     return norm.square()
 
 
+@one_thread_if_forked()
 @torch.no_grad()
 def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float) -> tuple[Tensor, Tensor]:
     """The dense op, task by task."""
@@ -69,6 +71,7 @@ def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, co
     return out, norms
 
 
+@one_thread_if_forked()
 def accumulate_(
     row: Tensor | None,
     sumsq: Tensor,
@@ -100,6 +103,7 @@ def accumulate_(
     sumsq.copy_(total)
 
 
+@one_thread_if_forked()
 def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) -> None:
     """One product of a vector and a matrix."""
     work = _arithmetic(rows.dtype)
@@ -114,6 +118,7 @@ def combine_out(rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) ->
     out.copy_(total)
 
 
+@one_thread_if_forked()
 def balance_rows_(step: BalanceRows) -> None:
     """Stats, weights and the combination, K elements at a time."""
     stats, rows = step.stats, step.rows
@@ -141,6 +146,7 @@ def balance_rows_(step: BalanceRows) -> None:
         combine_out(part, weights, out, step.accumulate)
 
 
+@one_thread_if_forked()
 def gramian(rows: Tensor) -> Tensor:
     """One product of two matrices."""
     work = rows.to(_arithmetic(rows.dtype))

@@ -6,13 +6,45 @@ within the graph (the addresses of gradients) is uploaded from pinned memory tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Whether this process was forked: then one thread must do for what is of a row's size. OpenMP's threads stay in the
+# parent, and its runtime, which PyTorch shares, would wait for them.
+forked = False
+
+
+def _note_fork() -> None:
+    global forked
+    forked = True
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+@contextmanager
+def one_thread_if_forked() -> Iterator[None]:
+    """In a forked process PyTorch's operations inside use one thread: those on whole rows, which a model does not have.
+
+    A decorator as well.
+    """
+    if not forked:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def on_gpu(device: torch.device) -> bool:

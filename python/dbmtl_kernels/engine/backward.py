@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, wraps
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,23 @@ from torch.autograd import Variable
 
 from .losses import TaskLosses, loss_scale_or_none
 from .step import Engine
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def uncompiled(function: Function) -> Function:
+    """`torch.compiler.disable`, which is imported only where a compiler is: it takes 40 MB and 0.4 s."""
+    disabled: list[Any] = []
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not disabled:
+            if "torch._dynamo" not in sys.modules:
+                return function(*args, **kwargs)
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return cast(Function, call)
 
 
 def balanced_loss(engine: Engine, losses: TaskLosses, retain_graph: bool) -> Tensor:
@@ -22,6 +40,9 @@ def balanced_loss(engine: Engine, losses: TaskLosses, retain_graph: bool) -> Ten
     anchor = torch.zeros((), dtype=value.dtype, device=value.device, requires_grad=True)
     out: Tensor = _Balance.apply(anchor, value, engine, losses, retain_graph)  # type: ignore[no-untyped-call]
     return out.as_subclass(BalancedLoss)
+
+
+_BASE_OF_A_VIEW = Tensor._base.__get__  # type: ignore[union-attr]
 
 
 class BalancedLoss(Tensor):
@@ -41,6 +62,8 @@ class BalancedLoss(Tensor):
             if func is torch.autograd.grad:
                 return _grad(*args, **(kwargs or {}))
             out = func(*args, **(kwargs or {}))
+        if func == _BASE_OF_A_VIEW:  # the plain one: as another view it would have a base in turn
+            return out
         if isinstance(out, tuple | list):  # named ones of torch too
             return type(out)([cls._of(part) for part in out])
         if type(out) is Tensor and args and out is args[0]:  # in place: the tensor itself is of this kind now

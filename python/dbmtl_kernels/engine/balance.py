@@ -132,7 +132,7 @@ class BalancedGradient:
         weights = torch.zeros_like(rows.stats.weights)
         try:
             if used:
-                index = torch.tensor(used, device=weights.device)
+                index = torch.tensor(used, dtype=torch.int64, device=weights.device)
                 gramian = sums.diag() if by_norms else rows.gramian()
                 begin = getattr(weighting, "begin", None)
                 if begin is not None:

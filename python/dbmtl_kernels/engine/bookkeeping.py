@@ -165,7 +165,9 @@ class Steps:
 
     def count_on(self, device: torch.device) -> Tensor:
         """`count` as one number on the device, without a sync."""
-        return self._count if isinstance(self._count, Tensor) else torch.full((), self._count, device=device)
+        if isinstance(self._count, Tensor):
+            return self._count
+        return torch.full((), self._count, dtype=torch.int64, device=device)
 
     def snapshot(self) -> Before:
         """What `undo` needs."""
@@ -285,7 +287,7 @@ class Steps:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: numbers, and of the losses a (K,) float64 tensor."""
         known = self.losses if self.open else {}
-        losses = torch.zeros(len(self.seen), dtype=torch.float64)
+        losses = torch.zeros(len(self.seen), dtype=torch.float64, device="cpu")
         for task, loss in known.items():
             losses[task] = loss
         return {

@@ -210,6 +210,8 @@ class SharedGradients:
                     "balanced (sparse=False)"
                 )
             p.grad = None
+            if index in self.flat.of_any_dtype and not self.collected[index]:
+                self.flat.dtypes[index] = grad.dtype
             self.touched[index] = self.collected[index] = True
             grad = grad.detach() if grad.requires_grad else grad
             grads.append(dtensors.local_gradient(p, grad) if self._distributed else grad)
@@ -265,14 +267,14 @@ class SharedGradients:
         """Leave in every ``.grad`` what is due. Called again after an interrupt it adds nothing twice."""
         if (due := self.due) is None:
             return
-        left, marks, only_ours = self._left, self._marks, self._only_ours
+        left, marks, only_ours, dtypes = self._left, self._marks, self._only_ours, self.flat.dtypes
         for index, (p, grad, view) in enumerate(zip(self._parameters, due.grads, due.views, strict=True)):
             if not due.wanted[index]:
                 p.grad = grad
                 left[index] = None if due.ours else left[index]
                 continue
             if grad is None or grad is view:
-                new = view
+                new = view.to(dtypes[index]) if index in dtypes else view
             elif index in due.added:
                 new = grad
             else:

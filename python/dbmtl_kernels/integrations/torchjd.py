@@ -251,7 +251,8 @@ class _NashMTL(OnMatrix):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The number of steps and the last weights, from which the next solution starts."""
-        return {"step": int(self._nash.step), "weights": torch.tensor(self._nash.prvs_alpha, dtype=torch.float64)}
+        weights = torch.tensor(self._nash.prvs_alpha, dtype=torch.float64, device="cpu")
+        return {"step": int(self._nash.step), "weights": weights}
 
     def set_extra_state(self, state: Any) -> None:
         """Take over what `get_extra_state` gave."""
@@ -290,7 +291,8 @@ class _GradVac(Weighting[PSDMatrix], Stateful):
         super().__init__()
         self._torchjds = [GradVacWeighting(beta, eps)]  # in a list, for it not to be part of the state_dict
         self._tasks: list[int] | None = None
-        self.register_buffer("targets", torch.zeros(num_tasks, num_tasks, dtype=torch.float64))
+        targets = torch.zeros(num_tasks, num_tasks, dtype=torch.float64, device="cpu")
+        self.register_buffer("targets", targets)
 
     @property
     def num_tasks(self) -> int:
@@ -312,7 +314,8 @@ class _GradVac(Weighting[PSDMatrix], Stateful):
     def forward(self, gramian: Tensor, /) -> Tensor:
         """(k, k) Gramian of the tasks last seen, by default of all, to (k,) weights."""
         tasks, self._tasks = self._tasks, None
-        index = torch.tensor(range(self.num_tasks) if tasks is None else tasks)
+        known = range(self.num_tasks) if tasks is None else tasks
+        index = torch.tensor(known, dtype=torch.int64, device="cpu")
         if len(index) != gramian.shape[0]:
             raise ValueError(f"a Gramian of {gramian.shape[0]} tasks, and {len(index)} are known")
         theirs: Any = self._torchjds[0]

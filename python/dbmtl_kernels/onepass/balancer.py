@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import checkpoint
 from ..dbmtl import DBMTL
 from ..engine.backward import balanced_loss as exactly_balanced_loss
+from ..engine.backward import uncompiled
 from ..engine.losses import NARROW, Given, TaskLosses
 from ..engine.notices import NONE
 from ..ops import arguments
@@ -120,6 +121,7 @@ class OnePassDBMTL(DBMTL):
 
     # --- a step -----------------------------------------------------------------------------------------------
 
+    @uncompiled
     def __call__(
         self, losses: Given, *, tasks: Sequence[int | str] | None = None, retain_graph: bool = False
     ) -> Tensor:
@@ -168,6 +170,7 @@ class OnePassDBMTL(DBMTL):
         weighing = Weighing(frontier, engine.rows.stats, NONFINITE[self._recipe.nonfinite], clears, self._others)
         return balanced_loss(self._weigher, present, weighing, frontier.at_root)
 
+    @uncompiled
     def backward(self, losses: Given, *, tasks: Sequence[int | str] | None = None, retain_graph: bool = False) -> None:
         """``balancer(losses).backward()``, named."""
         self(losses, tasks=tasks, retain_graph=retain_graph).backward(retain_graph=retain_graph)

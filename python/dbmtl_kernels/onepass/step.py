@@ -93,7 +93,8 @@ class Measurement:
         total = like.new_zeros(())
         for device, some in by_device.items():
             sumsq = torch.empty(1, dtype=like.dtype, device=device)
-            sizes = torch.tensor([[0, grad.numel()] for grad in some if grad is not None])
+            numels = [[0, grad.numel()] for grad in some if grad is not None]
+            sizes = torch.tensor(numels, dtype=torch.int64, device="cpu")
             ops.accumulate_(None, sumsq, some, sizes, (0.0, 1.0))
             total = total + sumsq[0].to(like.device)
         return total.sqrt() / self._factor.abs().to(like)

@@ -33,7 +33,7 @@ from torch.nn.utils import get_total_norm
 
 from .. import backends
 from ..backends.arguments import BalanceRows, Coefficients, Stats
-from ..backends.memory import upload
+from ..backends.memory import one_thread_if_forked, upload
 from . import arguments
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "combine_out",
     "gathers_early",
     "gramian",
+    "one_thread_if_forked",
     "unseen",
     "upload",
 ]
@@ -59,6 +60,7 @@ def gathers_early(backend: str, device: torch.device, num_tasks: int) -> bool:
     return backends.resolve(backend, device, num_tasks).gathers_early(device)
 
 
+@one_thread_if_forked()
 def allocate(*shape: int, dtype: torch.dtype, device: torch.device, zero: bool = False) -> Tensor:
     """An empty (or zeroed) tensor; on a CPU with huge pages under it where that helps."""
     out = torch.empty(*shape, dtype=dtype, device=device)
@@ -125,7 +127,7 @@ def unseen(grads: Tensor, ema: Tensor) -> bool:
         return False
     plain = _plain.get(kind)
     if plain is None:
-        plain = _plain[kind] = _dispatch_keys(torch.empty(0, device=kind))
+        plain = _plain[kind] = _dispatch_keys(torch.empty(0, dtype=torch.float32, device=kind))
     return bool(_dispatch_keys(ema) == plain and _dispatch_keys(grads) == plain)
 
 

@@ -118,7 +118,7 @@ def sharded_columns(rows: Tensor, mesh: Any, num_columns: int) -> Tensor:
 
 def owner(mesh: Any) -> Tensor:
     """What tells one rank's part of a checkpoint from another's: its part of 0, 1, ... 1023; all without a mesh."""
-    numbers = torch.arange(1024)
+    numbers = torch.arange(1024, dtype=torch.int64, device="cpu")
     if mesh is None:
         return numbers
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -141,7 +141,7 @@ def _from_local(
     from torch.distributed.tensor import DTensor
 
     if stride is None:
-        stride = torch.empty(shape, device="meta").stride()
+        stride = torch.empty(shape, dtype=shard.dtype, device="meta").stride()
     # Made from a view that begins where its memory does, for torch.save takes a DTensor with an offset for a tensor
     # that holds data itself, and fails.
     first = shard.as_strided(shard.shape, shard.stride(), 0)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..ops.arguments import STATE_DTYPES
+from ..ops.arguments import GRAD_DTYPES, STATE_DTYPES
 from . import dtensors
 
 SEGMENT_BYTES = 128
@@ -20,9 +22,11 @@ class Group(NamedTuple):
     """Parameters of one dtype: columns [start, stop) of the row, a multiple of ``unit``.
 
     The first ``columns`` of them are there however many shards the row has; the rest makes the shards equal.
+    ``flat`` is the dtype of their balanced gradients: ``dtype``, unless a ``grad_dtype`` was set.
     """
 
     dtype: torch.dtype
+    flat: torch.dtype
     start: int
     stop: int
     columns: int
@@ -33,6 +37,10 @@ def describe(index: int, parameter: Tensor, name: str | None) -> str:
     """What a message calls a parameter."""
     named = "" if name is None else f" ({name!r})"
     return f"shared parameter {index}{named} of shape {tuple(parameter.shape)}"
+
+
+# The dtype of a parameter's gradient; None: that of the first to come. An attribute of tensors from torch 2.10 on.
+grad_dtype = attrgetter("grad_dtype" if hasattr(Tensor, "grad_dtype") else "dtype")
 
 
 def check_parameters(parameters: Iterable[Tensor], frozen_ok: bool = False) -> list[Tensor]:
@@ -120,6 +128,7 @@ class ParameterLayout:
         self.permuted = any(not p.is_contiguous() for p in local)
         self.distributed = any(dtensors.is_dtensor(p) for p in self.parameters)
         self._known = [(p.shape, p.stride(), p.dtype) for p in local]
+        self._grad_dtypes = list(map(grad_dtype, self.parameters))
         self.dense = [p.is_contiguous() or _is_permuted(p) for p in local]
 
         by_dtype: dict[torch.dtype, list[int]] = {}
@@ -136,11 +145,22 @@ class ParameterLayout:
                 end = _round_up(end + local[index].numel(), pad)
             columns = end - start
             end = start + _round_up(columns, pad * shards)
-            self.groups.append(Group(dtype, start, end, columns, pad))
+            flat = self._flat_dtype(dtype, members)
+            self.groups.append(Group(dtype, flat, start, end, columns, pad))
         self.row_numel = end
-        self.wide = torch.float64 if torch.float64 in (state_dtype, *by_dtype) else torch.float32
-        self.segments = torch.tensor([[o, p.numel()] for o, p in zip(offsets, local, strict=True)], dtype=torch.int64)
+        flats = (group.flat for group in self.groups)
+        self.wide = torch.float64 if torch.float64 in (state_dtype, *by_dtype, *flats) else torch.float32
+        segments = [[o, p.numel()] for o, p in zip(offsets, local, strict=True)]
+        self.segments = torch.tensor(segments, dtype=torch.int64, device="cpu")
         self._subsets: dict[tuple[int, ...], Tensor] = {tuple(range(len(self.parameters))): self.segments}
+
+    def _flat_dtype(self, dtype: torch.dtype, members: Sequence[int]) -> torch.dtype:
+        """The narrowest that holds gradients of all these; of any dtype they may be float32."""
+        found = {self._grad_dtypes[index] or torch.promote_types(dtype, torch.float32) for index in members}
+        flat = functools.reduce(torch.promote_types, found)
+        if flat not in GRAD_DTYPES:
+            raise TypeError(f"gradients can be balanced in {', '.join(map(str, GRAD_DTYPES))}, got grad_dtype {flat}")
+        return flat
 
     def segments_of(self, indices: Sequence[int]) -> Tensor:
         """The rows of `segments` of some parameters; remembered, as every step asks for the same ones."""
@@ -169,6 +189,8 @@ class ParameterLayout:
                     f"was made, and is {p.dtype} of shape {tuple(p.shape)} with strides {p.stride()} on {p.device}; "
                     "make the balancer after model.to(...), or call balancer.rebind(parameters)"
                 )
+        if list(map(grad_dtype, self.parameters)) != self._grad_dtypes:
+            raise RuntimeError("the grad_dtype of a shared parameter was changed: call balancer.rebind(parameters)")
 
     def signature(self) -> list[list[Any]]:
         """Dtype, shape and memory order of each parameter: what must agree for a state to fit."""
@@ -256,10 +278,19 @@ class FlatGradient:
 
     Args:
         rows: a buffer, which knows the layout.
+
+    Attributes:
+        flats: see `views`; empty before.
+        dtypes: of gradients in another dtype than their parameter, by index. A view of another dtype is converted.
+        of_any_dtype: those of them whose dtype is that of the first to come in a step.
     """
 
     def __init__(self, rows: Any) -> None:
         self._rows = rows
+        wanted = [(p.dtype, grad_dtype(p)) for p in rows.parameters]
+        usual = all(dtype is own for own, dtype in wanted)
+        self.dtypes = {} if usual else {index: dtype or own for index, (own, dtype) in enumerate(wanted)}
+        self.of_any_dtype = {index for index, (_, dtype) in enumerate(wanted) if dtype is None}
         self._views: list[Tensor] = []
         self._locals: list[Tensor] = []  # of DTensors what is here
         self._addresses: list[int] = []

@@ -83,7 +83,7 @@ class OneRowBuffer(TaskGradientBuffer):
         """What keeps the gradients of one backward pass for `add`; see its base."""
         if skip_zeros is True:
             skip_zeros = Zeros([self.spread] if self.spread.size > 1 else [], self.device, self.deferred, self.backend)
-        if self._scratch is None and self.early and self._dtypes == [self.layout.wide]:
+        if self._scratch is None and self.early and self._flat_is_wide():
             self._scratch = ops.allocate(self._row_numel(), dtype=self.layout.wide, device=self.device)
         return OneRowCollector(self, task, loss_scale, skip_zeros or None, self._scratch)
 
@@ -139,11 +139,15 @@ class OneRowBuffer(TaskGradientBuffer):
         self._any = True
         ops.accumulate_(row, torch.empty_like(total), grads, segments, coefficients, loss_scale, self.backend)
 
+    def _flat_is_wide(self) -> bool:
+        """Whether the sum may lie where the balanced gradient will."""
+        return [group.flat for group in self.layout.groups] == [self.layout.wide]
+
     def _room(self, flats: Flats | None) -> Tensor:
         """The row; made when something is first added."""
         if self._row is None:
             wide = self.layout.wide
-            self.in_flats = flats is not None and self._dtypes == [wide]
+            self.in_flats = flats is not None and self._flat_is_wide()
             if flats is not None and self.in_flats:
                 (self._row,) = self._outs(flats)
             else:
@@ -185,7 +189,8 @@ class OneRowBuffer(TaskGradientBuffer):
             self.stats.sumsq.masked_fill_(self.stats.nonfinite, 0.0)
         alpha, row = alphas.max(), self._room(None if accumulate else flats)
         if not self._any:
-            row.zero_()
+            with ops.one_thread_if_forked():
+                row.zero_()
         if self.in_flats:
             segments, coefficients = self._measured_segments(), torch.stack([alpha, torch.zeros_like(alpha)])
             grads: list[Tensor | None] = [None] * len(segments)
@@ -275,7 +280,7 @@ class OneRowCollector(RowCollector):
         if self._before is not None:
             self._sumsq.copy_(torch.where(self._buffer.fed[self._task], self._sumsq, self._before))
         if self._in_row is not None and not self.empty:  # padding may be anything, and adds to padding
-            whole = torch.tensor([[0, self._in_row.numel()]])
+            whole = torch.tensor([[0, self._in_row.numel()]], dtype=torch.int64, device="cpu")
             self._buffer.hold(Held(self._task, [self._in_row], whole, None))
         elif not self.empty:
             kept: list[Tensor | None] = [self._grads.get(index) for index in range(len(self._layout.parameters))]

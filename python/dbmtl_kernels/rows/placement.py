@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from . import dtensors
-from .layout import ParameterLayout, check_parameters
+from .layout import ParameterLayout, check_parameters, grad_dtype
 from .one_row import OneRowBuffer, ShardedOneRowBuffer, SplitOneRowBuffer
 from .ranks import Ranks
 from .rows import TaskGradientBuffer
@@ -42,10 +42,16 @@ def is_distributed(parameters: list[Tensor]) -> bool:
     return any(dtensors.is_dtensor(p) for p in parameters)
 
 
+def widest(parameters: Iterable[Tensor]) -> torch.dtype:
+    """A dtype that holds all of their gradients: float64 if any is of it, else float32."""
+    dtypes = {grad_dtype(p) or p.dtype for p in parameters}
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 def place(
     parameters: Iterable[Tensor],
     num_tasks: int,
-    state_dtype: torch.dtype,
+    state_dtype: torch.dtype | None,
     backend: str,
     process_group: ProcessGroup | DistributedDataParallel | bool | None,
     names: Sequence[str | None] | None = None,
@@ -60,7 +66,7 @@ def place(
     Args:
         parameters: leaf tensors, floating point.
         num_tasks: K.
-        state_dtype: dtype of the rows.
+        state_dtype: dtype of the rows; None for `widest`.
         backend: "auto" or a backend by name.
         process_group: the ranks that hold replicas, or the DistributedDataParallel that has made them so; False for
             none, None if nobody said.
@@ -79,6 +85,7 @@ def place(
         raise TypeError(
             "shared_parameters are of FullyShardedDataParallel (FSDP1), which flattens them: use FSDP2's fully_shard"
         )
+    state_dtype = widest(given) if state_dtype is None else state_dtype
     ranks = _ranks(given, process_group)
     devices = {str(p.device) for p in given}
     if len(devices) > 1 and "meta" in devices:

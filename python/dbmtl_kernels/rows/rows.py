@@ -151,6 +151,7 @@ class TaskGradientBuffer:
         self.stats.nonfinite[task] = True
         self.stats.nonfinite_steps[task] = count
 
+    @ops.one_thread_if_forked()
     def drop(self, task: int) -> None:
         """Set the row to zero. One that is on its way does not arrive; nobody waits for it."""
         if self.allocated:
@@ -258,6 +259,7 @@ class TaskGradientBuffer:
             own.masked_fill_(self.stats.nonfinite, 0.0)
         self._complete(flats)
 
+    @ops.one_thread_if_forked()
     def record(self, sums: Tensor, weights: Tensor, nonfinite: Tensor, now: Tensor, bad: Sequence[int]) -> None:
         """The stats of a balance whose weights were computed elsewhere; rows of nonfinite tasks are set to zero.
 
@@ -290,17 +292,18 @@ class TaskGradientBuffer:
     def new_flats(self) -> Flats:
         """Room for a balanced gradient: one tensor of bytes, seen as one flat tensor per parameter dtype."""
         groups = self.layout.groups
-        sizes = [(g.stop - g.start) * g.dtype.itemsize for g in groups]
+        sizes = [(g.stop - g.start) * g.flat.itemsize for g in groups]
         if len(groups) == 1:
             only = groups[0]
-            return {only.dtype: ops.allocate(only.stop - only.start, dtype=only.dtype, device=self.device)}
+            return {only.dtype: ops.allocate(only.stop - only.start, dtype=only.flat, device=self.device)}
         storage = ops.allocate(sum(sizes), dtype=torch.uint8, device=self.device)
-        return {g.dtype: part.view(g.dtype) for g, part in zip(groups, storage.split(sizes), strict=True)}
+        return {g.dtype: part.view(g.flat) for g, part in zip(groups, storage.split(sizes), strict=True)}
 
     def views(self, flats: Flats) -> list[Tensor]:
         """Each parameter's part of ``flats``, of its shape, strides and placements."""
         return self.layout.views(flats)
 
+    @ops.one_thread_if_forked()
     def reindex_tasks(self, tasks: Sequence[int | None]) -> None:
         """Make the state anew and copy the rows that stay: of ``tasks``, None being a new one of zeros."""
         stats, rows = self.stats, self.rows if self.allocated else None
@@ -327,6 +330,7 @@ class TaskGradientBuffer:
             "owner": dtensors.owner(self._mesh_of_rows()),
         }
 
+    @ops.one_thread_if_forked()
     def load(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave, here or where the rows were cut otherwise; nothing is checked."""
         mine = self.state()

@@ -15,7 +15,7 @@ from ..ops import Coefficients
 from . import dtensors
 from .collect import RowCollector
 from .layout import ParameterLayout
-from .ranks import Ranks, naming
+from .ranks import Ranks, all_gather, naming, reduce_scatter
 from .rows import Flats, TaskGradientBuffer
 from .zeros import Zeros, continued, deferred_coefficients
 
@@ -111,9 +111,7 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
         whole = mine.new_empty(self.layout.row_numel)
         for g, shard in zip(self.layout.groups, self.shards, strict=True):
             with naming(f"all-gather of the row of task {task}"):
-                dist.all_gather_into_tensor(
-                    whole[g.start : g.stop], mine[shard.local : shard.local + shard.columns], group=self.group
-                )
+                all_gather(whole[g.start : g.stop], mine[shard.local : shard.local + shard.columns], group=self.group)
         return self.layout.parts(whole)
 
     def set_row(self, task: int, numbers: Sequence[Tensor | None]) -> None:
@@ -170,7 +168,7 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
             mine = transit.mine[shard.local : shard.local + shard.columns]
             whole = transit.whole[g.start : g.stop]
             with naming(f"reduce-scatter of the gradient of task {task}"):
-                works.append(dist.reduce_scatter_tensor(mine, whole, group=self.group, async_op=True))
+                works.append(reduce_scatter(mine, whole, group=self.group, async_op=True))
         if nonzero is not None:
             with naming(f"all-reduce of whether task {task} has a gradient"):
                 works.append(dist.all_reduce(nonzero, group=self.group, async_op=True))
@@ -224,7 +222,7 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
     def _complete(self, flats: Flats) -> None:
         for g, mine in zip(self.layout.groups, self._outs(flats), strict=True):
             with naming("all-gather of the balanced gradient"):
-                dist.all_gather_into_tensor(flats[g.dtype], mine, group=self.group)
+                all_gather(flats[g.dtype], mine, group=self.group)
 
     def _mesh_of_rows(self) -> Any:
         if self._mesh is None:
@@ -242,7 +240,7 @@ class ShardedTaskGradientBuffer(TaskGradientBuffer):
         return out
 
     def _measured_segments(self) -> Tensor:
-        return torch.tensor([[0, self._row_numel()]])
+        return torch.tensor([[0, self._row_numel()]], dtype=torch.int64, device="cpu")
 
 
 class ShardedCollector(RowCollector):

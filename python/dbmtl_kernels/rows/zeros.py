@@ -52,7 +52,7 @@ class Zeros:
             else:
                 self._answer = self._found or _any_nonzero(grads)
             if self._ranks:
-                flag = torch.ones(1, device=self._device) * self._answer
+                flag = torch.ones(1, dtype=torch.float32, device=self._device) * self._answer
                 for ranks in self._ranks:
                     flag = ranks.sum(flag, "whether any gradient is not zero")
                 self._answer = flag > 0 if self.deferred else bool(flag > 0)

@@ -62,7 +62,8 @@ def missing(device: torch.device) -> str | None:
     if not launches.INTERPRETED:
         return "TRITON_INTERPRET=1 must be set before the kernels are first used"
     try:  # triton 3.6's interpreter does not run with numpy 2.4
-        launches.combine_out(torch.ones(1, 1), torch.ones(1), torch.zeros(1), False)
+        one = torch.ones(1, dtype=torch.float32, device="cpu")
+        launches.combine_out(one[None], one, torch.zeros_like(one), False)
     except Exception as error:
         return f"the interpreter of triton {version} fails with numpy {np.__version__} ({error}); numpy < 2.4 may help"
     return None

@@ -315,7 +315,7 @@ def gramian(rows: Tensor) -> Tensor:
     block = max(16, tuning.block * 4 // rows.element_size())  # as many bytes of a row in every dtype
     vec = _vector(num_params, stride)
     grid = _programs(device, tuning.programs, -(-num_params // (block * GRAMIAN_TILES)))
-    out = torch.empty(num_tasks, num_tasks, device=device)
+    out = torch.empty(num_tasks, num_tasks, dtype=torch.float32, device=device)
     with driver.current(device):
         slots = workspace(device).scratch("slots", grid * pad * pad)
         _launch(
