@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import checkpoint
 from .attachment import Attachment, check_held, watch_optimizers
 from .engine.backward import balanced_loss
 from .engine.bookkeeping import Settings
@@ -337,18 +336,27 @@ class GradientBalancer(Adjustable, Watched):
 
         Of several ranks the rows are DTensors: ``torch.distributed.checkpoint`` saves and loads them with any number.
         """
+        from . import checkpoint
+
         return checkpoint.state_of(self._engine)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, copying into this balancer's tensors.
 
+        That includes ``beta`` and what else may be set. Tasks that have names are told by them, in whatever order.
+
         Raises:
             ValueError: a state of another version, of other parameters (number, dtypes, shapes, memory order), number
-                of tasks or state dtype, or an incomplete one. Nothing is changed then.
+                of tasks or state dtype, of tasks of other names, or an incomplete one; its message begins with the path
+                of the entry. Nothing is changed then.
             RuntimeError: the context of a `task` is open.
         """
+        from . import checkpoint
+
         self._engine.turns.refuse_inside("load_state_dict()")
-        checkpoint.load(state, self._engine)
+        order = checkpoint.load(state, self._engine)
+        if order is not None:
+            self._engine.reindex_tasks(list(order))
         self._engine.copied = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -361,6 +369,8 @@ class GradientBalancer(Adjustable, Watched):
         weighting, kept = kept_in(state)
         self._begin(Shared.restored(state), state["tasks"], weighting, frozen_ok=True)
         if kept is not None:
+            from . import checkpoint
+
             checkpoint.load(kept, self._engine)
         self._engine.copied = state["copied"]
 

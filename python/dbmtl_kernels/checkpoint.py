@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from numbers import Integral, Real
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .engine.bookkeeping import SavedSteps
 from .engine.step import Engine
+from .ops.arguments import check_beta, check_beta_sigma, check_eps, check_scale
+from .ops.entries import MOST, Entry
+from .ops.tasks import TaskNames, check_task_weights
 from .rows import dtensors
 from .rows.one_row import NO_ROWS
-from .weightings import load_weighting, state_of_weighting
+from .weightings import is_max_norm, load_weighting, state_of_weighting
 
 VERSION = 3
-MOST = 2**53  # of a count: exact in float64, and no run gets there
 OTHER_ROWS = (
     "(saved of replicas, of a sharded model, or the other way? of one row for all tasks, as beta=0 has without "
     "keep_rows=True?)"
 )
 STATS = ("norms", "weights", "sumsq", "broken", "nonfinite_steps")
 AT_A_TIME = 2**20  # elements measured at once
-T = TypeVar("T")
 
 
 def state_of(engine: Engine) -> dict[str, Any]:
@@ -48,7 +47,21 @@ def state_of(engine: Engine) -> dict[str, Any]:
         "left": engine.grads.left,
         "buffer": engine.rows.state(),
         "weighting": state_of_weighting(engine.weighting),
+        "settings": _settings_of(engine),
     }
+
+
+def _settings_of(engine: Engine) -> dict[str, Any]:
+    settings, weighting = engine.steps.settings, engine.weighting
+    state: dict[str, Any] = {
+        "names": engine.steps.tasks.names, "beta": settings.beta, "beta_sigma": settings.beta_sigma,
+        "eps": settings.eps,
+    }  # fmt: skip
+    if is_max_norm(weighting):
+        state |= {"scale": weighting.scale, "norm_eps": weighting.eps}
+    if not callable(settings.task_weights):
+        state["task_weights"] = settings.task_weights
+    return state
 
 
 @torch.no_grad()
@@ -77,116 +90,12 @@ def gathered(state: dict[str, Any], keep: bool = True) -> dict[str, Any]:
     return out
 
 
-class Entry:
-    """A value in a state, and the path to it. Each method gives a plain value of one kind.
+class SavedSettings(NamedTuple):
+    """What may be set between steps; `load` leaves alone what is not in ``settings`` and ``rule``."""
 
-    All raise ValueError, which names the path, where the value is of another kind or out of range.
-    """
-
-    def __init__(self, value: Any, path: str = "state_dict") -> None:
-        self.value, self.path = value, path
-
-    def error(self, why: str) -> ValueError:
-        """To be raised."""
-        return ValueError(f"{self.path}: {why}")
-
-    def mapping(self) -> Mapping[Any, Any]:
-        """A dict."""
-        found: Mapping[Any, Any] = self._expect("a dict", isinstance(self.value, Mapping))
-        return found
-
-    def has(self, key: str) -> bool:
-        """Whether a dict has the key."""
-        return key in self.mapping()
-
-    def get(self, key: Any, hint: str = "") -> Entry:
-        """The entry of a dict; ``hint`` tells why it may be missing."""
-        if not self.has(key):
-            raise ValueError(f"{self.path}[{key!r}] is missing{hint and ' ' + hint}")
-        return Entry(self.value[key], f"{self.path}[{key!r}]")
-
-    __getitem__ = get
-
-    def optional(self, key: str, read: Callable[[Entry], T]) -> T | None:
-        """What ``read`` gives of an entry that a state may lack; None if it does."""
-        return read(self[key]) if self.has(key) else None
-
-    def entries(self, count: int | None = None) -> list[Entry]:
-        """Those of a list, of so many."""
-        found = self._expect("a list", isinstance(self.value, (list, tuple)))
-        if count is not None and len(found) != count:
-            raise self.error(f"{len(found)} entries, not {count}")
-        return [Entry(value, f"{self.path}[{index}]") for index, value in enumerate(found)]
-
-    def flag(self) -> bool:
-        """True or False, or 1 or 0."""
-        return bool(self._expect("a bool", isinstance(self.value, int) and self.value in (0, 1)))
-
-    def flags(self, count: int) -> list[bool]:
-        """A list of so many."""
-        return [entry.flag() for entry in self.entries(count)]
-
-    def count(self) -> int:
-        """An integer >= 0."""
-        whole = int(self._expect("an integer", isinstance(self.value, Integral) and not isinstance(self.value, bool)))
-        if not 0 <= whole <= MOST:
-            raise self.error(f"must be from 0 to {MOST}, got {_shown(whole)}")
-        return whole
-
-    def number(self) -> float:
-        """A finite number."""
-        value = self._expect("a number", isinstance(self.value, Real) and not isinstance(self.value, bool))
-        if not abs(value) <= sys.float_info.max:
-            raise self.error(f"must be finite, got {_shown(value)}")
-        return float(value)
-
-    def text(self) -> str:
-        """A str."""
-        return str(self._expect("a str", isinstance(self.value, str)))
-
-    def tasks(self, num_tasks: int) -> set[int]:
-        """A list of tasks."""
-        found = {entry.count(): entry for entry in self.entries()}
-        for task, entry in found.items():
-            if task >= num_tasks:
-                raise entry.error(f"task {task}, there are {num_tasks}")
-        return set(found)
-
-    def version(self, mine: int | str) -> None:
-        """Raise unless it is this one."""
-        if type(self.value) is not type(mine) or self.value != mine:
-            raise self.error(f"version {_shown(self.value)}, this is version {mine!r}")
-
-    def tensor(self, like: Tensor, dtype: bool = True) -> Tensor:
-        """A tensor of the shape of another, and of its ``dtype``, or else of any floating one."""
-        value = self._expect("a tensor", isinstance(self.value, Tensor))
-        if value.is_nested or value.layout is not torch.strided or value.is_meta:
-            raise self.error(
-                f"must be a dense tensor that holds data, got one of layout {value.layout}, {value.device}"
-            )
-        if value.dtype != like.dtype if dtype else not value.is_floating_point():
-            raise self.error(f"in {value.dtype}, here in {like.dtype}")
-        if value.shape != like.shape:
-            raise self.error(f"of shape {tuple(value.shape)}, here of shape {tuple(like.shape)} (other num_tasks?)")
-        return value  # type: ignore[no-any-return]
-
-    def require(self, good: Tensor, what: str) -> None:
-        """Raise unless it is so of every task: ``good`` is (K,) bool."""
-        if not bool(good.all()):
-            raise self.error(f"{what}; not so of task(s) {(~good).nonzero().flatten().tolist()}")
-
-    def _expect(self, kind: str, right: bool) -> Any:
-        if not right:
-            raise self.error(f"must be {kind}, got {_shown(self.value)}")
-        return self.value
-
-
-def _shown(value: Any) -> str:
-    """A value in a message, if it is a short one; else its type."""
-    if isinstance(value, str):
-        return repr(value[:40])
-    short = value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and value.bit_length() < 64)
-    return repr(value) if short else f"a value of type {type(value).__name__}"
+    names: list[str] | None
+    settings: dict[str, Any]
+    rule: dict[str, Any]
 
 
 class Saved(NamedTuple):
@@ -197,16 +106,21 @@ class Saved(NamedTuple):
     left: list[bool] | None
     buffer: dict[str, Any]
     weighting: Entry
+    settings: SavedSettings
 
 
 @torch.no_grad()
-def load(state: dict[str, Any] | Entry, engine: Engine) -> None:
+def load(state: dict[str, Any] | Entry, engine: Engine) -> list[int] | None:
     """Copy a state into the live objects, if it is of the kind of theirs. Of several ranks all must call it.
 
     All is read and checked before anything is written: types, ranges, dtypes, shapes, what numbers must have to do with
     each other. The weighting, whose loading is its own affair, comes before the rest, and is put back if it raises.
     Entries that nobody here knows are ignored: they may be of another release. So are rows that the state has and this
-    balancer does not keep, as beta = 0 reads none of an earlier step.
+    balancer does not keep, as beta = 0 reads none of an earlier step; its beta stays 0.
+
+    Returns:
+        where the tasks have other places in the state: for each that is here its place there. They have those places
+        now, until `Engine.reindex_tasks` puts them right.
 
     Raises:
         ValueError: the state does not fit; the message begins with the path of the entry. Nothing is changed then, on
@@ -221,11 +135,25 @@ def load(state: dict[str, Any] | Entry, engine: Engine) -> None:
             except ValueError as error:
                 raise saved.weighting.error(str(error)) from error
         undo.pop_all()
+    order = _apply(saved.settings, engine)
     engine.rows.load(saved.buffer)
     engine.steps.load(saved.steps, engine.rows.device)
     gone = engine.grads.resume(saved.touched, saved.left)
     if gone and not engine.steps.pending:  # saved after a step that a GradScaler skipped, say
         engine.steps.end()
+    return order
+
+
+def _apply(saved: SavedSettings, engine: Engine) -> list[int] | None:
+    tasks, order = engine.steps.tasks, None
+    if saved.names is not None:
+        if tasks.names not in (None, saved.names):
+            order = [saved.names.index(name) for name in tasks.names or ()]
+        tasks.names = saved.names
+    for target, values in ((engine.steps.settings, saved.settings), (engine.weighting, saved.rule)):
+        for name, value in values.items():
+            setattr(target, name, value)
+    return order
 
 
 @contextmanager
@@ -272,7 +200,44 @@ def _read(entry: Entry, engine: Engine) -> Saved:
         if weighting.has(key):  # what one that has not run lacks, one that has must not ask for
             _like(weighting[key], own)
     buffer = _read_buffer(entry["buffer"], rows.state(), steps.pending, torch.finfo(rows.narrow).max)
-    return Saved(steps, touched, left if written else None, buffer, weighting)
+    settings = entry.optional("settings", lambda given: _read_settings(given, engine, steps.open))
+    settings = settings or SavedSettings(None, {}, {})
+    return Saved(steps, touched, left if written else None, buffer, weighting, settings)
+
+
+def _read_settings(entry: Entry, engine: Engine, is_open: bool) -> SavedSettings:
+    names, own, num_tasks = entry["names"], engine.steps.tasks.names, engine.steps.num_tasks
+    given: list[str] | None = None
+    if names.value is not None:
+        given = [name.text() for name in names.entries(num_tasks)]
+        names.passes(TaskNames, given)
+        if own is not None and set(own) != set(given):
+            raise names.error(f"the tasks are {given}, here {own}")
+        moved = own is not None and own != given
+        if moved and (is_open or not (is_max_norm(engine.weighting) or hasattr(engine.weighting, "reindex_tasks"))):
+            raise names.error(
+                f"the tasks are in another order, {given}, here {own}, within a step or of such a weighting"
+            )
+    settings: dict[str, Any] = {
+        "beta": entry["beta"].passes(check_beta, entry["beta"].number()),
+        "beta_sigma": entry["beta_sigma"].passes(check_beta_sigma, entry["beta_sigma"].number()),
+        "eps": entry["eps"].passes(check_eps, entry["eps"].number()),
+    }
+    if engine.parts.balanced.one is not None:
+        settings["beta"] = 0.0
+    factors = entry.optional(
+        "task_weights", lambda given: given.value and [x.number() for x in given.entries(num_tasks)]
+    )
+    if entry.has("task_weights") and not callable(engine.steps.settings.task_weights):
+        if factors:
+            entry["task_weights"].passes(check_task_weights, factors, num_tasks)
+        settings["task_weights"] = factors or None
+    rule: dict[str, Any] = {}
+    if is_max_norm(engine.weighting) and entry.has("scale"):
+        scale, eps = entry["scale"], entry["norm_eps"]
+        rule["scale"] = scale.passes(check_scale, scale.value if isinstance(scale.value, str) else scale.number())
+        rule["eps"] = eps.passes(check_eps, eps.number())
+    return SavedSettings(given, settings, rule)
 
 
 def _read_steps(entry: Entry, num_tasks: int) -> SavedSteps:

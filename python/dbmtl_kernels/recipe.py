@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
 from .engine.bookkeeping import Settings, Steps
 from .engine.step import Engine
 from .ops import arguments
@@ -235,6 +234,8 @@ def pickled(attributes: dict[str, Any], engine: Engine) -> dict[str, Any]:
     Raises:
         RuntimeError: several ranks share the rows.
     """
+    from . import checkpoint
+
     if engine.ranks.size > 1 or not engine.rows.local:
         raise RuntimeError("a balancer of several ranks cannot be pickled: save its state_dict (docs/training.md)")
     shared: Shared = attributes["_shared"]

@@ -118,10 +118,9 @@ class Attempt:
         weight, length = stats.weights[task : task + 1], stats.norms[task : task + 1]
         length = torch.where(length.isnan(), first, length)  # never measured, as `OnePassDBMTL` may have it
         share = torch.where((weight != 0) & (first > 0), weight * length / first, 0.0)
-        otherwise = torch.zeros_like(share).masked_fill(passed_on, torch.nan)
-        one.combine(torch.where(finite, share * factor, otherwise), flats, self._evaluated)
-        self._evaluated = True
-        kept = finite | passed_on
+        share = torch.where(finite, share * factor, torch.zeros_like(share).masked_fill(passed_on, torch.nan))
+        one.combine(share, flats, self._evaluated)
+        self._evaluated, kept = True, finite | passed_on
         if self.rows.deferred:
             self.heads.clear({task: kept[0]})
         elif not bool(kept):

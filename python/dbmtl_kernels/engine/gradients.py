@@ -258,9 +258,8 @@ class SharedGradients:
     def take_grads(self, flats: Flats) -> None:
         """Let `put_grads` add ``flats``, which are then the caller's."""
         assert self.aside is not None
-        views = self._rows.views(flats)
         wanted = [seen and p.requires_grad for p, seen in zip(self._parameters, self.touched, strict=True)]
-        self.due = Due(self.aside.grads, views, wanted, {}, False)
+        self.due = Due(self.aside.grads, self._rows.views(flats), wanted, {}, False)
 
     @torch.no_grad()
     def put_grads(self) -> None:
@@ -333,8 +332,7 @@ class SharedGradients:
         bad = torch.stack([(~grad.isfinite()).any().to(device) for grad in changed])
         # A DTensor's shards may differ in this from rank to rank; the verdict may not.
         some, bad = self._ranks.sum(torch.stack([some, bad]).to(torch.float32), "what became of .grad") > 0
-        overflowed = bool(self._balanced.overflow().any())
-        return not bool((some & (bad if overflowed else torch.ones_like(bad))).any())
+        return not bool((some & (bad if self._balanced.overflow().any() else torch.ones_like(bad))).any())
 
     def _without_balanced(self, grads: list[Tensor | None], subtracted: dict[int, Tensor]) -> list[Tensor | None]:
         """What is in ``.grad`` besides the balanced gradient last written; what is subtracted in place is told."""

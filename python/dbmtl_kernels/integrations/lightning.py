@@ -8,8 +8,9 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ..balancer import GradientBalancer
-from ..checkpoint import Entry, gathered
+from ..checkpoint import gathered
 from ..dbmtl import DBMTL
+from ..ops.entries import Entry
 from .wrappers import Shared, balancing, make_balancer
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
-from ..checkpoint import Entry
 from ..functional import balance_
 from ..ops import arguments
+from ..ops.entries import Entry
 
 NEEDED = "0.18"
 

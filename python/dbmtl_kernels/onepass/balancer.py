@@ -16,6 +16,7 @@ from ..engine.backward import uncompiled
 from ..engine.losses import NARROW, Given, TaskLosses
 from ..engine.notices import NONE
 from ..ops import arguments
+from ..ops.entries import Entry
 from ..ops.tasks import TaskNames, TaskWeights
 from ..recipe import NONFINITE, Parameters, Shared
 from ..rows import dtensors, placement
@@ -330,12 +331,15 @@ class OnePassDBMTL(DBMTL):
                 Nothing is changed then.
         """
         self._engine.turns.refuse_inside("load_state_dict()")
-        entry, levels = checkpoint.Entry(state), self._weigher.levels
+        entry, levels = Entry(state), self._weigher.levels
         with checkpoint.agreed(self._engine):
             entry["version"].version(VERSION)
             saved, engine = levels.read(entry["levels"]), entry["engine"]
-        checkpoint.load(engine, self._engine)
+        order = checkpoint.load(engine, self._engine)
         levels.load(saved)
+        if order is not None:
+            self._engine.reindex_tasks(list(order))
+            levels.reindex_tasks(order)
         self._engine.copied = False
         self._weigher.forget()
 

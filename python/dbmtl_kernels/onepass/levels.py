@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checkpoint import Entry
+from ..ops.entries import Entry
 from .weighing import may_look
 
 DENSE_STEPS = 64  # of its steps up to here, a task is measured at each power of two: norms move fast at first
