@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from ..ops.arguments import STATE_DTYPES
 from . import dtensors
@@ -256,12 +255,16 @@ class FlatGradient:
 
     Args:
         rows: a buffer, which knows the layout.
+
+    Attributes:
+        flats: the flat tensors.
+        locals: the views; of DTensors what is here.
     """
 
     def __init__(self, rows: Any) -> None:
         self._rows = rows
         self._views: list[Tensor] = []
-        self._locals: list[Tensor] = []  # of DTensors what is here
+        self.locals: list[Tensor] = []
         self._addresses: list[int] = []
         self._memory: list[tuple[int, int]] = []  # addresses, from and to
         self._references: list[int] = []
@@ -274,14 +277,14 @@ class FlatGradient:
             storages = [flat.untyped_storage() for flat in self.flats.values()]
             self._memory = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
             self._take(list(map(_apart, self._rows.views(self.flats))))
-            self._addresses = list(map(Tensor.data_ptr, self._locals))
-        elif list(map(Tensor.data_ptr, self._locals)) != self._addresses:
-            here = zip(self._views, self._locals, self._addresses, self._rows.views(self.flats), strict=True)
+            self._addresses = list(map(Tensor.data_ptr, self.locals))
+        elif list(map(Tensor.data_ptr, self.locals)) != self._addresses:
+            here = zip(self._views, self.locals, self._addresses, self._rows.views(self.flats), strict=True)
             self._take([view if own.data_ptr() == address else _apart(new) for view, own, address, new in here])
         return self._views
 
     def _take(self, views: list[Tensor]) -> None:
-        self._views, self._locals = views, list(map(dtensors.local, views))
+        self._views, self.locals = views, list(map(dtensors.local, views))
         self._references = self._count()
 
     def _count(self) -> list[int]:
@@ -295,10 +298,6 @@ class FlatGradient:
             return False
         address = grad.untyped_storage().data_ptr()
         return any(begin <= address < end for begin, end in self._memory)
-
-    def count_write(self) -> None:
-        """Tell autograd that the views were changed: a graph that saved one must not use it unawares."""
-        increment_version([*self._views, *self._locals])
 
     def free(self, grads: Iterable[Tensor | None]) -> dict[Any, Tensor] | None:
         """`flats`, allocated if need be; None if any of ``grads`` lies there, or somebody keeps a view."""
