@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from ctypes import byref
 from functools import partial
 
 import emulator
@@ -391,4 +392,4 @@ def test_the_emulation_refuses_a_misaligned_access_as_a_device_does():
     off = c.Rows(ones.data_ptr() + 2, 0, 4, 2, 2)  # fp32 between two numbers
     args = c.CombineArgs(off, c._array(ones), c._array(out), 0, cuda._where(ones.device, 2))
     with pytest.raises(RuntimeError, match="misaligned"):
-        cuda.check(cuda.library().dbmtl_combine(args))
+        cuda.check(cuda.library().dbmtl_combine(byref(args)))

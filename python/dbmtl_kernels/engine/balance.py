@@ -43,6 +43,7 @@ class BalancedGradient:
         skip_zeros: bool = False,
     ) -> None:
         self._rows, self._steps, self._weighting, self._ranks = rows, steps, weighting, ranks
+        self._max_norm = weighting if is_max_norm(weighting) else None
         self.propagate_above = propagate_above
         self._asks_rows = skip_zeros and rows.deferred
         # Not by its class: a reload makes another of each.
@@ -54,12 +55,12 @@ class BalancedGradient:
 
         ``sums``: (K,) what `TaskGradientBuffer.sums` gives, where it is known.
         """
-        steps, weighting = self._steps, self._weighting
+        steps, max_norm = self._steps, self._max_norm
         self.writes += 1
         factors = None if steps.settings.task_weights is None else steps.factors()
-        if is_max_norm(weighting) and (factors is None or self.one is not None):
+        if max_norm is not None and (factors is None or self.one is not None):
             self._rows.balance(
-                flats, weighting.eps, weighting.scale, active=self._active(), loss_scale=steps.loss_scale,
+                flats, max_norm.eps, max_norm.scale, active=self._active(), loss_scale=steps.loss_scale,
                 propagate_above=self.propagate_above, fresh=steps.fresh, accumulate=accumulate, sums=sums,
             )  # fmt: skip
             if factors is not None:  # the row has them already
@@ -73,11 +74,11 @@ class BalancedGradient:
     def add(self, task: int, flats: Flats | None) -> None:
         """The gradient just collected into the one row; see `OneRowBuffer.add`."""
         assert self.one is not None
-        assert is_max_norm(self._weighting)
+        assert self._max_norm is not None
         finite, factors = self._steps.finite, self._steps.factors()
         self.writes += 1
         self.one.add(
-            task, self._weighting.eps, flats, None if finite is None else finite[task : task + 1],
+            task, self._max_norm.eps, flats, None if finite is None else finite[task : task + 1],
             factor=1.0 if factors is None else factors[task],
         )  # fmt: skip
 
@@ -121,7 +122,7 @@ class BalancedGradient:
         """Weights by the Gramian, times ``factors``, and the stats, as the kernels do for `MaxNorm`."""
         rows, steps, weighting = self._rows, self._steps, self._weighting
         sums = rows.sums() if sums is None else sums
-        by_norms = is_max_norm(weighting)  # all it asks of the Gramian are these sums
+        by_norms = self._max_norm is not None  # all it asks of the Gramian are these sums
         # The Gramian may be narrower than the sums; what does not fit is not given to a solver.
         largest = None if by_norms else 0.999 * torch.finfo(rows.narrow).max
         nonfinite, now = reference.nonfinite(sums, rows.stats.nonfinite, steps.fresh, largest)

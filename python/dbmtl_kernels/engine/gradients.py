@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.utils.hooks import RemovableHandle
 
 from ..rows import dtensors
@@ -252,7 +253,7 @@ class SharedGradients:
                 view.zero_()
         self.undefined = ours
         self._balanced.compute(flat.flats, bool(ours), sums)
-        flat.count_write()
+        increment_version([*views, *flat.locals])  # a graph that saved one must not use it unawares
         self.due, self.undefined = Due(grads, views, wanted, {}, True), set()
 
     def take_grads(self, flats: Flats) -> None:
@@ -280,7 +281,8 @@ class SharedGradients:
                 new = due.added[index] = grad.add_(view)
             p.grad = new
             if due.ours:
-                left[index], marks[index], only_ours[index] = new, self._mark(new), int(grad is None)
+                left[index], only_ours[index] = new, int(grad is None)
+                marks[index] = new._version, 0 if self._distributed else new.data_ptr()  # as `_mark`
         self.written, self.aside, self.due = self.written or due.ours, None, None
 
     def was_dropped(self) -> bool:

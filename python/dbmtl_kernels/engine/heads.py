@@ -104,7 +104,8 @@ class HeadGradients:
             RuntimeError: with several ranks, a head is hidden in a re-entrant checkpoint.
         """
         self._heads = {}
-        if (named := self._named) is not None:  # as if its last forward pass had been inside no_sync()
+        if self._ranks.wrapper is not None and (named := self._named) is not None:
+            # As if its last forward pass had been inside no_sync().
             named.reducer._reset_state()
         wrapped = []
         if self._ranks.size > 1:
@@ -175,7 +176,7 @@ class HeadGradients:
             out: Tensor = loss_values.LogOfMean.apply(loss, mean, eps)  # type: ignore[no-untyped-call]
             return out
 
-        named = self._named
+        named = None if self._ranks.wrapper is None else self._named
         try:
             try:
                 loss_values.shared_log = loss_values.SharedLog(log_of, several)

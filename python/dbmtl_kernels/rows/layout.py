@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from ..ops.arguments import GRAD_DTYPES, STATE_DTYPES
 from . import dtensors
@@ -281,6 +280,7 @@ class FlatGradient:
 
     Attributes:
         flats: see `views`; empty before.
+        locals: the views; of DTensors what is here.
         dtypes: of gradients in another dtype than their parameter, by index. A view of another dtype is converted.
         of_any_dtype: those of them whose dtype is that of the first to come in a step.
     """
@@ -292,7 +292,7 @@ class FlatGradient:
         self.dtypes = {} if usual else {index: dtype or own for index, (own, dtype) in enumerate(wanted)}
         self.of_any_dtype = {index for index, (_, dtype) in enumerate(wanted) if dtype is None}
         self._views: list[Tensor] = []
-        self._locals: list[Tensor] = []  # of DTensors what is here
+        self.locals: list[Tensor] = []
         self._addresses: list[int] = []
         self._memory: list[tuple[int, int]] = []  # addresses, from and to
         self._references: list[int] = []
@@ -305,14 +305,14 @@ class FlatGradient:
             storages = [flat.untyped_storage() for flat in self.flats.values()]
             self._memory = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
             self._take(list(map(_apart, self._rows.views(self.flats))))
-            self._addresses = list(map(Tensor.data_ptr, self._locals))
-        elif list(map(Tensor.data_ptr, self._locals)) != self._addresses:
-            here = zip(self._views, self._locals, self._addresses, self._rows.views(self.flats), strict=True)
+            self._addresses = list(map(Tensor.data_ptr, self.locals))
+        elif list(map(Tensor.data_ptr, self.locals)) != self._addresses:
+            here = zip(self._views, self.locals, self._addresses, self._rows.views(self.flats), strict=True)
             self._take([view if own.data_ptr() == address else _apart(new) for view, own, address, new in here])
         return self._views
 
     def _take(self, views: list[Tensor]) -> None:
-        self._views, self._locals = views, list(map(dtensors.local, views))
+        self._views, self.locals = views, list(map(dtensors.local, views))
         self._references = self._count()
 
     def _count(self) -> list[int]:
@@ -326,10 +326,6 @@ class FlatGradient:
             return False
         address = grad.untyped_storage().data_ptr()
         return any(begin <= address < end for begin, end in self._memory)
-
-    def count_write(self) -> None:
-        """Tell autograd that the views were changed: a graph that saved one must not use it unawares."""
-        increment_version([*self._views, *self._locals])
 
     def free(self, grads: Iterable[Tensor | None]) -> dict[Any, Tensor] | None:
         """`flats`, allocated if need be; None if any of ``grads`` lies there, or somebody keeps a view."""
