@@ -319,10 +319,8 @@ class SharedGradients:
         """Whether nothing is left of what was written; values are looked at only where they changed."""
         changed, any_left = [], False
         for grad, left, mark in zip(grads, self._left, self._marks, strict=True):
-            if left is None:
-                continue
-            any_left = True
-            if grad is not left:
+            any_left = any_left or left is not None
+            if left is None or grad is not left:
                 continue
             if self._mark(left) == mark:
                 return False
