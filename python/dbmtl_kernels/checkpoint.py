@@ -225,13 +225,12 @@ def _read_settings(entry: Entry, engine: Engine, is_open: bool) -> SavedSettings
     }
     if engine.parts.balanced.one is not None:
         settings["beta"] = 0.0
-    factors = entry.optional(
-        "task_weights", lambda given: given.value and [x.number() for x in given.entries(num_tasks)]
-    )
     if entry.has("task_weights") and not callable(engine.steps.settings.task_weights):
-        if factors:
-            entry["task_weights"].passes(check_task_weights, factors, num_tasks)
-        settings["task_weights"] = factors or None
+        given_factors, factors = entry["task_weights"], None
+        if given_factors.value is not None:
+            factors = [factor.number() for factor in given_factors.entries(num_tasks)]
+            given_factors.passes(check_task_weights, factors, num_tasks)
+        settings["task_weights"] = factors
     rule: dict[str, Any] = {}
     if is_max_norm(engine.weighting) and entry.has("scale"):
         scale, eps = entry["scale"], entry["norm_eps"]

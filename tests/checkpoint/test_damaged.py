@@ -11,7 +11,7 @@ from balancers import KINDS, Training, bits, everything
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-QUICK, ALL = 8, 150  # examples of each of the 14 kinds
+QUICK, ALL = 8, 150  # examples of each of the 15 kinds
 WRONG = {
     "None": None, "a text": "abc", "negative": -7, "huge": 2**70, "too huge for a float": 10**400, "half": 0.5,
     "nan": float("nan"), "inf": float("inf"), "True": True, "one": 1, "a task that is not there": [99],

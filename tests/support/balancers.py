@@ -55,6 +55,7 @@ KINDS = OrderedDict(
     {
         "rows": (dbmtl(), False, None),
         "rows, within a step": (dbmtl(beta=0.5), False, K),
+        "rows, named tasks": (lambda shared: dbk.DBMTL(shared, ["a", "b", "c"], task_weights=[1, 2, 3]), False, None),
         "rows, a task waits": (dbmtl(beta=0.5), False, 1),
         "float64 rows": (dbmtl(state_dtype=torch.float64), False, K),
         "bfloat16 rows": (dbmtl(state_dtype=torch.bfloat16), False, None),
