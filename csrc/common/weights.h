@@ -15,6 +15,9 @@ constexpr double kLargest = 3.4028234663852886e38;
 // Neither infinite nor NaN; x is not negative.
 DBMTL_HD inline bool is_finite(double x) { return x <= 1.7976931348623157e308; }
 
+// A norm as it is told in fp32: one that is finite does not look as if it were not.
+DBMTL_HD inline double told(double norm) { return is_finite(norm) && norm > kLargest ? kLargest : norm; }
+
 // Alpha from the norms of the tasks in use. Counting ranks for the median needs no scratch, and K is small.
 DBMTL_HD inline double alpha_of(const double* norms, const uint8_t* use, int64_t num_tasks,
                                 const dbmtl_weighting& w) {

@@ -68,6 +68,9 @@ extern "C" int32_t dbmtl_balance(const dbmtl_balance_args* args) {
       combine(mine, used, next, at(args->out.data, begin, args->out.dtype), n, false, streaming);
     }
   }
-  for (int64_t t = 0; t < num_tasks; ++t) put(args->norms, t, ema.dtype == DBMTL_F64, norms[t]);
+  for (int64_t t = 0; t < num_tasks; ++t) {
+    const bool wide = ema.dtype == DBMTL_F64;
+    put(args->norms, t, wide, wide ? norms[t] : told(norms[t]));
+  }
   return DBMTL_OK;
 }

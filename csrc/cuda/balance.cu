@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 1) balance_kernel(const __grid_const
       if (std::is_same<S, double>::value)
         static_cast<double*>(a.call.norms)[t] = part.norms[t];
       else
-        static_cast<float*>(a.call.norms)[t] = float(part.norms[t]);
+        static_cast<float*>(a.call.norms)[t] = float(told(part.norms[t]));
     }
   }
   forget = __syncthreads_or(forget);

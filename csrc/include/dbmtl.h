@@ -79,7 +79,8 @@ typedef struct {
 } dbmtl_where;
 
 /* ema   <- beta * ema + (1 - beta) * grads                 [num_tasks, num_params], in place; beta in [0, 1)
- * norms <- ||ema_t||                                        [num_tasks], f64 if ema is f64, else f32
+ * norms <- ||ema_t||                                        [num_tasks], f64 if ema is f64, else f32;
+ *                                                            a finite one is at most the largest f32
  * out   <- sum_t alpha / (norms_t + eps) * ema_t            [num_params]
  *
  * With one task and any scale but CONSTANT the weight is exactly 1. A task whose norm is not finite has weight 0 and

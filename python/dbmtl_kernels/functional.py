@@ -41,7 +41,7 @@ def balance_(
     Returns:
         ``grad`` (P,) in the dtype of grads and ``norms`` (K,), the norms of the new ema, in float32 (float64 with
         float64). A task whose norm is not finite has weight 0, and its row of ema is set to zero so that it starts
-        afresh; its entry in ``norms`` shows what happened.
+        afresh; its entry in ``norms`` shows what happened. A finite norm beyond float32 is told as its largest number.
 
     Raises:
         ValueError: a shape, a non-contiguous ema, beta, eps, scale or an unknown backend.

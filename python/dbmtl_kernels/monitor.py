@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import reference
 from .engine.step import Engine
 from .ops.tasks import TaskNames
 from .weightings import Weighting, is_max_norm
@@ -41,7 +42,7 @@ class Monitor:
     @property
     def norms(self) -> Tensor:
         """(K,) norms; see `GradientBalancer.norms`."""
-        return self._engine.rows.stats.norms.to(self._engine.rows.narrow, copy=True)
+        return reference.told(self._engine.rows.stats.norms, self._engine.rows.narrow)
 
     @property
     def weights(self) -> Tensor:

@@ -20,6 +20,11 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
+def told(norms: Tensor, dtype: torch.dtype) -> Tensor:
+    """Norms in another dtype, where one that is finite does not look as if it were not; a copy."""
+    return torch.where(norms.isfinite(), norms.clamp(max=torch.finfo(dtype).max), norms).to(dtype)
+
+
 def weights(norms: Tensor, eps: float = 1e-8, scale: str | float = "max", active: Tensor | None = None) -> Tensor:
     """Weights ``alpha / (norms + eps)`` that bring every task gradient to the length alpha.
 
@@ -108,4 +113,4 @@ def balance(
     norms = m.double().square().sum(dim=1).sqrt()
     w = weights(norms, eps, scale)
     new_ema = torch.where(torch.isfinite(norms)[:, None], m, torch.zeros_like(m))
-    return combine(new_ema, w).to(grads.dtype), new_ema, norms.to(_wide(ema).dtype)
+    return combine(new_ema, w).to(grads.dtype), new_ema, told(norms, _wide(ema).dtype)

@@ -257,3 +257,11 @@ def test_a_logger_gets_every_pair_of_few_tasks_and_a_summary_of_each_of_many(num
     others = cosine[~np.eye(num_tasks, dtype=bool)].reshape(num_tasks, -1)
     close([numbers[f"cosine_mean/{t}"] for t in range(num_tasks)], others.mean(1), 1e-6)
     close([numbers[f"cosine_min/{t}"] for t in range(num_tasks)], others.min(1), 1e-6)
+
+
+def test_a_finite_norm_beyond_float32_is_told_as_the_largest():
+    p = torch.ones(4, requires_grad=True)
+    balancer = dbk.DBMTL([p], 2, beta=0.0, keep_rows=True, log_transform=False)
+    balancer.backward([(p * torch.tensor([3e38, -3e38, 3e38, -3e38])).sum(), p.sum()])
+    assert balancer.norms.tolist() == [torch.finfo(torch.float32).max, 2.0]
+    assert balancer.nonfinite_steps.tolist() == [0, 0]

@@ -195,3 +195,20 @@ def test_compile_fullgraph(compiler):
         actual = compiled(grads, ema)
         torch.testing.assert_close(actual, expected)
         assert torch.equal(ema, eager_ema)
+
+
+@pytest.mark.parametrize(
+    "backend", ["native", "eager", "cuda", "reference", pytest.param("triton", marks=pytest.mark.interpreter)]
+)
+def test_a_norm_beyond_float32_is_weighted_and_told_as_the_largest(backend):
+    """Not finite is told of a task that sits out alone."""
+    grads = torch.tensor([[3e38, 3e38, 3e38, -3e38], [1e38, 0.0, 0.0, 0.0], [torch.inf, 0.0, 0.0, 0.0]])
+    ema = torch.zeros(3, 4)
+    options = {"beta": 0.0, "scale": 1.0}
+    if backend == "reference":
+        grad, ema, norms = dbk.reference.balance(grads, ema, **options)
+    else:
+        grad, norms = dbk.balance_(grads, ema, backend=backend, **options)
+    assert norms.tolist() == [torch.finfo(torch.float32).max, grads[1, 0], torch.inf]
+    torch.testing.assert_close(grad, torch.tensor([1.5, 0.5, 0.5, -0.5]))
+    assert torch.equal(ema, torch.cat([grads[:2], torch.zeros(1, 4)]))

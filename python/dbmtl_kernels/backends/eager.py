@@ -60,15 +60,18 @@ def _sum_of_squares(x: Tensor) -> Tensor:
 @torch.no_grad()
 def balance_(grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float) -> tuple[Tensor, Tensor]:
     """The dense op, task by task."""
-    norms = torch.empty(ema.shape[0], dtype=_arithmetic(ema.dtype), device=ema.device)
+    wide = torch.float64 if ema.device.type == "cpu" else _arithmetic(ema.dtype)
+    norms = torch.empty(ema.shape[0], dtype=wide, device=ema.device)
     for t in range(ema.shape[0]):
         _update(ema[t], grads[t], beta, 1.0 - beta)
         norms[t] = _sum_of_squares(ema[t]).sqrt()
-    weights = reference.weights(norms, eps, constant if scale == "constant" else scale)
+    told = reference.told(norms, _arithmetic(ema.dtype))
+    beyond = norms.dtype != told.dtype and bool((norms > torch.finfo(told.dtype).max).any())  # on a CPU alone
+    weights = reference.weights(norms if beyond else told, eps, constant if scale == "constant" else scale)
     ema.masked_fill_(~torch.isfinite(norms)[:, None], 0.0)
     out = torch.empty(ema.shape[1], dtype=grads.dtype, device=ema.device)
     combine_out(ema, weights, out, accumulate=False)
-    return out, norms
+    return out, told
 
 
 @one_thread_if_forked()

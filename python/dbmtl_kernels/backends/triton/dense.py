@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .kernels import (
     ARRIVED,
+    LARGEST,
     OPENED,
     TILES,
     combine_tiles,
@@ -61,7 +62,10 @@ def form_weights(
     task = index < num_tasks
     sumsq = sum_slots(slots, num_slots(static_rounds(num_tiles), num_tiles), K_PAD, SLOTS_AT_ONCE)
     norms, w = weights_of(sumsq, task, eps, constant, num_tasks, K_PAD, SCALE)
-    tl.store(norms_out + index, norms.to(norms_out.dtype.element_ty), mask=task)
+    told = norms  # one that is finite does not look as if it were not
+    if norms_out.dtype.element_ty == tl.float32:
+        told = tl.where(not_finite(norms), norms, tl.minimum(norms, LARGEST))
+    tl.store(norms_out + index, told.to(norms_out.dtype.element_ty), mask=task)
     tl.store(weights + index, w, mask=task)
     tl.store(weights + num_tasks + index, (task & not_finite(norms)).to(tl.float64), mask=task)
 
