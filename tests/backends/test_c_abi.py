@@ -210,7 +210,7 @@ def test_any_number_of_threads_gives_the_same_bits():
     for threads in (1, 3, LAST):
         grams.append(torch.empty(3, 3))
         args = c.GramianArgs(c._rows(rows), c._array(grams[-1]), c.Where(threads, None, None))
-        native.check(native.library().dbmtl_gramian(args))
+        native.check(native.library().dbmtl_gramian(ctypes.byref(args)))
     assert torch.equal(grams[0], grams[1])
     assert torch.equal(grams[0], grams[2])
 
