@@ -12,10 +12,9 @@ from dbmtl_kernels import __main__ as command
 from torch import nn
 
 FILES = sorted(str(path.relative_to(defaults.PACKAGE)) for path in defaults.PACKAGE.rglob("*.py"))
-NEXT = pytest.mark.xfail(strict=True, reason="loss_scale_on: named with the next change of that file")
 
 
-@pytest.mark.parametrize("file", [pytest.param(f, marks=NEXT) if f == "engine/losses.py" else f for f in FILES])
+@pytest.mark.parametrize("file", FILES)
 def test_every_factory_names_its_device_and_dtype(file):
     assert defaults.without_defaults((defaults.PACKAGE / file).read_text()) == []
 

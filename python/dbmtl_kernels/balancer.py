@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .attachment import Attachment, check_held, watch_optimizers
-from .engine.backward import balanced_loss
+from .engine.backward import balanced_loss, uncompiled
 from .engine.bookkeeping import Settings
 from .engine.losses import Given, TaskLosses
 from .monitor import Watched
@@ -71,8 +71,9 @@ class GradientBalancer(Adjustable, Watched):
             them. (A constant factor of a loss cancels in its log.) Heads are left alone. Takes a sync on a GPU.
         log_transform: balance the logs of the losses given. False takes the losses as they are. With `task` the
             caller runs backward, on a ``log_transform(loss)`` or not.
-        state_dtype: dtype of the rows: float32, bfloat16 (rounded to nearest) or float64. Memory held: (K + 1) P
-            elements; of N replicas each holds K P / N + 2 P (3 P on a CPU), of a sharded model K + 1 times its shard.
+        state_dtype: dtype of the rows: float32, bfloat16 (rounded to nearest) or float64. None: float64 if any shared
+            parameter is, else float32. Memory held: (K + 1) P elements; of N replicas each holds K P / N + 2 P (3 P on
+            a CPU), of a sharded model K + 1 times its shard.
         backend: "auto", or a backend by name.
         process_group: the ranks that hold replicas of these parameters, each with a part of the batch. None: there is
             only this process, or the parameters are DTensors, whose mesh tells. False: leave each rank alone.
@@ -108,7 +109,7 @@ class GradientBalancer(Adjustable, Watched):
         eps: float = 1e-8,
         task_weights: TaskWeights | None = None,
         log_transform: bool = False,
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | None = None,
         backend: str = "auto",
         process_group: ProcessGroup | bool | None = None,
         capturable: bool = False,
@@ -140,6 +141,7 @@ class GradientBalancer(Adjustable, Watched):
 
     # --- a step -----------------------------------------------------------------------------------------------
 
+    @uncompiled
     def __call__(
         self, losses: Given, *, tasks: Sequence[int | str] | None = None, retain_graph: bool = False
     ) -> Tensor:
@@ -169,7 +171,8 @@ class GradientBalancer(Adjustable, Watched):
                 which the balancer was told nothing, or a DistributedDataParallel outside its ``no_sync()``; a
                 collective failed.
         """
-        present = self._losses(losses, tasks)
+        settings, steps = self._settings, self._engine.steps
+        present = TaskLosses(losses, tasks, steps.tasks, settings.eps if self.log_transform else None)
         if not torch.is_grad_enabled():
             present.check_logarithms()
             return present.total()
@@ -178,10 +181,12 @@ class GradientBalancer(Adjustable, Watched):
         self._engine.prepare(present)
         return balanced_loss(self._engine, present, retain_graph)
 
+    @uncompiled
     def backward(self, losses: Given, *, tasks: Sequence[int | str] | None = None, retain_graph: bool = False) -> None:
         """``balancer(losses).backward()``, named. Arguments and errors as for `__call__`."""
-        present = self._losses(losses, tasks)
-        if not self._settings.enabled:
+        settings, steps = self._settings, self._engine.steps
+        present = TaskLosses(losses, tasks, steps.tasks, settings.eps if self.log_transform else None)
+        if not settings.enabled:
             self._engine.plain(present).backward(retain_graph=retain_graph)
             return
         self._engine.prepare(present)
@@ -209,6 +214,7 @@ class GradientBalancer(Adjustable, Watched):
             return nullcontext()
         return self._engine.task(task, loss_scale, self.log_transform)
 
+    @uncompiled
     def balance(self) -> None:
         """Write the balanced gradient of the tasks entered with `task` to ``.grad``, if not all of them were.
 

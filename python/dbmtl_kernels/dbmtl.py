@@ -40,7 +40,7 @@ class DBMTL(GradientBalancer):
         scale: alpha: "max" (the method), "mean", "median", "min", or a number.
         task_weights: K numbers >= 0, or a function from the step to them; see `GradientBalancer`.
         log_transform: balance the logs of the losses given; False takes the losses as they are.
-        state_dtype: dtype of the EMA: float32, bfloat16 or float64.
+        state_dtype: dtype of the EMA: float32, bfloat16 or float64; None as for `GradientBalancer`.
         backend: "auto", or a backend by name.
         process_group: the ranks that hold replicas of these parameters; None or False as for `GradientBalancer`.
         capturable: keep the step count and the coefficients on the device, for a CUDA graph.
@@ -65,7 +65,7 @@ class DBMTL(GradientBalancer):
         scale: str | float = "max",
         task_weights: TaskWeights | None = None,
         log_transform: bool = True,
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | None = None,
         backend: str = "auto",
         process_group: ProcessGroup | bool | None = None,
         capturable: bool = False,

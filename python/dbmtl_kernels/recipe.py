@@ -72,7 +72,7 @@ class Shared(NamedTuple):
 class Recipe(NamedTuple):
     """Options of a balancer, as it was given them."""
 
-    state_dtype: torch.dtype
+    state_dtype: torch.dtype | None
     backend: str
     process_group: ProcessGroup | bool | None
     capturable: bool
@@ -109,7 +109,7 @@ class Recipe(NamedTuple):
         engine.use(rows)
         engine.grads.touched[:] = [id(p) in touched for p in rows.parameters]
 
-    def _how(self) -> tuple[torch.dtype, str, ProcessGroup | bool | None]:
+    def _how(self) -> tuple[torch.dtype | None, str, ProcessGroup | bool | None]:
         return self.state_dtype, self.backend, self.process_group
 
 

@@ -4,15 +4,12 @@ import dbmtl_kernels as dbk
 import pytest
 import torch
 import torch._dynamo
-from dbmtl_kernels.engine.backward import uncompiled
 from torch import nn
 from torch._dynamo import compiled_autograd
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler(monkeypatch):
-    for name in ("__call__", "backward", "balance"):
-        monkeypatch.setattr(dbk.GradientBalancer, name, uncompiled(dbk.GradientBalancer.__dict__[name]))
+def _fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

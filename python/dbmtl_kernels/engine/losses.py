@@ -268,7 +268,10 @@ def loss_scale_or_none(scale: Tensor) -> Tensor | None:
 
 def loss_scale_on(device: torch.device, scale: float | Tensor) -> Tensor:
     """The factor as a tensor on the device; a number gets there without a wait."""
-    return scale.to(device) if isinstance(scale, Tensor) else torch.full((), float(scale), device=device)
+    if isinstance(scale, Tensor):
+        return scale.to(device)
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    return torch.full((), float(scale), dtype=wide, device=device)
 
 
 class SharedLog(NamedTuple):

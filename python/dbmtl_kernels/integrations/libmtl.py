@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from ..dbmtl import DBMTL
@@ -83,12 +82,10 @@ class DB_MTL(nn.Module):  # noqa: N801 - LibMTL looks it up by this name
 def _engine(shared: list[Tensor], num_tasks: int) -> DBMTL:
     parameters = _trainable(shared)
     frozen = [p for p in parameters if not p.requires_grad]
-    wide = any(p.dtype == torch.float64 for p in parameters)
     try:
         for p in frozen:  # they may be thawed later: the engine must know them
             p.requires_grad_(True)
-        state_dtype = torch.float64 if wide else torch.float32
-        return DBMTL(parameters, num_tasks, state_dtype=state_dtype, zero_gradients="count")  # as LibMTL does
+        return DBMTL(parameters, num_tasks, zero_gradients="count")  # as LibMTL does
     finally:
         for p in frozen:
             p.requires_grad_(False)

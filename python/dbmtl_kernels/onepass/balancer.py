@@ -97,11 +97,9 @@ class OnePassDBMTL(DBMTL):
         self._measure_every, self.strict = arguments.check_count("measure_every", measure_every), strict
         self._full = FULL_EVERY if arguments.check_choice("audit", audit, AUDITS) else 0
         shared = Shared.of(shared_parameters)
-        wide = any(isinstance(p, Tensor) and p.dtype == torch.float64 for p in shared.parameters)
         super().__init__(
             shared, num_tasks, beta=0.0,  # type: ignore[arg-type]
-            beta_sigma=0.0, eps=eps, scale=scale, task_weights=task_weights,
-            log_transform=log_transform, state_dtype=torch.float64 if wide else torch.float32,
+            beta_sigma=0.0, eps=eps, scale=scale, task_weights=task_weights, log_transform=log_transform,
             process_group=process_group, nonfinite=nonfinite,
         )  # fmt: skip
 

@@ -109,7 +109,10 @@ class Entry:
                 f"must be a dense tensor that holds data, got one of layout {value.layout}, {value.device}"
             )
         if value.dtype != like.dtype if dtype else not value.is_floating_point():
-            raise self.error(f"in {value.dtype}, here in {like.dtype}")
+            remedy = ""
+            if self.path.count("['rows']") and value.dtype.is_floating_point:
+                remedy = f": make the balancer with state_dtype={value.dtype}"
+            raise self.error(f"in {value.dtype}, here in {like.dtype}{remedy}")
         if value.shape != like.shape:
             raise self.error(f"of shape {tuple(value.shape)}, here of shape {tuple(like.shape)} (other num_tasks?)")
         return value  # type: ignore[no-any-return]
