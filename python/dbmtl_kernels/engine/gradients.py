@@ -96,11 +96,11 @@ class SharedGradients:
         self._bytes = 0  # of those
         self.flat = FlatGradient(rows)
         self.due: Due | None = None
-        self.undefined: set[int] = set()
+        self.undefined = set[int]()
         # What was written in this step: the tensor left in .grad (None where nothing of ours is), what `_mark` gave
         # then, and whether it held nothing else.
-        self._left: list[Tensor | None] = [None] * len(self._parameters)
-        self._marks, self._only_ours = [(0, 0)] * len(self._parameters), [0] * len(self._parameters)
+        self._left: list[Tensor | None] = [None] * len(rows.parameters)
+        self._marks, self._only_ours = [(0, 0)] * len(rows.parameters), [0] * len(rows.parameters)
 
     # --- before the passes ------------------------------------------------------------------------------------
 
@@ -114,8 +114,7 @@ class SharedGradients:
             RuntimeError: a balanced gradient of the open step was replaced by another tensor.
         """
         grads = [p.grad for p in self._parameters]
-        record = self.written, self._left
-        subtracted: dict[int, Tensor] = {}
+        record, subtracted = (self.written, self._left), dict[int, Tensor]()
         try:
             rest, balanced, dropped = grads, self.written and not keep, False
             if balanced:
@@ -266,7 +265,7 @@ class SharedGradients:
         """Leave in every ``.grad`` what is due. Called again after an interrupt it adds nothing twice."""
         if (due := self.due) is None:
             return
-        left, marks, only_ours = self._left, self._marks, self._only_ours
+        left, marks, only_ours, distributed = self._left, self._marks, self._only_ours, self._distributed
         for index, (p, grad, view) in enumerate(zip(self._parameters, due.grads, due.views, strict=True)):
             if not due.wanted[index]:
                 p.grad = grad
@@ -280,8 +279,8 @@ class SharedGradients:
                 new = due.added[index] = grad.add_(view)
             p.grad = new
             if due.ours:
-                left[index], only_ours[index] = new, int(grad is None)
-                marks[index] = new._version, 0 if self._distributed else new.data_ptr()  # as `_mark`
+                address = 0 if distributed else new.data_ptr()
+                left[index], marks[index], only_ours[index] = new, (new._version, address), int(grad is None)
         self.written, self.aside, self.due = self.written or due.ours, None, None
 
     def was_dropped(self) -> bool:
@@ -338,8 +337,7 @@ class SharedGradients:
 
     def _without_balanced(self, grads: list[Tensor | None], subtracted: dict[int, Tensor]) -> list[Tensor | None]:
         """What is in ``.grad`` besides the balanced gradient last written; what is subtracted in place is told."""
-        rest = list(grads)
-        mixed = []
+        rest, mixed = list(grads), []
         for index, (grad, left) in enumerate(zip(grads, self._left, strict=True)):
             if left is None or grad is None or not self._parameters[index].requires_grad:  # frozen: it is the caller's
                 continue
