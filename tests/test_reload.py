@@ -23,8 +23,8 @@ from dbmtl_kernels import ops
 gc.collect()
 assert torch.equal(operate(), wanted)
 torch.compile(dbk.balance_, fullgraph=True, backend="aot_eager")(torch.ones(2, 4), torch.zeros(2, 4))
-calls, real = [], ops.balance_
-ops.balance_ = lambda *args: calls.append(args) or real(*args)
+calls, real = [], ops._balance
+ops._balance = lambda *args: calls.append(args) or real(*args)
 operate()
 assert len(calls) == 1  # the op calls the module that is there now
 """

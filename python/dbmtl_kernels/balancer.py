@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from . import recipe
 from .attachment import Attachment, check_held, watch_optimizers
-from .engine.backward import balanced_loss, uncompiled
+from .engine.backward import balanced_loss
 from .engine.bookkeeping import Settings
 from .engine.losses import Given, TaskLosses
 from .monitor import Watched
 from .ops import arguments
 from .ops.tasks import TaskNames, TaskWeights
-from .recipe import (
-    NONFINITE,
-    ZERO_GRADIENTS,
-    Adjustable,
-    Parameters,
-    Recipe,
-    Shared,
-    copied_attributes,
-    kept_in,
-    pickled,
-)
-from .weightings import MaxNorm, Weighting, check_weighting
+from .recipe import Adjustable, Parameters, Recipe, Shared
+from .weightings import Weighting, check_weighting, is_max_norm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def uncompiled(function: Function) -> Function:
+    """`torch.compiler.disable`, which is imported only where a compiler is: it takes 40 MB and 0.4 s."""
+    disabled: list[Any] = []
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not disabled:
+            if "torch._dynamo" not in sys.modules:
+                return function(*args, **kwargs)
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return cast(Function, call)
 
 
 class GradientBalancer(Adjustable, Watched):
@@ -85,11 +96,9 @@ class GradientBalancer(Adjustable, Watched):
         zero_gradients: "absent": a task whose gradient is exactly zero over all shared parameters counts as absent from
             the step. "count": as the letter of the algorithm has it, its average is scaled to full length.
         keep_rows: False, with ``beta=0`` and `MaxNorm` only: one row for all tasks, to which each gradient is added,
-            divided by its norm, when its pass is over; the same balanced gradient from P numbers, however many tasks
-            there are (for half-precision parameters they are float32 and live within a step). A step is then one
-            backward pass a task. A second `backward` within one (accumulation after `attach`), the Gramian and what is
-            made of it, and another beta raise an error that names ``keep_rows=True``; so does a state_dict while tasks
-            wait for a balance.
+            divided by its norm, when its pass is over; the same balanced gradient from P numbers. A step is then one
+            backward pass a task. A second `backward` within one (accumulation after `attach`), the Gramian, another
+            beta, and a state_dict while tasks wait for a balance raise an error that names ``keep_rows=True``.
 
     Raises:
         ValueError: a value out of range, or parameters that are empty, repeated, not leaf or not requiring grad.
@@ -123,10 +132,11 @@ class GradientBalancer(Adjustable, Watched):
         )
         check_weighting(weighting, tasks.num_tasks, capturable)
         self._recipe = Recipe(
-            state_dtype, backend, process_group, capturable, arguments.check_choice("nonfinite", nonfinite, NONFINITE),
-            str(arguments.check_choice("zero_gradients", zero_gradients, ZERO_GRADIENTS)), keep_rows,
+            state_dtype, backend, process_group, capturable,
+            arguments.check_choice("nonfinite", nonfinite, recipe.NONFINITE),
+            str(arguments.check_choice("zero_gradients", zero_gradients, recipe.ZERO_GRADIENTS)), keep_rows,
         )  # fmt: skip
-        if not keep_rows and (beta > 0.0 or type(weighting) is not MaxNorm):
+        if not keep_rows and (beta > 0.0 or not is_max_norm(weighting)):
             what = f"beta={beta}" if beta > 0.0 else f"the weighting {type(weighting).__name__}"
             raise ValueError(f"{what} needs a row for each task: keep_rows=True")
         self._begin(Shared.of(shared_parameters), tasks, weighting)
@@ -284,9 +294,6 @@ class GradientBalancer(Adjustable, Watched):
         if self._attachment is not None:
             self._attachment.remove(discard)
 
-    def _losses(self, losses: Given, tasks: Sequence[int | str] | None) -> TaskLosses:
-        return TaskLosses(losses, tasks, self._engine.steps.tasks, self._settings.eps if self.log_transform else None)
-
     # --- what may change between steps ------------------------------------------------------------------------
 
     def add_task(self, name: str | None = None) -> int:
@@ -349,12 +356,12 @@ class GradientBalancer(Adjustable, Watched):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, copying into this balancer's tensors.
 
-        That includes ``beta`` and what else may be set. Tasks that have names are told by them, in whatever order.
+        That includes ``beta`` and what else may be set. Tasks that have names are told by them, in whatever order. Of
+        several ranks all must call it, and if one refuses all do.
 
         Raises:
-            ValueError: a state of another version, of other parameters (number, dtypes, shapes, memory order), number
-                of tasks or state dtype, of tasks of other names, or an incomplete one; its message begins with the path
-                of the entry. Nothing is changed then.
+            ValueError: the state does not fit, or is damaged; the message begins with the path of the entry. Nothing is
+                changed then.
             RuntimeError: the context of a `task` is open.
         """
         from . import checkpoint
@@ -367,12 +374,12 @@ class GradientBalancer(Adjustable, Watched):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle goes on with, where this balancer is now; but it is not attached."""
-        return pickled(self.__dict__, self._engine)
+        return recipe.pickled(self.__dict__, self._engine)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make it anew."""
         self.__dict__.update(state["attributes"])
-        weighting, kept = kept_in(state)
+        weighting, kept = recipe.kept_in(state)
         self._begin(Shared.restored(state), state["tasks"], weighting, frozen_ok=True)
         if kept is not None:
             from . import checkpoint
@@ -386,7 +393,7 @@ class GradientBalancer(Adjustable, Watched):
         ``copy.load_state_dict(original.state_dict())`` gives it those of the original.
         """
         twin = memo[id(self)] = type(self).__new__(type(self))
-        twin.__dict__.update(copied_attributes(self.__dict__, memo))
+        twin.__dict__.update(recipe.copied_attributes(self.__dict__, memo))
         tasks, weighting = copy.deepcopy((self._engine.steps.tasks, self.weighting), memo)
         twin._begin(self._shared.copied(memo), tasks, weighting, frozen_ok=True)
         twin._engine.copied = self.step > 0 and self._recipe.keep_rows

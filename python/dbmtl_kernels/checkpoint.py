@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import ops
 from .engine.bookkeeping import SavedSteps
 from .engine.step import Engine
 from .ops.arguments import check_beta, check_beta_sigma, check_eps, check_scale
@@ -129,7 +130,7 @@ def load(state: dict[str, Any] | Entry, engine: Engine) -> list[int] | None:
     engine.rows.settle()  # what is under way would be added to what is loaded
     with ExitStack() as undo:
         with agreed(engine):
-            saved = _read(state if isinstance(state, Entry) else Entry(state), engine)
+            saved = _read(Entry.of(state), engine)
             try:
                 undo.callback(load_weighting(engine.weighting, dict(saved.weighting.value)))
             except ValueError as error:
@@ -301,7 +302,7 @@ def _read_buffer(entry: Entry, own: dict[str, Any], pending: set[int], largest: 
         norms = _norms(dtensors.local(rows) for rows in out["rows"].values())
         near = torch.isclose(sums.double().sqrt(), norms, rtol=1e-3, atol=1e-15)  # some chips lose squares below 1e-38
         # What overflowed stays so until the next balance; where one was interrupted its row is zero.
-        waits = torch.tensor([task in pending for task in range(len(sums))], device=sums.device)
+        waits = torch.tensor([task in pending for task in range(len(sums))], dtype=torch.bool, device=sums.device)
         over = ~sums.isfinite() & (waits | ~norms.isfinite() | (norms == 0))
         entry["sumsq"].require(near | over, "must be the sum of squares of the row")
     return out
@@ -315,6 +316,7 @@ def _like(entry: Entry, own: Any) -> Any:
     return entry.tensor(own) if isinstance(own, Tensor) else entry.value
 
 
+@ops.one_thread_if_forked()
 def _norms(rows: Iterable[Tensor]) -> Tensor:
     """(K,) float64 norms of the rows, of which each tensor, (K, ...), has a part."""
     totals = []

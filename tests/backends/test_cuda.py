@@ -114,7 +114,8 @@ def test_squares_in_doubles_and_in_pairs_of_floats(pairs, case, monkeypatch):
     exact = values.double().square().sum(dim=1).sqrt()
     ema = torch.zeros(3, 20000)
     _, norms = cuda.balance_(values.contiguous(), ema, 0.0, 1e-8, "constant", 1.0)
-    torch.testing.assert_close(norms, exact.float(), rtol=2**-23, atol=0, equal_nan=True)
+    exact = torch.where(exact.isfinite(), exact.clamp(max=torch.finfo(torch.float32).max), exact).float()
+    torch.testing.assert_close(norms, exact, rtol=2**-23, atol=0, equal_nan=True)
     dense(values.contiguous(), torch.randn(3, 20000), 0.5)
 
 

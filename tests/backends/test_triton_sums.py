@@ -85,7 +85,7 @@ def test_what_is_not_finite_stays_so(fast_fp64):
     norms = dbk.balance_(x, torch.zeros(3, 5000), 0.0, backend="triton")[1]
     assert norms[0] != norms[0]
     assert norms[2] == 0
-    assert torch.equal(norms[1], x[1].double().norm().float())
+    assert norms[1] == torch.finfo(torch.float32).max < x[1].double().norm()  # finite: inf is for who sits out
 
 
 def deal(monkeypatch, launches, owner):

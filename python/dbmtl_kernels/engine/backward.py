@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial, wraps
+from functools import partial
 from operator import attrgetter
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,23 +13,6 @@ from torch.autograd import Variable
 
 from .losses import TaskLosses, loss_scale_or_none
 from .step import Engine
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def uncompiled(function: Function) -> Function:
-    """`torch.compiler.disable`, which is imported only where a compiler is: it takes 40 MB and 0.4 s."""
-    disabled: list[Any] = []
-
-    @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not disabled:
-            if "torch._dynamo" not in sys.modules:
-                return function(*args, **kwargs)
-            disabled.append(torch.compiler.disable(function))
-        return disabled[0](*args, **kwargs)
-
-    return cast(Function, call)
 
 
 def balanced_loss(engine: Engine, losses: TaskLosses, retain_graph: bool) -> Tensor:

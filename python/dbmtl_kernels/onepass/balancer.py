@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
+from ..balancer import uncompiled
 from ..dbmtl import DBMTL
 from ..engine.backward import balanced_loss as exactly_balanced_loss
-from ..engine.backward import uncompiled
 from ..engine.losses import NARROW, Given, TaskLosses
 from ..engine.notices import NONE
 from ..ops import arguments
@@ -140,7 +140,8 @@ class OnePassDBMTL(DBMTL):
         Warns:
             RuntimeWarning: once, where the exact form takes the step for want of another.
         """
-        present = self._losses(losses, tasks)
+        eps = self._settings.eps if self.log_transform else None
+        present = TaskLosses(losses, tasks, self._engine.steps.tasks, eps)
         if not torch.is_grad_enabled():
             present.check_logarithms()
             return present.total()

@@ -79,6 +79,9 @@ def balance_(
     return result
 
 
+_balance = balance_  # what the op calls
+
+
 def _balance_fake(
     grads: Tensor, ema: Tensor, beta: float, eps: float, scale: str, constant: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -100,7 +103,7 @@ if not hasattr(torch.ops.dbmtl_kernels, "balance_"):  # a module that is loaded 
         # Counters and scratch outlive a call: they must not lie in the memory of a graph that torch.compile makes.
         tags=[torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else (),
     )
-    _library.impl("balance_", partial(_newest, "balance_", _library), "CompositeExplicitAutograd")
+    _library.impl("balance_", partial(_newest, "_balance", _library), "CompositeExplicitAutograd")
     torch.library.register_fake("dbmtl_kernels::balance_", partial(_newest, "_balance_fake", _library), lib=_library)
 
 # What every call goes through where nobody else looks at tensor operations: no mode, tracer or transformation.

@@ -23,6 +23,11 @@ class Entry:
     def __init__(self, value: Any, path: str = "state_dict") -> None:
         self.value, self.path = value, path
 
+    @classmethod
+    def of(cls, state: Any) -> Entry:
+        """The state itself, if it is not one already (also of a module that was reloaded since)."""
+        return state if type(state).__name__ == cls.__name__ else cls(state)
+
     def error(self, why: str) -> ValueError:
         """To be raised."""
         return ValueError(f"{self.path}: {why}")
