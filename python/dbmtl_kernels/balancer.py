@@ -25,6 +25,7 @@ from .weightings import Weighting, check_weighting, is_max_norm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.nn.parallel import DistributedDataParallel
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -62,8 +63,7 @@ class GradientBalancer(Adjustable, Watched):
     ``attach(optimizer)`` everything up to ``optimizer.step()`` is one step, and each backward in it adds to the
     task gradients and leaves the balanced gradient so far in ``.grad``.
 
-    Several ranks (see docs/training.md): the log is of the mean loss, the gradients are those of the mean loss, and
-    the rows are sharded: N ranks do what one process would with the whole batch. Every rank must take the same path.
+    Several ranks do what one process would with the whole batch (docs/training.md). Every rank must take the same path.
 
     Args:
         shared_parameters: leaf tensors, dense, each once, requiring grad; P elements in all. Dtypes and devices may
@@ -86,10 +86,10 @@ class GradientBalancer(Adjustable, Watched):
             parameter is, else float32. Memory held: (K + 1) P elements; of N replicas each holds K P / N + 2 P (3 P on
             a CPU), of a sharded model K + 1 times its shard.
         backend: "auto", or a backend by name.
-        process_group: the ranks that hold replicas of these parameters, each with a part of the batch. None: there is
-            only this process, or the parameters are DTensors, whose mesh tells. False: leave each rank alone.
-        capturable: keep the step count and the coefficients on the device, so that a whole step can be captured in a
-            CUDA graph; a few small launches more. With `MaxNorm` only.
+        process_group: the ranks that hold replicas of these parameters, each with a part of the batch, or the model's
+            DistributedDataParallel. None: there is only this process, or the parameters are DTensors, whose mesh tells.
+            False: leave each rank alone.
+        capturable: keep the step count and the coefficients on the device, for a CUDA graph of a step; `MaxNorm` only.
         nonfinite: what becomes of a finite loss whose gradient is not finite (a task whose loss is not finite sits out
             in any case). "skip": the task sits out. "propagate": ``.grad`` is NaN. None: it is passed on if the factor
             of the loss is above 1, as that of a GradScaler is, which must see it; else the task sits out.
@@ -98,7 +98,7 @@ class GradientBalancer(Adjustable, Watched):
         keep_rows: False, with ``beta=0`` and `MaxNorm` only: one row for all tasks, to which each gradient is added,
             divided by its norm, when its pass is over; the same balanced gradient from P numbers. A step is then one
             backward pass a task. A second `backward` within one (accumulation after `attach`), the Gramian, another
-            beta, and a state_dict while tasks wait for a balance raise an error that names ``keep_rows=True``.
+            beta, and a state_dict while tasks wait raise an error that names ``keep_rows=True``.
 
     Raises:
         ValueError: a value out of range, or parameters that are empty, repeated, not leaf or not requiring grad.
@@ -120,7 +120,7 @@ class GradientBalancer(Adjustable, Watched):
         log_transform: bool = False,
         state_dtype: torch.dtype | None = None,
         backend: str = "auto",
-        process_group: ProcessGroup | bool | None = None,
+        process_group: ProcessGroup | DistributedDataParallel | bool | None = None,
         capturable: bool = False,
         nonfinite: str | None = None,
         zero_gradients: str = "absent",

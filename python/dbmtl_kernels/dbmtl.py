@@ -17,6 +17,7 @@ from .weightings import MaxNorm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.nn.parallel import DistributedDataParallel
 
 
 class DBMTL(GradientBalancer):
@@ -67,7 +68,7 @@ class DBMTL(GradientBalancer):
         log_transform: bool = True,
         state_dtype: torch.dtype | None = None,
         backend: str = "auto",
-        process_group: ProcessGroup | bool | None = None,
+        process_group: ProcessGroup | DistributedDataParallel | bool | None = None,
         capturable: bool = False,
         nonfinite: str | None = None,
         zero_gradients: str = "absent",

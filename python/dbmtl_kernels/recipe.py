@@ -23,6 +23,7 @@ from .weightings import Weighting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.nn.parallel import DistributedDataParallel
 
 NONFINITE = {None: 1.0, "skip": math.inf, "propagate": -1.0}  # the factor above which NaN is passed on
 ZERO_GRADIENTS = {"absent": True, "count": False}
@@ -74,7 +75,7 @@ class Recipe(NamedTuple):
 
     state_dtype: torch.dtype | None
     backend: str
-    process_group: ProcessGroup | bool | None
+    process_group: ProcessGroup | DistributedDataParallel | bool | None
     capturable: bool
     nonfinite: str | None
     zero_gradients: str
@@ -109,7 +110,7 @@ class Recipe(NamedTuple):
         engine.use(rows)
         engine.grads.touched[:] = [id(p) in touched for p in rows.parameters]
 
-    def _how(self) -> tuple[torch.dtype | None, str, ProcessGroup | bool | None]:
+    def _how(self) -> tuple[torch.dtype | None, str, ProcessGroup | DistributedDataParallel | bool | None]:
         return self.state_dtype, self.backend, self.process_group
 
 

@@ -30,6 +30,7 @@ from .weighing import Weighing
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.nn.parallel import DistributedDataParallel
 
 AUDITS = (None, "full")
 FULL_EVERY = 100  # steps, of audit="full"
@@ -89,7 +90,7 @@ class OnePassDBMTL(DBMTL):
         scale: str | float = "max",
         task_weights: TaskWeights | None = None,
         log_transform: bool = True,
-        process_group: ProcessGroup | bool | None = None,
+        process_group: ProcessGroup | DistributedDataParallel | bool | None = None,
         nonfinite: str | None = None,
         audit: str | None = None,
         strict: bool = False,
