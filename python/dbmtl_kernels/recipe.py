@@ -45,7 +45,7 @@ class Shared(NamedTuple):
     @classmethod
     def of(cls, given: Parameters | Shared) -> Shared:
         """What the user gave."""
-        if type(given).__name__ == cls.__name__:  # also of this module as it was before a reload
+        if (type(given).__module__, type(given).__qualname__) == (cls.__module__, cls.__qualname__):  # reloaded or not
             return given  # type: ignore[return-value]
         if isinstance(given, Tensor):
             return cls([given], None, None)

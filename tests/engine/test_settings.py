@@ -302,3 +302,39 @@ def test_a_slope_beyond_float16_in_a_graph_that_is_not_ours():
         dbk.OnePassDBMTL([p], 2, strict=True)(losses())
     with pytest.warns(RuntimeWarning, match="will be inf"):
         dbk.log_transform(losses()[0])
+
+
+def test_a_function_of_the_step_is_asked_once_a_step():
+    torch.manual_seed(0)
+    for beta in (0.5, 0.0):
+        calls, params = [], [leaf(7), leaf(3, 2)]
+        balancer = problems.make(*params, beta=beta, task_weights=lambda k: calls.append(k) or [1.0 + len(calls), 1.0])  # noqa: B023
+        steps_of(balancer, params, 3)
+        assert calls == [1, 2, 3]
+
+
+def test_task_weights_are_applied_once_in_a_held_step():
+    """Of one pass: after a state was loaded within the step, and after the exact form took its first backward."""
+    for first in ("loaded", "exact"):
+        torch.manual_seed(0)
+        trunk, heads, x = nn.Linear(4, 5), [nn.Linear(5, 1) for _ in range(2)], torch.randn(8, 4)
+        losses = lambda: [head(trunk(x)).square().mean() for head in heads]  # noqa: B023, E731
+        balancer = dbk.OnePassDBMTL(trunk, 2, task_weights=[4.0, 1.0])
+        optimizer = torch.optim.SGD(trunk.parameters(), lr=0.0)
+        balancer.attach(optimizer)
+        if first == "exact":
+            with pytest.warns(RuntimeWarning, match="exact form"):
+                together = torch.stack([head(trunk(x)) for head in heads])
+                balancer([part.square().mean() for part in together]).backward()
+        else:
+            balancer(losses()).backward()
+            balancer.load_state_dict(copy.deepcopy(balancer.state_dict()))
+        before = balancer.weights
+        balancer(losses()).backward()
+        torch.testing.assert_close(balancer.weights, before)
+
+
+def test_task_weights_have_an_order():
+    for wrong in ({0: 2.0, 1: 3.0}, {2.0, 3.0}):
+        with pytest.raises(TypeError, match="in the order of the tasks"):
+            problems.make(leaf(3), task_weights=wrong)

@@ -142,6 +142,7 @@ class Steps:
         self.losses: dict[int, Tensor] = {}
         self.changes = 0
         self._begun = 0  # steps, since this was made
+        self._factors: tuple[int, list[float] | None] = (-1, None)  # of which step, and what they are
 
     @property
     def averages(self) -> bool:
@@ -234,15 +235,18 @@ class Steps:
         self.pending = set()
 
     def factors(self) -> list[float] | None:
-        """K factors of the weights of the open step, if there are any.
+        """K factors of the weights of the open step, if there are any: as they were when it was first asked.
 
         Raises:
             ValueError, TypeError: the function that gives them gave something else.
         """
-        given = self.settings.task_weights
-        if callable(given):
-            return check_task_weights(given(self.count), self.num_tasks)
-        return None if given is None else list(given)
+        step, found = self._factors
+        if step != self.started:
+            given = self.settings.task_weights
+            values = given(self.count) if callable(given) else given
+            found = None if values is None else check_task_weights(values, self.num_tasks)
+            self._factors = self.started, found
+        return found
 
     def reindex_tasks(self, tasks: Sequence[int | None], name: str | None = None) -> None:
         """Let the tasks be these, None being a new one, of this name."""
@@ -251,6 +255,7 @@ class Steps:
         if weights is not None and not callable(weights):
             self.settings.task_weights = [1.0 if task is None else weights[task] for task in tasks]
         self.changes += 1
+        self._factors = -1, None
         self.lengths = {}
         self.seen = [task is not None and self.seen[task] for task in tasks]
 
@@ -305,6 +310,7 @@ class Steps:
     def load(self, saved: SavedSteps, device: torch.device) -> None:
         """Take over what `state` gave, read and checked."""
         self.changes += 1
+        self._factors = -1, None
         self._count = self._count.fill_(saved.step) if isinstance(self._count, Tensor) else saved.step
         self.open, self.fresh = saved.open, saved.fresh
         if self.open:

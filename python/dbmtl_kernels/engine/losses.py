@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ops.arguments import check_tasks
 from ..ops.tasks import TaskNames
@@ -25,13 +26,16 @@ ADVICE = {
 }
 FSDP = "one of FSDP's collectives failed; has another rank stopped?"
 
-CLAIM = "_dbmtl_rows"  # an attribute of a loss: the rows of the balancer that it was given to
 NOBODY = "every loss is None or a zero without a graph: a step needs at least one task"
 NARROW = (torch.float16, torch.bfloat16)
 
 # A loss, and the losses of a step, as people hold them; see `GradientBalancer.__call__`.
 Loss = Tensor | float | None
 Given = Mapping[str, Loss] | Iterable[Loss] | Tensor
+
+
+# The rows of the balancer that each loss was backpropagated by, as long as it lives.
+_claims: Any = WeakIdKeyDictionary()
 
 
 class TaskLosses:
@@ -131,21 +135,21 @@ class TaskLosses:
         values = torch.stack([value.to(device) for value in self.values])
         return values.sum() if eps is None else torch.log(values + eps).sum()
 
-    def claim(self, rows: Any, parameters: Sequence[Tensor]) -> None:
-        """These losses are balanced for these parameters.
+    def claim(self, rows: Any) -> None:
+        """These losses are backpropagated into these rows, and into all other leaves.
 
         Raises:
-            RuntimeError: another balancer, of others, was given the same.
+            RuntimeError: another balancer, of other parameters, was given the same.
         """
         for loss in self.losses if self._whole is None else [self._whole]:
-            ref = loss.__dict__.get(CLAIM)
+            ref = _claims.get(loss)
             other = None if ref is None else ref()
-            if other is not None and {id(p) for p in other.parameters} != {id(p) for p in parameters}:
+            if other is not None and {id(p) for p in other.parameters} != {id(p) for p in rows.parameters}:
                 raise RuntimeError(
                     "another balancer, of other parameters, was given the same losses: each would give the heads and "
                     "the other's parameters the plain gradient once more. Give all shared parameters to one balancer"
                 )
-            loss.__dict__[CLAIM] = weakref.ref(rows)
+            _claims[loss] = weakref.ref(rows)
 
     def plain(self, ranks: Ranks) -> Tensor:
         """The sum of the losses, or of their logs, with its graph; of several ranks the logs are of the means.

@@ -85,7 +85,6 @@ class Engine:
     def prepare(self, losses: TaskLosses) -> None:
         """Check losses that will be backpropagated. With several ranks their values become the means over the ranks."""
         losses.check_graphs(self.parts.notices.absent)
-        losses.claim(self.rows, self.rows.parameters)
         if self._group_unnamed:
             placement.refuse_unnamed_group()
         elif self.ranks.size > 1:
@@ -118,6 +117,8 @@ class Engine:
             retain_graph: keep the graphs of the losses.
             inputs: the only leaves whose ``.grad`` may change; None for all.
         """
+        if inputs is None:
+            losses.claim(self.rows)
         self._alone("backward()", partial(self._run, losses, loss_scale, retain_graph, inputs))
 
     def _run(self, losses: TaskLosses, loss_scale: Tensor | None, retain_graph: bool, inputs: Leaves | None) -> None:

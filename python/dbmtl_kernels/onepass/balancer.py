@@ -150,7 +150,6 @@ class OnePassDBMTL(DBMTL):
         if not self.enabled:
             return engine.plain(present)
         present.check_graphs(engine.parts.notices.absent)
-        present.claim(engine.rows, engine.rows.parameters)
         if self._recipe.process_group is None and not self._sharded:
             placement.refuse_unnamed_group()
         self._weigher.read_exact()

@@ -162,6 +162,7 @@ class _OnePass(torch.autograd.Function):
             slope = (wide if eps is None else wide / (value + eps)).to(loss.dtype)
             finite[task] = value.isfinite() & (slope.isfinite() | passes.to(slope.device))
             slopes[task] = torch.where(finite[task], slope, 0.0).view_as(loss)
+        losses.claim(weigher.rows)
         weigher.begin_pass(Measurement(losses, slopes, factor, weighing), weighing, factor, finite)
         lost = on_host is not None and not all(finite.get(task, True) for task in at_root)
         for task in at_root:  # there is no part of its own where NaN could be kept back: then none of them has any

@@ -42,6 +42,11 @@ class Weigher:
 
     # --- before a backward ------------------------------------------------------------------------------------
 
+    @property
+    def rows(self) -> Any:
+        """Of the engine."""
+        return self._engine.rows
+
     def measures(self, tasks: Sequence[int]) -> bool:
         """Whether a backward of these tasks would begin a step that measures."""
         engine = self._engine
@@ -58,6 +63,7 @@ class Weigher:
         """The exact form takes the next backward. Within a step its norms would not be of that alone."""
         steps = self._engine.steps
         self._exact_from = None if steps.open else steps.changes
+        self._unfactored = None
 
     def read_exact(self) -> None:
         """The norms that the last step of the exact form found."""
@@ -168,6 +174,9 @@ class Weigher:
         weights = levels.weights(tasks, self._rule.scale, eps, finite)
         if held:  # all have the length alpha
             before = stats.weights if self._unfactored is None else self._unfactored
+            if self._unfactored is None and factors is not None:  # the exact form or a state set them: factors are in
+                applied = weights.new_tensor(factors)
+                before = torch.where(applied > 0, before / applied, torch.where(levels.norms > 0, weights, 0.0))
             alpha = (before * (stats.norms + eps)).nan_to_num(0.0).amax()
             late = torch.where(levels.norms.isfinite(), alpha / (levels.norms + eps), 1.0)
             late = torch.where((weights > 0) & (alpha > 0), late, weights)

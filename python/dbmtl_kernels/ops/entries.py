@@ -26,7 +26,8 @@ class Entry:
     @classmethod
     def of(cls, state: Any) -> Entry:
         """The state itself, if it is not one already (also of a module that was reloaded since)."""
-        return state if type(state).__name__ == cls.__name__ else cls(state)
+        same = (type(state).__module__, type(state).__qualname__) == (cls.__module__, cls.__qualname__)
+        return state if same else cls(state)
 
     def error(self, why: str) -> ValueError:
         """To be raised."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from typing import Any, SupportsIndex
 
 from torch import Tensor
@@ -94,6 +94,10 @@ def check_task_weights(weights: Any, num_tasks: int) -> list[float]:
     Raises:
         TypeError, ValueError: they are not, or one is negative or not finite.
     """
+    if isinstance(weights, (Mapping, Set)):
+        raise TypeError(
+            f"task_weights must be {num_tasks} numbers in the order of the tasks, got {type(weights).__name__}"
+        )
     values = weights.tolist() if isinstance(weights, Tensor) else list(weights)
     if len(values) != num_tasks:
         raise ValueError(f"task_weights must be {num_tasks} numbers, one for each task, got {len(values)}")
