@@ -150,6 +150,7 @@ def _apply(saved: SavedSettings, engine: Engine) -> list[int] | None:
     if saved.names is not None:
         if tasks.names not in (None, saved.names):
             order = [saved.names.index(name) for name in tasks.names or ()]
+            engine.steps.turn_factors(order)  # they will be put right again, if none are loaded
         tasks.names = saved.names
     for target, values in ((engine.steps.settings, saved.settings), (engine.weighting, saved.rule)):
         for name, value in values.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from .balancer import GradientBalancer
 from .engine.graphs import check_shared_parameters, find_shared_parameters
 from .ops import arguments
 from .ops.tasks import TaskWeights
-from .recipe import Parameters
+from .recipe import Parameters, Shared
 from .weightings import MaxNorm
 
 if TYPE_CHECKING:
@@ -117,13 +118,14 @@ class DBMTL(GradientBalancer):
     def from_losses(
         cls,
         losses: Mapping[str, Tensor] | Iterable[Tensor],
-        shared_parameters: Iterable[Tensor] | None = None,
+        shared_parameters: Parameters | None = None,
         **options: Any,
     ) -> DBMTL:
         """A balancer of what the losses of a first forward pass share; their graphs stay as they are.
 
         Args:
-            losses: K scalars with a graph, or a dict of names to them, which the tasks then have.
+            losses: K scalars with a graph, or a dict of names to them, which the tasks then have; None or 0.0 for one
+                that is absent.
             shared_parameters: by default those that `graphs.find_shared_parameters` finds; if given, the losses must
                 depend on each.
             options: as for the class.
@@ -136,11 +138,14 @@ class DBMTL(GradientBalancer):
             UserWarning: a parameter that was given is reached from a single loss; see also there.
         """
         tasks: int | list[str]
-        if isinstance(losses, Mapping):
-            tasks, found = list(losses), list(losses.values())
-        else:
-            found = losses if isinstance(losses, Tensor) else list(losses)  # type: ignore[assignment]
-            tasks = len(found)
+        found: Any = losses
+        if not isinstance(losses, Tensor):
+            found = list(losses.values() if isinstance(losses, Mapping) else losses)
+        tasks = list(losses) if isinstance(losses, Mapping) else len(found)
+        if not isinstance(losses, Tensor):  # of those that are absent nothing is known
+            found = [x for x in found if not (x is None or (isinstance(x, Real) and x == 0))]
         if shared_parameters is None:
             return cls(find_shared_parameters(found, stacklevel=3), tasks, **options)
-        return cls(check_shared_parameters(found, shared_parameters, stacklevel=3), tasks, **options)
+        shared = Shared.of(shared_parameters)
+        check_shared_parameters(found, shared.parameters, stacklevel=3)
+        return cls(shared, tasks, **options)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 NONFINITE = {None: 1.0, "skip": math.inf, "propagate": -1.0}  # the factor above which NaN is passed on
 ZERO_GRADIENTS = {"absent": True, "count": False}
 # Attributes of a balancer that a copy does not take along.
-OWN = ("_engine", "_attachment", "_shared")
+OWN = ("_engine", "_attachment", "_shared", "_was_enabled")
 
 
 # Shared parameters as people hold them.
@@ -123,6 +124,7 @@ class Adjustable:
     _engine: Engine
     _recipe: Recipe
     _settings: Settings
+    _was_enabled: bool | None = None  # before `paused`; a copy made inside goes on with it
 
     @property
     def beta(self) -> float:
@@ -188,12 +190,12 @@ class Adjustable:
         `balance` do nothing. No average, norm or count changes. Of several ranks nobody but DistributedDataParallel
         averages gradients then: leave its ``no_sync()``.
         """
-        before = self.enabled
-        self.enabled = False
+        before, outer = self.enabled, self._was_enabled
+        self.enabled, self._was_enabled = False, before if outer is None else outer
         try:
             yield
         finally:
-            self._settings.enabled = before
+            self._settings.enabled, self._was_enabled = before, outer
 
     def _described(self) -> dict[str, Any]:
         """What `__repr__` shows."""
@@ -227,6 +229,13 @@ class Adjustable:
         return f"{type(self).__name__}({', '.join(f'{key}={value}' for key, value in self._described().items())})"
 
 
+def _kept(attributes: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in attributes.items() if name not in OWN}
+    if (enabled := attributes.get("_was_enabled")) is not None:
+        kept["_settings"] = replace(kept["_settings"], enabled=enabled)
+    return kept
+
+
 def pickled(attributes: dict[str, Any], engine: Engine) -> dict[str, Any]:
     """What `GradientBalancer.__getstate__` gives.
 
@@ -242,7 +251,7 @@ def pickled(attributes: dict[str, Any], engine: Engine) -> dict[str, Any]:
     shared: Shared = attributes["_shared"]
     has_run = engine.rows.allocated or engine.parts.balanced.one is not None
     return {
-        "attributes": {name: value for name, value in attributes.items() if name not in OWN},
+        "attributes": _kept(attributes),
         "parameters": shared.parameters,
         "names": shared.names,
         "module": None if shared.module is None else shared.module(),
@@ -266,6 +275,6 @@ def _bytes_of(value: Any) -> bytes:
 
 def copied_attributes(attributes: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
     """Those that a deep copy takes along; ranks stay the same."""
-    kept = {name: value for name, value in attributes.items() if name not in OWN}
+    kept = _kept(attributes)
     recipe: Recipe = kept.pop("_recipe")
     return {**copy.deepcopy(kept, memo), "_recipe": recipe}

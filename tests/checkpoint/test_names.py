@@ -125,3 +125,13 @@ def test_a_function_stays_and_one_row_keeps_no_average():
     resumed = make("rows", p, q, NAMES, scale="min")
     resumed.load_state_dict(older)
     assert (resumed.scale, resumed.task_names) == ("min", NAMES)
+
+
+def test_numbers_given_here_stay_with_their_tasks():
+    """The state has none, as a function gave them, and its tasks are in another order."""
+    p, q = leaves()
+    saved = make("rows", p, q, NAMES, task_weights=lambda step: [1.0, 1.0, 1.0])
+    step(saved, p, q)
+    resumed = make("rows", p, q, ["c", "a", "b"], task_weights=[5.0, 1.0, 2.0])
+    resumed.load_state_dict(saved.state_dict())
+    assert (resumed.task_names, resumed.task_weights) == (["c", "a", "b"], [5.0, 1.0, 2.0])

@@ -200,6 +200,27 @@ def test_an_evaluation_sums_a_dict():
     assert float(sum_of_losses(losses, 3)) == float(sum_of_losses(list(losses.values()), 3)) == 3.0
 
 
+def test_names_of_a_call_that_is_refused_or_of_an_evaluation_are_not_learnt():
+    model, x = Model(), torch.randn(7, 4)
+    balancer = dbk.DBMTL(model.backbone, 3)
+    with pytest.raises(ValueError, match=r"task 0 \('total'\) must be a scalar"):
+        balancer({"total": torch.ones(2), "b": model(x)["depth"], "c": None})
+    with torch.no_grad():
+        balancer(dict(reversed(model(x).items())))
+    assert balancer.task_names is None
+    balancer.backward(model(x))
+    assert balancer.task_names == list(NAMES)
+
+
+def test_from_losses_with_one_missing_and_a_module():
+    model, x = Model(), torch.randn(7, 4)
+    for absent in (None, 0.0):
+        balancer = dbk.DBMTL.from_losses({**model(x), "normal": absent}, model.backbone)
+        assert balancer.task_names == list(NAMES)
+        assert balancer._engine.rows.names[0] == "0.weight"
+        assert len(dbk.DBMTL.from_losses({**model(x), "normal": absent}).shared_parameters) == 4
+
+
 # --- parameters ---------------------------------------------------------------------------------------------------
 
 

@@ -323,8 +323,8 @@ def test_task_weights_are_applied_once_in_a_held_step():
         optimizer = torch.optim.SGD(trunk.parameters(), lr=0.0)
         balancer.attach(optimizer)
         if first == "exact":
+            together = torch.stack([head(trunk(x)) for head in heads])
             with pytest.warns(RuntimeWarning, match="exact form"):
-                together = torch.stack([head(trunk(x)) for head in heads])
                 balancer([part.square().mean() for part in together]).backward()
         else:
             balancer(losses()).backward()
@@ -338,3 +338,13 @@ def test_task_weights_have_an_order():
     for wrong in ({0: 2.0, 1: 3.0}, {2.0, 3.0}):
         with pytest.raises(TypeError, match="in the order of the tasks"):
             problems.make(leaf(3), task_weights=wrong)
+
+
+def test_a_copy_made_while_paused_is_not():
+    balancer = problems.make(leaf(3))
+    with balancer.paused(), balancer.paused():
+        twins = copy.deepcopy(balancer), pickle.loads(pickle.dumps(balancer))
+    assert balancer.enabled
+    assert all(twin.enabled for twin in twins)
+    balancer.enabled = False
+    assert not copy.deepcopy(balancer).enabled

@@ -248,6 +248,12 @@ class Steps:
             self._factors = self.started, found
         return found
 
+    def turn_factors(self, order: Sequence[int]) -> None:
+        """Where ``order`` of the tasks will be their order, let numbers given here stay with their tasks."""
+        factors = self.settings.task_weights
+        if factors is not None and not callable(factors):
+            self.settings.task_weights = [factors[order.index(there)] for there in range(len(order))]
+
     def reindex_tasks(self, tasks: Sequence[int | None], name: str | None = None) -> None:
         """Let the tasks be these, None being a new one, of this name."""
         self.tasks.reindex(tasks, name)

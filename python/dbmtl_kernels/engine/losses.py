@@ -67,33 +67,42 @@ class TaskLosses:
         self, losses: Given, tasks: Sequence[int | str] | None, names: TaskNames, log_eps: float | None
     ) -> None:
         self.log_eps, self._names = log_eps, names
-        indices, given = _in_order(losses, tasks, names)
-        self._whole = losses if isinstance(losses, Tensor) else None
-        self.zeros: list[int] = []
-        self.half = False
-        self.tasks: list[int] = []
-        self.losses: list[Tensor] = []
-        self.values: list[Tensor] = []
-        for task, loss in zip(indices, given, strict=True):
-            if loss is None:
-                continue
-            if isinstance(loss, Real) and not isinstance(loss, bool) and loss == 0:
-                self.zeros.append(task)
-                continue
-            if not isinstance(loss, Tensor):
-                raise TypeError(f"the loss of {names.describe(task)} must be a tensor, got {type(loss).__name__}")
-            if loss.numel() != 1:
-                raise ValueError(f"the loss of {names.describe(task)} must be a scalar, got shape {tuple(loss.shape)}")
-            if not loss.is_floating_point():
-                raise TypeError(f"the loss of {names.describe(task)} must be floating point, got {loss.dtype}")
-            self.tasks.append(task)
-            self.losses.append(loss)
-            value = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
-            if value.dtype in NARROW:
-                value, self.half = value.float(), True
-            self.values.append(value)
-        if not self.tasks:
-            raise ValueError(NOBODY)
+        known = names.names
+        try:
+            indices, given = _in_order(losses, tasks, names)
+            self._whole = losses if isinstance(losses, Tensor) else None
+            self.zeros: list[int] = []
+            self.half = False
+            self.tasks: list[int] = []
+            self.losses: list[Tensor] = []
+            self.values: list[Tensor] = []
+            for task, loss in zip(indices, given, strict=True):
+                if loss is None:
+                    continue
+                if isinstance(loss, Real) and not isinstance(loss, bool) and loss == 0:
+                    self.zeros.append(task)
+                    continue
+                if not isinstance(loss, Tensor):
+                    raise TypeError(f"the loss of {names.describe(task)} must be a tensor, got {type(loss).__name__}")
+                if loss.numel() != 1:
+                    raise ValueError(
+                        f"the loss of {names.describe(task)} must be a scalar, got shape {tuple(loss.shape)}"
+                    )
+                if not loss.is_floating_point():
+                    raise TypeError(f"the loss of {names.describe(task)} must be floating point, got {loss.dtype}")
+                self.tasks.append(task)
+                self.losses.append(loss)
+                value = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
+                if value.dtype in NARROW:
+                    value, self.half = value.float(), True
+                self.values.append(value)
+            if not self.tasks:
+                raise ValueError(NOBODY)
+        except BaseException:
+            names.names = known  # those of a call that is refused are not learnt
+            raise
+        if not torch.is_grad_enabled():  # nor those of an evaluation
+            names.names = known
 
     def share(self, ranks: Ranks, device: torch.device) -> None:
         """Make ``values`` the means over the ranks; one all-reduce on ``device``, no sync."""
