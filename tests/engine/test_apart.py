@@ -202,3 +202,29 @@ def test_other_memory_full_of_zeros_is_a_gradient_thrown_away():
     balancer.backward(quadratics(p, q))
     assert balancer.step == 2
     close(torch.cat([p.grad, q.grad]).numpy(), wanted.numpy(), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda grad: grad.t_(),
+        lambda grad: grad.as_strided_((2, 2), (0, 1)),
+        lambda grad: grad.unsqueeze_(0),
+        lambda grad: setattr(grad, "data", grad.data.t()),
+        lambda grad: grad.zero_(),
+    ],
+)
+@pytest.mark.parametrize("beta", [0.9, 0.0])
+def test_another_shape_of_a_grad_is_not_that_of_the_next(change, beta):
+    found = []
+    for changes in (False, True):
+        torch.manual_seed(0)
+        p = torch.randn(2, 2).requires_grad_()
+        balancer = dbk.DBMTL([p], 2, beta=beta)
+        for step in range(3):
+            p.grad = None
+            balancer.backward([(p**2).sum() + 1, ((p - 3) ** 2).sum() + 1])
+            found.append(p.grad.clone())
+            if changes and step < 2:
+                change(p.grad)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[:3], found[3:], strict=True))

@@ -302,6 +302,8 @@ def test_a_slope_beyond_float16_in_a_graph_that_is_not_ours():
         dbk.OnePassDBMTL([p], 2, strict=True)(losses())
     with pytest.warns(RuntimeWarning, match="will be inf"):
         dbk.log_transform(losses()[0])
+    with pytest.warns(RuntimeWarning, match="will be inf"), exact.paused():
+        exact(losses())
 
 
 def test_a_function_of_the_step_is_asked_once_a_step():

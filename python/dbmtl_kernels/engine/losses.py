@@ -26,6 +26,10 @@ ADVICE = {
 }
 FSDP = "one of FSDP's collectives failed; has another rank stopped?"
 
+TOO_STEEP = (
+    "1 / loss does not fit into float16, the dtype of a loss, and its gradient will be inf: compute losses in float32, "
+    "as autocast does"
+)
 NOBODY = "every loss is None or a zero without a graph: a step needs at least one task"
 NARROW = (torch.float16, torch.bfloat16)
 
@@ -160,11 +164,13 @@ class TaskLosses:
                 )
             _claims[loss] = weakref.ref(rows)
 
-    def plain(self, ranks: Ranks) -> Tensor:
+    def plain(self, ranks: Ranks, once: Callable[[str, str], None]) -> Tensor:
         """The sum of the losses, or of their logs, with its graph; of several ranks the logs are of the means.
 
-        ``values`` are those of the ranks together by then.
+        ``values`` are those of the ranks together by then; ``once`` warns where a float16 loss is too small.
         """
+        if self.half and any(map(self.overflows, range(len(self.tasks)))):
+            once("half", TOO_STEEP)
         terms: list[Tensor] = []
         for loss, mean in zip(self.losses, self.values, strict=True):
             term = loss.reshape(()).to(torch.promote_types(loss.dtype, torch.float32))

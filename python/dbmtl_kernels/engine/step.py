@@ -102,7 +102,7 @@ class Engine:
         self.heads.refuse_without_average(self.rows.parameters)
         losses.share(self.ranks, self.rows.device)
         losses.check_logarithms()
-        return losses.plain(self.ranks)
+        return losses.plain(self.ranks, self.parts.notices.once)
 
     def run(
         self, losses: TaskLosses, loss_scale: Tensor | None, retain_graph: bool, inputs: Leaves | None = None

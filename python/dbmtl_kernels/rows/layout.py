@@ -272,8 +272,8 @@ class FlatGradient:
     """A flat tensor for each dtype and device, and the parts of it that become the ``.grad`` of the parameters.
 
     Each part, called a view, shares that memory, with a storage of its own over it (see `_apart`). It is an object that
-    anybody may give other memory (``.grad.data = ...``, ``model.half()``); it is no view then, and another takes its
-    place.
+    anybody may give other memory or another shape (``.grad.data = ...``, ``model.half()``, ``.grad.t_()``); it is no
+    view then, and another takes its place.
 
     Args:
         rows: a buffer, which knows the layout.
@@ -294,6 +294,8 @@ class FlatGradient:
         self._views: list[Tensor] = []
         self.locals: list[Tensor] = []
         self._addresses: list[int] = []
+        self._strides: list[Any] = []
+        self._sizes: list[Any] = []
         self._memory: list[tuple[int, int]] = []  # addresses, from and to
         self._references: list[int] = []
         self.flats: dict[Any, Tensor] = {}
@@ -306,9 +308,15 @@ class FlatGradient:
             self._memory = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
             self._take(list(map(_apart, self._rows.views(self.flats))))
             self._addresses = list(map(Tensor.data_ptr, self.locals))
-        elif list(map(Tensor.data_ptr, self.locals)) != self._addresses:
-            here = zip(self._views, self.locals, self._addresses, self._rows.views(self.flats), strict=True)
-            self._take([view if own.data_ptr() == address else _apart(new) for view, own, address, new in here])
+            self._strides, self._sizes = list(map(Tensor.stride, self.locals)), list(map(Tensor.size, self.locals))
+        elif (
+            list(map(Tensor.data_ptr, self.locals)) != self._addresses
+            or list(map(Tensor.stride, self.locals)) != self._strides  # p.grad.t_(), say
+            or list(map(Tensor.size, self.locals)) != self._sizes
+        ):
+            known = zip(self._addresses, self._strides, self._sizes, strict=True)
+            here = zip(self._views, self.locals, known, self._rows.views(self.flats), strict=True)
+            self._take([v if (x.data_ptr(), x.stride(), x.size()) == at else _apart(new) for v, x, at, new in here])
         return self._views
 
     def _take(self, views: list[Tensor]) -> None:
