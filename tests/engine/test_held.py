@@ -292,3 +292,10 @@ def test_repr_says_what_it_is():
     balancer.attach(optimizer)
     balancer.enabled = False
     assert repr(balancer).endswith("attached=True, enabled=False, scale=max)")
+
+
+def test_a_name_where_others_have_none_is_refused():
+    balancer = dbk.DBMTL(Model().backbone, 3)
+    with pytest.raises(ValueError, match="the other tasks have no names"):
+        balancer.add_task("edges")
+    assert balancer.num_tasks == 3

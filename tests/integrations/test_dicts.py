@@ -3,9 +3,11 @@
 import csv
 from pathlib import Path
 
+import dbmtl_kernels as dbk
 import pytest
 import torch
 from dbmtl_kernels.integrations.lightning import GradientBalancing
+from dbmtl_kernels.integrations.wrappers import make_balancer
 from lightning.pytorch.loggers import CSVLogger
 from lightning_job import Module, first_net, loader, parameters, trainer_of
 
@@ -50,3 +52,17 @@ def test_a_balancer_that_is_paused_trains_on_the_plain_sum(tmp_path):
         sum(torch.log(loss + 1e-8) for loss in net(x)).backward()
         optimizer.step()
     torch.testing.assert_close(parameters(module), parameters(net), rtol=0, atol=1e-6)
+
+
+def test_what_a_function_may_give_as_shared():
+    net = first_net()
+    wanted = [id(p) for p in net.trunk.parameters()]
+    for given in (
+        lambda net: net.trunk,
+        lambda net: dict(net.trunk.named_parameters()),
+        lambda net: net.trunk.parameters(),
+        "trunk",
+    ):
+        assert [id(p) for p in make_balancer(net, net, given, 2, dbk.DBMTL, {}).shared_parameters] == wanted
+    balancer = make_balancer(net, net, lambda net: net.trunk[0].weight, 2, dbk.DBMTL, {})
+    assert balancer.shared_parameters[0] is net.trunk[0].weight

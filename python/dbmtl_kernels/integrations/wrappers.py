@@ -46,9 +46,12 @@ def make_balancer(
         ValueError, TypeError: as ``method``.
     """
     found = module.get_submodule(shared) if isinstance(shared, str) else shared(module)
-    parameters: list[Tensor] = (
-        [p for p in found.parameters() if p.requires_grad] if isinstance(found, nn.Module) else list(found)
+    if isinstance(found, nn.Module):
+        found = [p for p in found.parameters() if p.requires_grad]
+    given_parameters = (
+        dict(found) if isinstance(found, Mapping) else [found] if isinstance(found, Tensor) else list(found)
     )
+    parameters = given_parameters.values() if isinstance(given_parameters, dict) else given_parameters
     given = dict(options)
     if "weighting" in given:
         given["weighting"] = copy.deepcopy(given["weighting"])
@@ -61,7 +64,7 @@ def make_balancer(
                 f"the gradients of a model inside {type(inner).__name__} cannot be balanced; those of "
                 "DistributedDataParallel and of FSDP2 (fully_shard) can"
             )
-    return method(parameters, num_tasks, **given)
+    return method(given_parameters, num_tasks, **given)
 
 
 def balancing(wrapped: nn.Module, balancer: GradientBalancer | None = None) -> AbstractContextManager[Any]:

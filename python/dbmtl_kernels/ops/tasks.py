@@ -72,7 +72,9 @@ class TaskNames:
         return [self.index(name) for name in names]
 
     def reindex(self, tasks: Sequence[int | None], new: str | None = None) -> None:
-        """Let the tasks be these of the former ones, None being a new one."""
+        """Let the tasks be these of the former ones, None being a new one, of this name."""
+        if self.names is None and new is not None:
+            raise ValueError(f"task {new!r}: the other tasks have no names")
         if self.names is not None:
             names = [new if task is None else self.names[task] for task in tasks]
             _check_names(names)
