@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -268,6 +268,11 @@ def _apart(view: Tensor) -> Tensor:
     return dtensors.like(view, alone)
 
 
+def _untraced() -> Callable[[Tensor], Tensor]:
+    """`_apart`, where Dynamo does not look: it knows storages of no size."""
+    return _apart if "torch._dynamo" not in sys.modules else torch.compiler.disable(_apart)
+
+
 class FlatGradient:
     """A flat tensor for each dtype and device, and the parts of it that become the ``.grad`` of the parameters.
 
@@ -306,7 +311,7 @@ class FlatGradient:
             self.flats = self._rows.new_flats()
             storages = [flat.untyped_storage() for flat in self.flats.values()]
             self._memory = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
-            self._take(list(map(_apart, self._rows.views(self.flats))))
+            self._take(list(map(_untraced(), self._rows.views(self.flats))))
             self._addresses = list(map(Tensor.data_ptr, self.locals))
             self._strides, self._sizes = list(map(Tensor.stride, self.locals)), list(map(Tensor.size, self.locals))
         elif (
@@ -316,7 +321,9 @@ class FlatGradient:
         ):
             known = zip(self._addresses, self._strides, self._sizes, strict=True)
             here = zip(self._views, self.locals, known, self._rows.views(self.flats), strict=True)
-            self._take([v if (x.data_ptr(), x.stride(), x.size()) == at else _apart(new) for v, x, at, new in here])
+            self._take(
+                [v if (x.data_ptr(), x.stride(), x.size()) == at else _untraced()(new) for v, x, at, new in here]
+            )
         return self._views
 
     def _take(self, views: list[Tensor]) -> None:
