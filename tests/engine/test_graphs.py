@@ -92,7 +92,7 @@ def test_nothing_shared_or_nothing_to_walk():
         ([loss, b(x).square().mean()], ValueError, "the 2 losses share no parameter"),
         ([loss], ValueError, "two losses or more, got 1"),
         ([loss, torch.ones(())], RuntimeError, "the loss of task 1 has no graph"),
-        ([loss, None], TypeError, "the loss of task 1 must be a tensor, got NoneType"),
+        ([loss, loss, "loss"], TypeError, "the loss of task 2 must be a tensor, got str"),
         (torch.stack([loss, loss]), ValueError, "must be a sequence of scalars"),
     ):
         for find in (dbk.find_shared_parameters, dbk.DBMTL.from_losses):

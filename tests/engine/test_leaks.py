@@ -80,5 +80,5 @@ def test_memory_is_flat_over_hundreds_of_steps(form):
         optimizer.step()
         if step in (210, 630):  # where each form does the same
             tensors[step], bytes_held[step] = live_tensors(), resident()
-    assert tensors[210] == tensors[630]
+    assert tensors[630] - tensors[210] < 60  # a leak: 1 in 7 steps at least; other tests' caches come and go
     assert bytes_held[630] - bytes_held[210] < 8 << 20  # a leak: 420 steps of 80 kB, 33 MB
