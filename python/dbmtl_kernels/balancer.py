@@ -126,7 +126,7 @@ class GradientBalancer(Adjustable, Watched):
         zero_gradients: str = "absent",
         keep_rows: bool = True,
     ) -> None:
-        tasks, self.log_transform = TaskNames(num_tasks), log_transform
+        tasks = TaskNames(num_tasks)
         self._settings = Settings(
             arguments.check_beta(beta), arguments.check_beta_sigma(beta_sigma), arguments.check_eps(eps)
         )
@@ -140,7 +140,7 @@ class GradientBalancer(Adjustable, Watched):
             what = f"beta={beta}" if beta > 0.0 else f"the weighting {type(weighting).__name__}"
             raise ValueError(f"{what} needs a row for each task: keep_rows=True")
         self._begin(Shared.of(shared_parameters), tasks, weighting)
-        self.task_weights = task_weights
+        self.task_weights, self.log_transform = task_weights, log_transform
 
     def _begin(self, shared: Shared, tasks: TaskNames, weighting: Weighting, frozen_ok: bool = False) -> None:
         """Of a new balancer, and of a copy."""
@@ -182,7 +182,7 @@ class GradientBalancer(Adjustable, Watched):
                 collective failed.
         """
         settings, steps = self._settings, self._engine.steps
-        present = TaskLosses(losses, tasks, steps.tasks, settings.eps if self.log_transform else None)
+        present = TaskLosses(losses, tasks, steps.tasks, settings.eps if settings.log_transform else None)
         if not torch.is_grad_enabled():
             present.check_logarithms()
             return present.total()
@@ -195,7 +195,7 @@ class GradientBalancer(Adjustable, Watched):
     def backward(self, losses: Given, *, tasks: Sequence[int | str] | None = None, retain_graph: bool = False) -> None:
         """``balancer(losses).backward()``, named. Arguments and errors as for `__call__`."""
         settings, steps = self._settings, self._engine.steps
-        present = TaskLosses(losses, tasks, steps.tasks, settings.eps if self.log_transform else None)
+        present = TaskLosses(losses, tasks, steps.tasks, settings.eps if settings.log_transform else None)
         if not settings.enabled:
             self._engine.plain(present).backward(retain_graph=retain_graph)
             return
@@ -222,7 +222,7 @@ class GradientBalancer(Adjustable, Watched):
         if not (self._settings.enabled or self._engine.steps.pending):
             self._engine.heads.refuse_without_average(self._engine.rows.parameters)
             return nullcontext()
-        return self._engine.task(task, loss_scale, self.log_transform)
+        return self._engine.task(task, loss_scale, self._settings.log_transform)
 
     @uncompiled
     def balance(self) -> None:

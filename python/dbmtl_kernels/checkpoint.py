@@ -187,10 +187,6 @@ def _read(entry: Entry, engine: Engine) -> Saved:
     if steps.pending and engine.parts.balanced.one is not None:
         what = f"a state in which task(s) {sorted(steps.pending)} wait for a balance"
         raise entry["steps"]["pending"].error(NO_ROWS.format(what=what))
-    try:
-        engine.steps.coefficients_of(steps.step + 1)
-    except OverflowError as error:
-        raise entry["steps"]["step"].error("no step can follow, its decay is beyond any float") from error
     touched = entry["touched"].flags(number)
     left = entry.optional("left", lambda given: given.flags(number)) or touched
     written = entry["written"].flag()
@@ -231,7 +227,7 @@ def _read_settings(entry: Entry, engine: Engine, is_open: bool) -> SavedSettings
         given_factors, factors = entry["task_weights"], None
         if given_factors.value is not None:
             factors = [factor.number() for factor in given_factors.entries(num_tasks)]
-            given_factors.passes(check_task_weights, factors, num_tasks)
+            given_factors.passes(check_task_weights, factors, num_tasks, engine.steps.capturable)
         settings["task_weights"] = factors
     rule: dict[str, Any] = {}
     if is_max_norm(engine.weighting) and entry.has("scale"):

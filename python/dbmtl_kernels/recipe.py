@@ -8,7 +8,8 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -126,6 +127,18 @@ class Adjustable:
     _settings: Settings
     _was_enabled: bool | None = None  # before `paused`; a copy made inside goes on with it
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raise AttributeError for what is fixed when a balancer is made, and for a name that is nearly a setting's."""
+        if not (name.startswith("_") or hasattr(self, name)):
+            if name in Recipe._fields:
+                raise AttributeError(f"{name} is fixed when a balancer is made: make another, and load the state_dict")
+            if name == "scale":
+                raise AttributeError("scale is set of the weighting: balancer.weighting.scale, where it has one")
+            settings = [f.name for f in fields(Settings)]
+            if near := get_close_matches(name, [*settings, *Recipe._fields, "scale"], n=1, cutoff=0.75):
+                raise AttributeError(f"there is no {name!r} to set: is it {near[0]!r}?")
+        super().__setattr__(name, value)
+
     @property
     def beta(self) -> float:
         """Forgetting rate in [0, 1). To set it raises ValueError as the class does; above 0 it takes ``keep_rows``."""
@@ -171,6 +184,17 @@ class Adjustable:
         given = weights is None or callable(weights)
         num_tasks = self._engine.steps.num_tasks
         self._settings.task_weights = weights if given else check_task_weights(weights, num_tasks)
+
+    @property
+    def log_transform(self) -> bool:
+        """Whether the logs of the losses are balanced. To set it to what is no bool raises TypeError."""
+        return self._settings.log_transform
+
+    @log_transform.setter
+    def log_transform(self, log_transform: bool) -> None:
+        if not isinstance(log_transform, bool):
+            raise TypeError(f"log_transform must be True or False, got {log_transform!r}")
+        self._settings.log_transform = log_transform
 
     @property
     def enabled(self) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from balancers import K, Remembering, Training, bits, everything
 from dbmtl_kernels.checkpoint import Entry
+from dbmtl_kernels.ops.entries import MOST
 from problems import assert_same_state, leaf, quadratics
 from torch import nn
 
@@ -170,14 +171,19 @@ def test_a_norm_that_is_not_known_does_not_spoil_a_second_gradient():
     assert any(p.grad.any() for p in training.shared)
 
 
-@pytest.mark.parametrize("kind", ["rows", "rows, within a step"])
-def test_a_count_that_no_step_can_follow(kind):
-    training = Training(kind, 1)
-    training.balancer.beta_sigma = 100.0
-    before = everything(training.balancer)
-    with pytest.raises(ValueError, match=r"\['steps'\]\['step'\]: no step can follow"):
-        training.balancer.load_state_dict(changed(state_of(kind), 2**53, "steps", "step"))
-    assert everything(training.balancer) == before
+def test_any_count_and_decay_can_be_followed_by_a_step():
+    training = Training("rows", 1)
+    state = changed(changed(state_of("rows"), MOST, "steps", "step"), 10.0, "settings", "beta_sigma")
+    training.balancer.load_state_dict(state)
+    training.step()
+    assert training.balancer.beta_sigma == 10.0
+
+
+def test_factors_are_refused_by_a_balancer_that_is_capturable():
+    p = torch.ones(3, dtype=torch.float64).requires_grad_()
+    state = dbk.DBMTL([p], 2, task_weights=[1.0, 2.0]).state_dict()
+    with pytest.raises(ValueError, match=r"^state_dict\['settings'\]\['task_weights'\]: .*capturable"):
+        dbk.DBMTL([p], 2, capturable=True).load_state_dict(state)
 
 
 def test_rows_under_way_arrive_before_others_are_loaded(monkeypatch):

@@ -58,9 +58,8 @@ class Attempt:
         self._scratch: tuple[Buffer, Any] | None = None
         self._evaluated = self._at_once = False
         self._sums: Tensor | None = None
-        self.smaller: Tensor | None = (
-            None  # a power of two by which the gradients of a pass are; see `TaskLosses.slope`
-        )
+        # A power of two by which the gradients of a pass are; see `TaskLosses.smaller`.
+        self.smaller: Tensor | None = None
         self._stats: list[Stats] | None = None  # before they were computed
 
     # --- a pass -----------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ class Settings:
         beta_sigma: decay exponent; in step k, beta_k = beta / k ** beta_sigma.
         eps: in the logarithm.
         task_weights: factors of the weights, or None.
+        log_transform: of losses their logs.
         enabled: losses are balanced; otherwise summed.
     """
 
@@ -29,6 +30,7 @@ class Settings:
     beta_sigma: float
     eps: float
     task_weights: TaskWeights | None = None
+    log_transform: bool = False
     enabled: bool = True
 
 

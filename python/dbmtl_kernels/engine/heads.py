@@ -143,6 +143,22 @@ class HeadGradients:
             self._common = [weakref.ref(p) for p in found.common]
         return found if whole else None
 
+    def search_all(self, losses: Sequence[Tensor]) -> None:
+        """Watch every leaf that gets a gradient, where gradients will be smaller by a factor that is to be undone.
+
+        Raises:
+            RuntimeError: a leaf is hidden in a re-entrant checkpoint; of several ranks, one that is no head.
+        """
+        reached = walk(losses)
+        missing = [p for p in reached.leaves if id(p) not in self._shared and id(p) not in self._heads]
+        if reached.hidden or (missing and self._ranks.size > 1):
+            what = "a re-entrant checkpoint hides its leaves" if reached.hidden else "a leaf is no head of the model"
+            raise RuntimeError(
+                f"1 / loss does not fit into float16, the dtype of a loss, and {what}, whose gradients would be too "
+                "small: compute losses in float32, as autocast does"
+            )
+        self._watch(missing, "graph")
+
     @contextmanager
     def sharing_logs(self, task: int, expected: bool) -> Iterator[list[int]]:
         """Inside, `functional.log_transform` finds the heads in the loss's graph, and is the log of the mean loss.

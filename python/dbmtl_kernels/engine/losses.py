@@ -199,9 +199,14 @@ class TaskLosses:
         found = torch.ldexp(torch.ones_like(slope), -(torch.frexp(slope).exponent - 15).clamp(min=0))
         return None if found.device.type == "cpu" and float(found) == 1.0 else found
 
-    def overflows(self, index: int) -> bool:
-        """Whether that is so with a factor of 1, as far as the host knows."""
-        return self.values[index].device.type == "cpu" and self.smaller(index, None) is not None
+    def factors(self, finite: Sequence[bool | None], loss_scale: Tensor | None) -> list[Tensor | None] | None:
+        """`smaller` of each loss that is not known to be not finite; None if none needs one."""
+        found = [None if ok is False else self.smaller(index, loss_scale) for index, ok in enumerate(finite)]
+        return None if all(factor is None for factor in found) else found
+
+    def overflows(self, index: int, loss_scale: Tensor | None = None) -> bool:
+        """Whether that is so, as far as the host knows."""
+        return self.values[index].device.type == "cpu" and self.smaller(index, loss_scale) is not None
 
     def backward(
         self,

@@ -29,6 +29,7 @@ from .losses import TaskLosses, loss_scale_on, loss_scale_or_none
 from .notices import Notices
 
 Leaves = Sequence[Tensor]
+ENDS = "optimizer.step(), or detach()", "balance()"
 
 
 class Engine:
@@ -150,6 +151,9 @@ class Engine:
         grads.hook()
         self._find_heads(losses, look_around=not attempt.frozen)
         finite = losses.finite()
+        small = losses.factors(finite, loss_scale) if losses.half else None
+        if small is not None:
+            self.heads.search_all(losses.losses)
         if None in finite and not attempt.frozen:
             steps.note_finite(losses.tasks, losses.values)
         last = len(finite) - 1
@@ -161,7 +165,7 @@ class Engine:
             if finite[index] is False:
                 attempt.spoil(task)
                 continue
-            attempt.smaller = losses.smaller(index, loss_scale) if losses.half else None
+            attempt.smaller = None if small is None else small[index]
             attempt.collect(task, loss_scale, self._skip_zeros)
             losses.backward(index, loss_scale, retain_graph or index < last, leaves, attempt.smaller)
             attempt.collected(task, loss_scale)
@@ -196,9 +200,8 @@ class Engine:
             self.steps.refuse_entered(index)
             if self._group_unnamed:
                 placement.refuse_unnamed_group()
-            device = self.rows.device
-            self.ranks.check_same(f"task {index}", device, f"the ranks are not all in task({index})")
-            scale = None if loss_scale is None else loss_scale_or_none(loss_scale_on(device, loss_scale))
+            self.ranks.check_same(f"task {index}", self.rows.device, f"the ranks are not all in task({index})")
+            scale = None if loss_scale is None else loss_scale_or_none(loss_scale_on(self.rows.device, loss_scale))
             attempt = self._attempt()
             try:
                 self._stash(attempt)
@@ -230,13 +233,12 @@ class Engine:
 
     def balance(self) -> None:
         """Write the balanced gradient of the tasks entered with `task`."""
-        steps = self.steps
         self.turns.refuse_inside("balance()")
-        if steps.pending:
+        if self.steps.pending:
             self._alone("balance()", partial(self._balance, at_once=False))
-        elif not steps.complete and not self.frozen:
+        elif not self.steps.complete and not self.frozen:
             raise RuntimeError("balance() has nothing to balance: no task() was entered since the last step")
-        steps.complete = False
+        self.steps.complete = False
 
     def _balance(self, at_once: bool) -> None:
         attempt = self._attempt()
@@ -304,8 +306,7 @@ class Engine:
     @property
     def stepped(self) -> list[Tensor]:
         """The parameters that attached optimizers hold."""
-        attached = self.attached
-        return [p for optimizer in attached for group in optimizer.param_groups for p in group["params"]]
+        return [p for optimizer in self.attached for group in optimizer.param_groups for p in group["params"]]
 
     @property
     def busy(self) -> bool:
@@ -333,8 +334,7 @@ class Engine:
         self.turns.refuse_inside(what)
         self.end_if_dropped()
         if self.steps.open:
-            end = "balance()" if self.steps.pending else "optimizer.step(), or detach()"
-            raise RuntimeError(f"{what} within a step; end it first: {end}")
+            raise RuntimeError(f"{what} within a step; end it first: {ENDS[bool(self.steps.pending)]}")
 
     def reindex_tasks(self, tasks: list[int | None], name: str | None = None) -> None:
         """Let the tasks be these of the former ones, None being a new one, of this name.

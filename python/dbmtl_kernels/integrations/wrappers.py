@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import recipe
 from ..balancer import GradientBalancer
 from ..onepass.balancer import OnePassDBMTL
 
@@ -46,12 +47,9 @@ def make_balancer(
         ValueError, TypeError: as ``method``.
     """
     found = module.get_submodule(shared) if isinstance(shared, str) else shared(module)
-    if isinstance(found, nn.Module):
-        found = [p for p in found.parameters() if p.requires_grad]
-    given_parameters = (
-        dict(found) if isinstance(found, Mapping) else [found] if isinstance(found, Tensor) else list(found)
-    )
-    parameters = given_parameters.values() if isinstance(given_parameters, dict) else given_parameters
+    if not isinstance(found, (nn.Module, Mapping, Tensor)):
+        found = list(found)  # it may be a generator
+    parameters = recipe.Shared.of(found).parameters
     given = dict(options)
     if "weighting" in given:
         given["weighting"] = copy.deepcopy(given["weighting"])
@@ -64,7 +62,7 @@ def make_balancer(
                 f"the gradients of a model inside {type(inner).__name__} cannot be balanced; those of "
                 "DistributedDataParallel and of FSDP2 (fully_shard) can"
             )
-    return method(given_parameters, num_tasks, **given)
+    return method(found, num_tasks, **given)
 
 
 def balancing(wrapped: nn.Module, balancer: GradientBalancer | None = None) -> AbstractContextManager[Any]:

@@ -141,7 +141,7 @@ class OnePassDBMTL(DBMTL):
         Warns:
             RuntimeWarning: once, where the exact form takes the step for want of another.
         """
-        eps = self._settings.eps if self.log_transform else None
+        eps = self._settings.eps if self._settings.log_transform else None
         present = TaskLosses(losses, tasks, self._engine.steps.tasks, eps)
         if not torch.is_grad_enabled():
             present.check_logarithms()
@@ -214,7 +214,10 @@ class OnePassDBMTL(DBMTL):
 
     def _not_in_one_pass(self, losses: TaskLosses, frontier: Frontier) -> str | None:
         """Why the exact form must take this step, if it must."""
-        if losses.half and any(losses.overflows(index) for index in range(len(losses.tasks))):
+        # The factor of this step is not known yet. One that makes a slope overflow is left to a GradScaler, which
+        # lowers it. If such gradients are never passed on it would not: the factor of the last step tells then.
+        scale = self._engine.steps.loss_scale if self._recipe.nonfinite == "skip" else None
+        if losses.half and any(losses.overflows(index, scale) for index in range(len(losses.tasks))):
             return (
                 "1 / loss does not fit into float16, the dtype of a loss: compute losses in float32, as autocast does "
                 "(seen on a CPU only)"

@@ -30,9 +30,9 @@ def check_beta(beta: float) -> float:
 
 
 def check_beta_sigma(beta_sigma: float) -> float:
-    """Raise ValueError unless the decay exponent is finite and not negative."""
-    if not 0.0 <= beta_sigma < math.inf:
-        raise ValueError(f"beta_sigma must be finite and not negative, got {beta_sigma}")
+    """Raise ValueError unless the decay exponent is in [0, 10]: step ** 10 fits into float64 for any count of steps."""
+    if not 0.0 <= beta_sigma <= 10.0:
+        raise ValueError(f"beta_sigma must be in [0, 10], got {beta_sigma}")
     return beta_sigma
 
 

@@ -11,6 +11,7 @@ from .arguments import check_finite, check_num_tasks, check_task
 
 # Factors of the tasks' weights: K numbers, or a function from the step, counted from 1, to them.
 TaskWeights = Sequence[float] | Callable[[int], Sequence[float]]
+MOST = 1e18  # times a weight of as much it still fits into float32
 
 
 class TaskNames:
@@ -90,12 +91,15 @@ def _check_names(names: Sequence[Any]) -> None:
         raise ValueError(f"the names of tasks must differ, got {list(names)}")
 
 
-def check_task_weights(weights: Any, num_tasks: int) -> list[float]:
+def check_task_weights(weights: Any, num_tasks: int, capturable: bool = False) -> list[float]:
     """K numbers as a list.
 
     Raises:
-        TypeError, ValueError: they are not, or one is negative or not finite.
+        ValueError: of a balancer that is ``capturable``.
+        TypeError, ValueError: they are not, or one is negative, or above 1e18.
     """
+    if capturable:
+        raise ValueError("task_weights with capturable: they are multiplied in on the host")
     if isinstance(weights, (Mapping, Set)):
         raise TypeError(
             f"task_weights must be {num_tasks} numbers in the order of the tasks, got {type(weights).__name__}"
@@ -104,6 +108,6 @@ def check_task_weights(weights: Any, num_tasks: int) -> list[float]:
     if len(values) != num_tasks:
         raise ValueError(f"task_weights must be {num_tasks} numbers, one for each task, got {len(values)}")
     checked = [check_finite(f"task_weights[{task}]", value) for task, value in enumerate(values)]
-    if min(checked) < 0.0:
-        raise ValueError(f"task_weights must not be negative, got {checked}")
+    if min(checked) < 0.0 or max(checked) > MOST:
+        raise ValueError(f"task_weights must be in [0, {MOST:g}], got {checked}")
     return checked
