@@ -66,3 +66,14 @@ def test_what_a_function_may_give_as_shared():
         assert [id(p) for p in make_balancer(net, net, given, 2, dbk.DBMTL, {}).shared_parameters] == wanted
     balancer = make_balancer(net, net, lambda net: net.trunk[0].weight, 2, dbk.DBMTL, {})
     assert balancer.shared_parameters[0] is net.trunk[0].weight
+
+
+@pytest.mark.parametrize("shared", ["trunk", lambda net: net.trunk, lambda net: net.trunk.named_parameters()])
+def test_parameters_of_an_adapter_have_names(shared):
+    net = first_net()
+    balancer = make_balancer(net, net, shared, 2, dbk.DBMTL, {})
+    name = next(name for name, _ in net.trunk.named_parameters())
+    parameter = next(net.trunk.parameters())
+    parameter.data = parameter.data.double()
+    with pytest.raises(RuntimeError, match=f"shared parameter 0 .'{name}'"):
+        balancer.backward([parameter.sum() + 9.0, parameter.sum() + 8.0])
