@@ -118,7 +118,9 @@ class HeadGradients:
         if stepped:
             self._watch(stepped, "optimizer")
         self._known = bool(wrapped or stepped)
-        found = self.search(losses, whole) if losses and not wrapped else None
+        found = None
+        if losses and not (wrapped and self._holds_all(losses, whole)):
+            found = self.search(losses, whole)
         common = [p for ref in self._common or () if (p := ref()) is not None]
         self._watch(common, "graph")
         self.devices = {head.parameter.device for head in self._heads.values()}
@@ -129,6 +131,11 @@ class HeadGradients:
             index = own.get(key)
             (self._rest if index is None else self._own.setdefault(tasks[index], [])).append(head)
         return found if whole else None
+
+    def _holds_all(self, losses: Sequence[Tensor], whole: bool) -> bool:
+        """Whether every head found is known already, and not one of a wrapper of a part of the model."""
+        leaves = meet(losses, self._shared, whole).leaves
+        return all(id(p) in self._heads for p in leaves if isinstance(p, nn.Parameter))
 
     def search(self, losses: Sequence[Tensor], whole: bool = True) -> Meeting | None:
         """Watch the leaves in the graph of each loss, as far as the losses do not share it, or to the end.

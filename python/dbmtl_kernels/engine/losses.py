@@ -22,7 +22,8 @@ ADVICE = {
     "donated buffer": "the model was compiled for a single backward pass over each graph, and several tasks need one "
     "each: set torch._functorch.config.donated_buffer = False before the first call of the compiled model",
     "mark a variable ready only once": "DistributedDataParallel was about to reduce the gradients of a single pass: "
-    "run its forward pass (and the backward) inside `with model.no_sync():`, DBMTL averages the gradients itself",
+    "name it, process_group=model, or run its forward pass (and the backward) inside `with model.no_sync():`; DBMTL "
+    "averages the gradients itself. If one is named, call that one and none around the same parameters",
 }
 FSDP = "one of FSDP's collectives failed; has another rank stopped?"
 
