@@ -11,7 +11,7 @@ SOURCES = setup.py pyproject.toml $(wildcard csrc/*/*)
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo quick test test-all sanitize lint types bench clean
+.PHONY: demo quick test test-all sanitize lint types bench report clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/multi_mnist.py
@@ -42,7 +42,10 @@ types: $(VENV)/.dev
 # With BASE=PATH, another checkout that is built, host time, op and step of both are measured in turn.
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/host.py $(if $(BASE),--base $(BASE))
-	$(BIN)/python -m pytest benchmarks -s
+
+# The tables of README.md and docs, drawn from benchmarks/results.
+report: $(VENV)/.dev
+	$(BIN)/python -m benchmarks report
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)

@@ -6,40 +6,36 @@ is a process of its own, in which contenders take turns step by step. Rows are a
 when a case is done; ``--resume`` leaves out the cases that this commit has there, on this device. ``--quick`` takes a
 few minutes, and writes to out/benchmarks. ``--report`` prints a table of what is there, and rows of Markdown.
 
-Columns: p20, p50 and p80 are milliseconds, of "memory" bytes. ``ratio`` is that of medians, ``over`` the contender
-below it. "step" and "backward" are those without a measurement; "mean from step N" is the mean, over blocks of ten
-interleaved steps, of the ratio of the blocks' times, measurements included. "memory" is the peak over a step.
+Rows have the schema of `dbmtl_kernels.bench.results`; ``rounds`` are steps. "step" and "backward" are those without a
+measurement; "mean from step N" is the mean, over blocks of ten interleaved steps, of the ratio of the blocks' times,
+measurements included. "memory" is the peak over a step.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import dbmtl_kernels as dbk
 import forms_cases
-import timing
 import torch
-from forms_cases import AMORTISED, BARE, CONTENDERS, DENSE, EW, MANY, ONE, TRUNKS, A, Row
+from dbmtl_kernels.bench import results
+from dbmtl_kernels.bench.results import Row
+from forms_cases import AMORTISED, BARE, CONTENDERS, DENSE, EW, MANY, ONE, TRUNKS, A
+from report import grid
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-FIELDS = [
-    "benchmark", "trunk", "parameters", "K", "batch", "contender", "what", "p20", "p50", "p80", "ratio", "over",
-    "steps", "device", "torch", "dbmtl_kernels", "commit", "date", "command",
-]  # fmt: skip
 PARTS = {"one backward": ONE, "K backwards": MANY, "memory": CONTENDERS}
-KEY = ("trunk", "K", "batch", "contender", "what", "device", "commit")
+Key = tuple[object, ...]
 
 
 class Case(NamedTuple):
@@ -61,15 +57,23 @@ class Case(NamedTuple):
             return list(forms_cases.many_backwards(self.trunk, self.num_tasks, self.contenders, self.rounds))
         return list(forms_cases.memory(self.trunk, self.num_tasks, self.contenders))
 
-    def keys(self, common: Row) -> set[tuple[str, ...]]:
+    def keys(self, machine: dict[str, str]) -> set[Key]:
         """Of the rows that tell that it was measured."""
         what = "memory" if self.part == "memory" else "step"
-        own = {"trunk": self.trunk, "K": self.num_tasks, "batch": TRUNKS[self.trunk].batch, "what": what}
-        return {key({**common, **own, "contender": name}) for name in self.contenders}
+        rows = [Row("forms", what, name, self.trunk, self.num_tasks) for name in self.contenders]
+        return {key(completed(row, machine)) for row in rows}
 
 
-def key(row: Row) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in KEY)
+def completed(row: Row, machine: dict[str, str]) -> Row:
+    """With what all rows of a case have."""
+    trunk = TRUNKS[row.model]
+    params = sum(p.numel() for p in trunk.make().parameters())
+    return replace(row, P=params, detail={"batch": trunk.batch}, machine=machine)
+
+
+def key(row: Row) -> Key:
+    of = row.machine
+    return row.what, row.contender, row.model, row.K, row.detail["batch"], of["device"], of["threads"], of["commit"]
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -90,68 +94,23 @@ def measure(case: Case) -> list[Row]:
     if done.returncode != 0:
         last = "\n".join(done.stderr.splitlines()[-20:])
         raise SystemExit(f"{case} ended with {done.returncode} (negative: a signal; -9: out of memory?)\n{last}")
-    rows: list[Row] = json.loads(done.stdout.splitlines()[-1])
-    return rows
+    return [Row(**values) for values in json.loads(done.stdout.splitlines()[-1])]
 
 
-def git(*words: str) -> str:
-    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
-
-
-def common(threads: int) -> Row:
-    """What every row of a run says."""
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
-    machine = timing.machine()
-    return {
-        "benchmark": "forms",
-        "device": f"{machine['cpu']}, {threads} thread{'s' * (threads > 1)}",
-        "torch": torch.__version__,
-        "dbmtl_kernels": dbk.__version__,
-        "commit": (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if changed else ""),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python benchmarks/forms.py", *sys.argv[1:]]),
-    }
-
-
-def read(path: Path) -> list[Row]:
-    """The rows there.
-
-    Raises:
-        SystemExit: it has other columns.
-    """
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != FIELDS:
-            raise SystemExit(
-                f"{path} has the columns {reader.fieldnames}, and rows of this version have {FIELDS}: move it away, or "
-                "name another file with --results"
-            )
-        return list(reader)
-
-
-def append(path: Path, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+def known_rows(path: Path) -> list[Row]:
+    """The rows there."""
+    return results.read(path) if path.exists() else []
 
 
 def run(options: argparse.Namespace) -> None:
-    shared = common(options.threads)
-    there = {key(row) for row in read(options.results)}
-    todo = [case for case in cases(options) if not (options.resume and case.keys(shared) <= there)]
+    torch.set_num_threads(options.threads)
+    machine = results.machine()
+    there = {key(row) for row in known_rows(options.results)}
+    todo = [case for case in cases(options) if not (options.resume and case.keys(machine) <= there)]
     with tqdm(todo, unit="case") as progress:
         for case in progress:
             progress.set_description(f"{case.trunk}, K={case.num_tasks}: {case.part}")
-            own = {
-                "trunk": case.trunk, "K": case.num_tasks, "batch": TRUNKS[case.trunk].batch,
-                "parameters": sum(p.numel() for p in TRUNKS[case.trunk].make().parameters()),
-            }  # fmt: skip
-            append(options.results, [{**shared, **own, **row} for row in measure(case)])
+            results.append(options.results, [completed(row, machine) for row in measure(case)])
 
 
 # --- what is there ---------------------------------------------------------------------------------------------------
@@ -174,30 +133,66 @@ COLUMNS: dict[str, tuple[str, str, str]] = {  # contender, what, and what is sho
 }
 
 
-def table(rows: Sequence[Row]) -> list[list[str]]:
-    """Lines of cells, of the last row of each kind; memory is that above the peak of the plain sum."""
-    found: dict[tuple[str, int], dict[tuple[str, str], Row]] = {}
-    for row in rows:
-        found.setdefault((row["trunk"], int(row["K"])), {})[row["contender"], row["what"]] = row
+Cells = dict[tuple[str, str], Row]  # by contender and what
 
-    def cell(of: dict[tuple[str, str], Row], contender: str, what: str, shown: str) -> str:
+
+def by_case(rows: Iterable[Row]) -> dict[tuple[str, int], Cells]:
+    """By trunk and K; of rows of the same kind the last."""
+    found: dict[tuple[str, int], Cells] = {}
+    for row in rows:
+        found.setdefault((row.model, row.K), {})[row.contender, row.what] = row
+    return {at: found[at] for at in sorted(found, key=lambda at: (list(TRUNKS).index(at[0]), at[1]))}
+
+
+def beyond(row: Row) -> float:
+    """Bytes above the peak of the plain sum."""
+    return row.p50 - row.p50 / row.ratio
+
+
+def table(rows: Iterable[Row]) -> list[list[str]]:
+    """Lines of cells; memory is that above the peak of the plain sum."""
+
+    def cell(of: Cells, contender: str, what: str, shown: str) -> str:
         row = of.get((contender, what))
         if row is None:
             return "-"
-        if shown == "above":
-            return f"{(float(row['p50']) - float(row['p50']) / float(row['ratio'])) / 1e6:.1f}"
-        return f"{float(row[shown]):.{3 if shown == 'ratio' else 1}f}"
+        return (
+            f"{beyond(row) / 1e6:.1f}"
+            if shown == "above"
+            else f"{getattr(row, shown):.{3 if shown == 'ratio' else 1}f}"
+        )
 
+    return [
+        [f"{trunk}, {next(iter(of.values())).P / 1e6:.2g} M", str(K), *(cell(of, *how) for how in COLUMNS.values())]
+        for (trunk, K), of in by_case(rows).items()
+    ]
+
+
+PAGE = [
+    "trunk", "K", "plain sum, ms", "one pass: a step", "a step that measures", "mean from step 65", "mean from step 1",
+    "K bare passes", "one row, over those", "rows, over those", "memory: one pass, and measuring", "one row", "rows",
+]  # fmt: skip
+TITLES = {"mlp": "MLP", "resnet18": "ResNet-18", "transformer": "transformer"}
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """The table of docs/forms.md; memory is in units of P float32 numbers."""
     lines = []
-    for trunk, num_tasks in sorted(found, key=lambda at: (list(TRUNKS).index(at[0]), at[1])):
-        of = found[trunk, num_tasks]
-        parameters = float(next(iter(of.values()))["parameters"]) / 1e6
-        lines.append([f"{trunk}, {parameters:.2g} M", str(num_tasks), *(cell(of, *how) for how in COLUMNS.values())])
-    return lines
+    for (trunk, K), of in by_case(rows).items():
+        first = next(iter(of.values()))
+        name = f"{TITLES.get(trunk, trunk)}, {first.P / 1e6:.1f} M, batch {first.detail['batch']}"
+        held = lambda *at, of=of, unit=4 * first.P: f"{max(0.0, beyond(of[at]) / unit):.2f}"  # noqa: E731
+        ratios = [of[contender, what].ratio for contender, what, shown in COLUMNS.values() if shown == "ratio"]
+        _, *ratios = ratios  # the sum of logs
+        memory = [f"{held(A, 'memory')}, {held(A, 'memory, one measured')}"]
+        memory += [held(contender, "memory") for contender in ("DBMTL(beta=0)", "DBMTL")]
+        single = [*ratios[:1], ratios[3], ratios[1], ratios[2], *ratios[4:]]
+        lines.append([name, K, f"{of[EW, 'step'].p50:.0f}", *(f"{ratio:.2f}" for ratio in single), *memory])
+    return grid(PAGE, lines)
 
 
 def report(path: Path) -> None:
-    rows = read(path)
+    rows = known_rows(path)
     if not rows:
         raise SystemExit(f"no rows in {path}: measure first")
     head, lines = ["trunk", "K", *COLUMNS], table(rows)
@@ -205,8 +200,7 @@ def report(path: Path) -> None:
     for line in lines:
         shown.add_row(*line)
     Console(width=None if sys.stdout.isatty() else 200).print(shown)
-    for line in (head, ["---"] * len(head), *lines):
-        print(f"| {' | '.join(line)} |")
+    print(grid(head, lines))
 
 
 def known(kind: str, names: Sequence[str], all_: Sequence[str]) -> Sequence[str]:
@@ -245,7 +239,7 @@ def main() -> None:
     if options.work:
         case = Case(*json.loads(options.work))
         torch.set_num_threads(case.threads)
-        print(json.dumps(case.rows()))
+        print(json.dumps([asdict(row) for row in case.rows()]))
     elif options.report:
         report(options.results)
     else:
@@ -254,4 +248,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except results.BenchError as error:
+        raise SystemExit(str(error)) from None

@@ -14,8 +14,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import dbmtl_kernels as dbk
-import timing
 import torch
+from dbmtl_kernels.bench import timing
+from dbmtl_kernels.bench.results import Row
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -172,7 +173,6 @@ MANY: dict[str, Callable[..., Backward]] = {
     "DBMTL": exact,
 }
 CONTENDERS = {**ONE, **MANY}
-Row = dict[str, Any]
 
 
 def interleaved(
@@ -199,12 +199,12 @@ def interleaved(
     return whole, backward, [b - a for a, b in pairwise(measured)]
 
 
-def row(contender: str, what: str, times: Sequence[float], ratio: float, over: str, steps: int) -> Row:
-    found = timing.summary(list(times))
-    return {
-        "contender": contender, "what": what, **{q: found[f"{q}_ms"] for q in ("p20", "p50", "p80")},
-        "ratio": ratio, "over": over, "steps": steps,
-    }  # fmt: skip
+def row(
+    trunk: str, num_tasks: int, contender: str, what: str, times: Sequence[float], ratio: float, over: str, steps: int
+) -> Row:
+    return Row(
+        "forms", what, contender, trunk, num_tasks, **timing.summary(list(times)), ratio=ratio, over=over, rounds=steps
+    )
 
 
 def one_backward(trunk: str, num_tasks: int, names: Sequence[str], steps: int) -> Iterator[Row]:
@@ -219,13 +219,22 @@ def one_backward(trunk: str, num_tasks: int, names: Sequence[str], steps: int) -
     for name in whole:
         for what, times in (("step", whole), ("backward", backward)):
             mine, base = ([times[n][i] for i in plain] for n in (name, EW))
-            yield row(name, what, mine, median(mine) / median(base), EW, len(plain))
+            yield row(trunk, num_tasks, name, what, mine, median(mine) / median(base), EW, len(plain))
     if A not in whole:
         return
     found = [i for i in late if measured[i]]
     if found:
         mine = [whole[A][i] for i in found]
-        yield row(A, "measuring step", mine, median(mine) / median(whole[EW][i] for i in late), EW, len(found))
+        yield row(
+            trunk,
+            num_tasks,
+            A,
+            "measuring step",
+            mine,
+            median(mine) / median(whole[EW][i] for i in late),
+            EW,
+            len(found),
+        )
     spans = {"mean from step 1": range(min(steps, AMORTISED))}
     if steps > DENSE:
         spans[f"mean from step {DENSE + 1}"] = late
@@ -233,7 +242,7 @@ def one_backward(trunk: str, num_tasks: int, names: Sequence[str], steps: int) -
         blocks = [span[i : i + BLOCK] for i in range(0, len(span), BLOCK)]
         mine, base = ([statistics.mean(whole[n][i] for i in block) for block in blocks] for n in (A, EW))
         ratio = statistics.mean(a / b for a, b in zip(mine, base, strict=True))
-        yield row(A, what, mine, ratio, EW, len(span))
+        yield row(trunk, num_tasks, A, what, mine, ratio, EW, len(span))
 
 
 def many_backwards(trunk: str, num_tasks: int, names: Sequence[str], rounds: int) -> Iterator[Row]:
@@ -244,7 +253,9 @@ def many_backwards(trunk: str, num_tasks: int, names: Sequence[str], rounds: int
         over = EW if name == BARE else BARE
         for what, times in (("step", whole), ("backward", backward)):
             mine, base = times[name][2:], times[over][2:]
-            yield row(name, what, mine, statistics.median(mine) / statistics.median(base), over, rounds)
+            yield row(
+                trunk, num_tasks, name, what, mine, statistics.median(mine) / statistics.median(base), over, rounds
+            )
 
 
 def memory(trunk: str, num_tasks: int, names: Sequence[str]) -> Iterator[Row]:
@@ -257,8 +268,8 @@ def memory(trunk: str, num_tasks: int, names: Sequence[str]) -> Iterator[Row]:
         else:
             cases = {"memory": base if name == EW else peaks(trunk, num_tasks, CONTENDERS[name], 2)[1]}
         for what, peak in cases.items():
-            bytes_ = dict.fromkeys(("p20", "p50", "p80"), peak)
-            yield {"contender": name, "what": what, **bytes_, "ratio": peak / base, "over": EW, "steps": 1}
+            ratio = peak / base
+            yield Row("forms", what, name, trunk, num_tasks, p50=peak, unit="bytes", ratio=ratio, over=EW, rounds=1)
 
 
 def peaks(trunk: str, num_tasks: int, make: Callable[..., Backward], steps: int) -> list[int]:

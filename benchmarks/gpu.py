@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import contenders
-import test_step
-import timing
+import gpu_ops
 import torch
-from contenders import Call, close
 from dbmtl_kernels import backends
+from dbmtl_kernels.bench import dense as op
+from dbmtl_kernels.bench import steps, timing
+from dbmtl_kernels.bench.dense import Call, close
 from gpu_rows import Rows, card
 
 CPU = bool(os.environ.get("TRITON_INTERPRET"))
@@ -89,7 +89,7 @@ class Suite:
         for name, (index, clock) in itertools.product(times, enumerate(("device", "host"))):
             of_copy = moved / median[name] / self.copied if self.copied else None
             share = {} if bare or index else {"bytes": moved, "of_copy": of_copy}
-            found = timing.summary([pair[index] for pair in times[name]])
+            found = {f"{q}_ms": ms for q, ms in timing.summary([pair[index] for pair in times[name]]).items()}
             self.rows.add(what, name, clock=clock, **found, **share, **size, **now)
         beyond = {name: found - (median[next(iter(bare))] if bare else 0.0) for name, found in median.items()}
         beyond |= {"copy": moved / self.copied} if self.copied else {}
@@ -114,29 +114,29 @@ def copy(suite: Suite) -> None:
 def dense(suite: Suite, K: int, P: int, dtype: torch.dtype = torch.float32) -> None:
     """The op on a K x P matrix, Triton's in two launches too."""
     large, inputs = K * P * dtype.itemsize >= 1000 * M, torch.randn(2, K, P, device=DEVICE).to(dtype)
-    calls = contenders.forms(suite.backends) | contenders.rivals(suite.compiled, **COMPILE)
+    calls = gpu_ops.forms(suite.backends) | op.rivals(suite.compiled, **COMPILE)
     targets: list[tuple[Any, float | None]] = [("copy", 0.9), ("copy", 0.97)] if large else [("copy", None)]
     if dtype == torch.float32:
         best = 1.2 if large else 3.0 if P == M else None
         targets += [(BEST, best if suite.compiled else None), ("authors", 4.0)]
     suite.case(
-        "dense", calls, partial(contenders.check_dense, *inputs), (4 * K + 1) * P * dtype.itemsize, targets,
+        "dense", calls, partial(op.check_dense, *inputs), (4 * K + 1) * P * dtype.itemsize, targets,
         lambda call: partial(call, *inputs), K=K, P=P, dtype=str(dtype)[6:],
     )  # fmt: skip
 
 
 def step(suite: Suite, what: str, batch: int, widths: tuple[int, ...] = WIDTHS) -> None:
     """Forward, K backward passes, optimizer: "step" against the bare passes, "engine" by what comes on top of them."""
-    problem = test_step.Problem(suite.backends, widths, batch, str(DEVICE))
-    K, P = test_step.K, sum(p.numel() for p in problem.trunk.parameters())
-    calls = {name: partial(test_step.ours, name) for name in suite.backends}
-    calls |= test_step.rivals(suite.compiled, **COMPILE)
-    bare = {"bare, let go": test_step.bare_let_go, "bare, adding up": test_step.bare}
+    problem = steps.mlp(3, widths, batch, DEVICE)
+    K, P = problem.num_tasks, problem.num_params
+    calls: dict[str, Call] = {name: partial(steps.ours, backend=name) for name in suite.backends}
+    calls |= steps.rivals(suite.compiled, **COMPILE)
+    bare = {"bare, let go": steps.bare_let_go, "bare, adding up": steps.bare}
     limit = 0.95 * (5 * K + 1) / (4 * K + 1) if suite.compiled else None  # by the bytes that either moves
     targets = [(BEST, limit), ("copy", None)] if what == "engine" else [(name, 1 / 1.05) for name in bare]
     suite.case(
-        what, calls, partial(test_step.check, problem), 4 * P * (4 * K + 1), targets,
-        lambda call: partial(problem.step, call), bare, K=K, P=P, dtype="float32",
+        what, calls, partial(steps.check, problem), 4 * P * (4 * K + 1), targets,
+        lambda make: partial(problem.step, make(problem)), bare, K=K, P=P, dtype="float32",
     )  # fmt: skip
 
 
@@ -146,8 +146,8 @@ def alone(suite: Suite, K: int, sizes: list[int]) -> None:
     segments, grads = torch.tensor([*zip(starts, sizes, strict=True)]), [torch.randn(n, device=DEVICE) for n in sizes]
     given = torch.randn(K, P, device=DEVICE), torch.rand(K, dtype=torch.float64, device=DEVICE), grads, segments
     for name, moved in {"accumulate_": 3, "balance_rows_": K + 1, "combine_out": K + 1, "gramian": K}.items():
-        calls = {backend: contenders.each_op(backend, *given)[name] for backend in (*suite.backends, "eager")}
-        check, targets = partial(contenders.check_op, name, *given), [("eager", None), ("copy", None)]
+        calls = {backend: gpu_ops.each_op(backend, *given)[name] for backend in (*suite.backends, "eager")}
+        check, targets = partial(gpu_ops.check_op, name, *given), [("eager", None), ("copy", None)]
         suite.case(name, calls, check, 4 * moved * P, targets, K=K, P=P, dtype="float32")
 
 

@@ -80,17 +80,16 @@ def op(num_tasks: int, num_params: int) -> dict[str, Call]:
 
 
 def step() -> dict[str, Call]:
-    """The training step of test_step.py, ours and bare."""
-    import test_step
-    import torch
+    """A training step, ours and bare."""
+    from dbmtl_kernels.bench import steps
 
-    problem = test_step.Problem((torch.float32,))
-    backward = {"step": partial(test_step.ours, torch.float32), "step, bare passes": test_step.bare}
+    problem = steps.mlp()
+    makers = {"step": steps.ours, "step, bare passes": steps.bare}
 
-    def whole(call: Callable[..., None]) -> None:
-        problem.step(call)
+    def whole(backward: Callable[..., object]) -> None:
+        problem.step(backward)
 
-    return {name: partial(whole, call) for name, call in backward.items()}
+    return {name: partial(whole, make(problem)) for name, make in makers.items()}
 
 
 def often(call: Callable[[], object]) -> Call:

@@ -1,8 +1,8 @@
 """A step with TorchJD's UPGrad: GradientBalancer against TorchJD's own ways; an MLP trunk of 4.5 M parameters, K=3."""
 
 import dbmtl_kernels as dbk
-import timing
 import torch
+from dbmtl_kernels.bench import timing
 from torch import nn
 from torchjd.aggregation import UPGrad, UPGradWeighting
 from torchjd.autojac import backward, jac_to_grad, mtl_backward

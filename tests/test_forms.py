@@ -1,10 +1,11 @@
 """The benchmark of the forms, tried on a tiny case."""
 
-import csv
 import sys
 
 import forms
 import pytest
+from dbmtl_kernels.bench import results
+from dbmtl_kernels.bench.results import BenchError, Row
 from forms_cases import CONTENDERS
 
 TINY = ["--trunks", "tiny", "--tasks", "2", "--steps", "2", "--rounds", "2"]
@@ -25,7 +26,7 @@ def run(tmp_path, monkeypatch, capsys):
 def test_a_case_in_a_process_of_its_own():
     case = forms.Case("K backwards", "tiny", 2, ["DBMTL"], steps=1, rounds=2, threads=1)
     found = forms.measure(case)
-    assert [(row["contender"], row["what"], row["over"], row["steps"]) for row in found] == [
+    assert [(row.contender, row.what, row.over, row.rounds) for row in found] == [
         ("K passes", "step", "plain sum", 2),
         ("K passes", "backward", "plain sum", 2),
         ("DBMTL", "step", "K passes", 2),
@@ -42,13 +43,12 @@ def test_a_case_that_fails_is_named():
 def test_every_contender_is_measured_once_and_told(run, tmp_path, monkeypatch):
     monkeypatch.setattr(forms, "measure", forms.Case.rows)
     printed = run(*TINY, "--resume")
-    with (tmp_path / "forms.csv").open(newline="") as file:
-        found = list(csv.DictReader(file))
+    found = results.read(tmp_path / "forms.csv")
     for what in ("step", "backward", "memory"):
-        assert [row["contender"] for row in found if row["what"] == what] == list(CONTENDERS)
-    assert all(0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in found)
-    assert all(row[field] for row in found for field in forms.FIELDS)
-    memory = {row["contender"]: float(row["p50"]) for row in found if row["what"] == "memory"}
+        assert [row.contender for row in found if row.what == what] == list(CONTENDERS)
+    assert all(0 < row.p20 <= row.p50 <= row.p80 for row in found if row.unit == "ms")
+    assert all(row.P and row.detail["batch"] == 4 and row.machine["date"] for row in found)
+    memory = {row.contender: row.p50 for row in found if row.what == "memory"}
     assert memory["plain sum"] == memory["sum of logs"] < memory["DBMTL"]
     assert "| tiny, " in printed
 
@@ -77,15 +77,15 @@ def test_what_is_not_there_is_named(run, words, said):
 def test_results_with_other_columns_are_not_added_to(run, tmp_path):
     results = tmp_path / "forms.csv"
     results.write_text("contender,K\nours,3\n")
-    with pytest.raises(SystemExit, match=r"has the columns \['contender', 'K'\].*move it away"):
+    with pytest.raises(BenchError, match="of another schema: its columns are contender, K"):
         run(*TINY)
     assert results.read_text() == "contender,K\nours,3\n"
 
 
 def test_the_table_has_the_last_row_of_each_kind():
-    base = {"trunk": "mlp", "K": "3", "parameters": "8000000", "contender": "OnePassDBMTL", "over": "plain sum"}
-    old, new = ({**base, "what": "step", "p50": "70", "ratio": ratio} for ratio in ("1.5", "1.01"))
-    memory = {**base, "what": "memory", "p50": "3e7", "ratio": "1.5"}
+    common = {"contender": "OnePassDBMTL", "model": "mlp", "K": 3, "P": 8_000_000, "over": "plain sum"}
+    old, new = (Row("forms", "step", p50=70.0, ratio=ratio, **common) for ratio in (1.5, 1.01))
+    memory = Row("forms", "memory", p50=3e7, ratio=1.5, unit="bytes", **common)
     (line,) = forms.table([old, memory, new])
     cells = dict(zip(["trunk", "K", *forms.COLUMNS], line, strict=True))
     assert cells["trunk"] == "mlp, 8 M"

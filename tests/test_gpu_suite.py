@@ -7,14 +7,13 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import contenders
 import gpu
+import gpu_ops
 import gpu_rows
 import pytest
-import test_step
-import timing
 import torch
 from dbmtl_kernels import ops
+from dbmtl_kernels.bench import dense, steps, timing
 
 SUITE = Path(__file__).parents[1] / "benchmarks" / "gpu_suite.sh"
 interpreted = pytest.mark.skipif(not gpu.CPU, reason="there is a GPU: the suite itself runs there")
@@ -32,7 +31,7 @@ def suite(folder, section="dense", backends=("triton", "cuda")):
 @interpreted
 def test_a_case_compares_with_the_best_rival_by_the_devices_clock(tmp_path, monkeypatch):
     def op(seconds, grads, ema):
-        return contenders.eager_lerp(grads, ema)
+        return dense.eager_lerp(grads, ema)
 
     monkeypatch.setattr(gpu.timing, "by_host_twice", lambda call: (call.args[0], 1.0))  # device, host
     tensors = torch.randn(2, 3, 1000)
@@ -40,7 +39,7 @@ def test_a_case_compares_with_the_best_rival_by_the_devices_clock(tmp_path, monk
     calls, bare = {name: partial(op, time) for name, time in seconds.items()}, {"bare, let go": partial(op, 0.02)}
     tried = suite(tmp_path)
     targets = [(gpu.BEST, 1.9), (gpu.BEST, 2.1), ("bare", 1.0), ("eager (a)", None)]
-    check = partial(contenders.check_dense, *tensors)
+    check = partial(dense.check_dense, *tensors)
     tried.case("dense", calls, check, 9, targets, bare=bare, K=3, P=1000)
     found = rows_in(tmp_path)
     medians = {(row["contender"], row["clock"]): row["p50_ms"] for row in found if row["p50_ms"]}
@@ -102,12 +101,12 @@ def nothing(grads, ema):
 
 
 def only_the_state(grads, ema):
-    ema.lerp_(grads, 1 - contenders.BETA)
+    ema.lerp_(grads, 1 - dense.BETA)
     return torch.empty_like(grads[0])
 
 
 def only_the_gradient(grads, ema):
-    return contenders.eager_lerp(grads, ema.clone())
+    return dense.eager_lerp(grads, ema.clone())
 
 
 def raises(grads, ema):
@@ -122,7 +121,7 @@ class Silent:
 
     def __call__(self, grads, ema):
         self.times -= 1
-        return contenders.eager_lerp(grads, ema) if self.times >= 0 else torch.empty_like(grads[0])
+        return dense.eager_lerp(grads, ema) if self.times >= 0 else torch.empty_like(grads[0])
 
 
 @interpreted
@@ -130,9 +129,9 @@ class Silent:
 @pytest.mark.parametrize("section", ["dense", "parity"])
 def test_what_is_wrong_is_a_fault_and_not_timed(tmp_path, section, wrong):
     tensors = torch.randn(2, 3, 50_000)
-    calls = {"eager": contenders.eager_lerp, "triton": contenders.eager_lerp, "cuda": wrong}
+    calls = {"eager": dense.eager_lerp, "triton": dense.eager_lerp, "cuda": wrong}
     tried, run = suite(tmp_path, section), lambda call: lambda: call(*tensors)
-    check = partial(contenders.check_dense, *tensors)
+    check = partial(dense.check_dense, *tensors)
     tried.case("dense", calls, check, 9, [("eager", 1.0), ("cuda", 1.0)], run, K=3, P=50_000)
     assert tried.faults == 1
     found = rows_in(tmp_path)
@@ -151,8 +150,8 @@ def test_what_falls_silent_is_caught_and_its_times_are_left_out(tmp_path, monkey
     tensors, clocked = torch.randn(2, 3, 50_000), []
     clock = lambda call: clocked.append(call) or timing.by_host_twice(call)  # noqa: E731
     monkeypatch.setattr(gpu, "timing", SimpleNamespace(**{**vars(timing), "by_host_twice": clock}))
-    calls = {"eager (a)": contenders.eager_lerp, "triton": contenders.eager_lerp, name: Silent(times)}
-    tried, check = suite(tmp_path), partial(contenders.check_dense, *tensors)
+    calls = {"eager (a)": dense.eager_lerp, "triton": dense.eager_lerp, name: Silent(times)}
+    tried, check = suite(tmp_path), partial(dense.check_dense, *tensors)
     tried.case("dense", calls, check, 9, [(gpu.BEST, 1.0)], lambda call: partial(call, *tensors), K=3, P=50_000)
     found = rows_in(tmp_path)
     (said,) = (row["verdict"] for row in found if row["contender"] == name)
@@ -166,9 +165,9 @@ def test_what_falls_silent_is_caught_and_its_times_are_left_out(tmp_path, monkey
 @interpreted
 def test_without_a_copy_nothing_is_compared_with_one(tmp_path, monkeypatch):
     tried, wrong = suite(tmp_path), lambda: torch.zeros(9)
-    tried.case("copy", {"torch": wrong}, lambda call: contenders.close(call(), torch.ones(9), 0.0, "it"), 9, [], P=9)
+    tried.case("copy", {"torch": wrong}, lambda call: dense.close(call(), torch.ones(9), 0.0, "it"), 9, [], P=9)
     tensors = torch.randn(2, 3, 1000)
-    calls, check = {"triton": contenders.eager_lerp}, partial(contenders.check_dense, *tensors)
+    calls, check = {"triton": dense.eager_lerp}, partial(dense.check_dense, *tensors)
     tried.case("dense", calls, check, 9, [("copy", 0.9)], lambda call: partial(call, *tensors), K=3, P=1000)
     assert {row["of_copy"] for row in rows_in(tmp_path)} == {""}
     assert "copy" not in {row["against"] for row in rows_in(tmp_path)}
@@ -179,35 +178,35 @@ def test_without_a_copy_nothing_is_compared_with_one(tmp_path, monkeypatch):
 def test_a_barrier_that_hangs_leaves_out_the_form_that_has_it(monkeypatch):
     monkeypatch.setenv("DBMTL_TRITON_LAUNCHES", "")
     for _ in range(2):  # a call asks for its form, and leaves nothing behind
-        calls = contenders.forms(["triton", "cuda"])
+        calls = gpu_ops.forms(["triton", "cuda"])
         assert [*calls] == ["triton", "cuda", "triton, two launches"]
         calls["triton, two launches"](*torch.ones(2, 3, 4))
     monkeypatch.setenv("DBMTL_TRITON_LAUNCHES", "2")
-    assert [*contenders.forms(["triton", "cuda"])] == ["cuda", "triton, two launches"]
-    monkeypatch.setattr(contenders, "ours", lambda *given: os.environ["DBMTL_TRITON_LAUNCHES"])
-    assert [call(*torch.ones(2, 3, 4)) for call in contenders.forms(["triton"]).values()] == ["2"]
+    assert [*gpu_ops.forms(["triton", "cuda"])] == ["cuda", "triton, two launches"]
+    monkeypatch.setattr(gpu_ops, "ours", lambda *given: os.environ["DBMTL_TRITON_LAUNCHES"])
+    assert [call(*torch.ones(2, 3, 4)) for call in gpu_ops.forms(["triton"]).values()] == ["2"]
 
 
 @interpreted
 def test_memory_holds_nan_when_a_contender_is_checked(monkeypatch):
     """After float64, whose result may be freed, and right before the call."""
     order = []
-    exact = contenders.exact
-    for module in (contenders, test_step):
+    exact = dense.exact
+    for module in (dense, steps):
         monkeypatch.setattr(module, "poison", lambda like, dtype: order.append("poison"))
-    for module in (contenders, test_step):
+    for module in (dense, steps):
         monkeypatch.setattr(module, "exact", lambda *tensors: order.append("float64") or exact(*tensors))
 
     def called(call):
         return lambda *given: order.append("call") or call(*given)
 
-    contenders.check_dense(*torch.randn(2, 3, 40), called(contenders.eager_lerp))
-    test_step.check(test_step.Problem(["eager"], (16, 32, 16), 8), called(partial(test_step.ours, "eager")))
+    dense.check_dense(*torch.randn(2, 3, 40), called(dense.eager_lerp))
+    steps.check(steps.mlp(3, (16, 32, 16), 8), called(partial(steps.ours, backend="eager")))
     assert order == ["float64", "poison", "call"] * 2
     blocks = []
     monkeypatch.undo()
     monkeypatch.setattr(torch, "full", lambda *given, full=torch.full, **how: blocks.append(full(*given, **how)))
-    contenders.poison(torch.zeros(7), torch.bfloat16)
+    dense.poison(torch.zeros(7), torch.bfloat16)
     assert all(block.dtype == torch.bfloat16 and block.isnan().all() and len(block) == 7 for block in blocks)
     assert len(blocks) == 8
 
@@ -259,13 +258,13 @@ def test_an_op_that_writes_nothing_is_caught(tmp_path, monkeypatch, op, right):
 
 @interpreted
 def test_a_step_that_balances_nothing_is_caught():
-    problem = test_step.Problem(["eager"], (16, 32, 16), 8)
-    for call in (partial(test_step.ours, "eager"), *test_step.rivals(False).values(), test_step.authors):
+    problem = steps.mlp(3, (16, 32, 16), 8)
+    for make in (partial(steps.ours, backend="eager"), *steps.rivals(False).values(), steps.authors):
         for _ in range(2):  # whatever steps went before
-            test_step.check(problem, call)
-            problem.step(call)
+            steps.check(problem, make)
+            problem.step(make(problem))
     with pytest.raises(ValueError, match="is off by"):
-        test_step.check(problem, test_step.bare)
+        steps.check(problem, steps.bare)
 
 
 @pytest.mark.slow

@@ -130,12 +130,14 @@ class Adjustable:
     def __setattr__(self, name: str, value: Any) -> None:
         """Raise AttributeError for what is fixed when a balancer is made, and for a name that is nearly a setting's."""
         if not (name.startswith("_") or hasattr(self, name)):
+            ours = type(self).__module__.partition(".")[0] == __name__.partition(".")[0]
             if name in Recipe._fields:
                 raise AttributeError(f"{name} is fixed when a balancer is made: make another, and load the state_dict")
             if name == "scale":
                 raise AttributeError("scale is set of the weighting: balancer.weighting.scale, where it has one")
             settings = [f.name for f in fields(Settings)]
-            if near := get_close_matches(name, [*settings, *Recipe._fields, "scale"], n=1, cutoff=0.75):
+            near = get_close_matches(name, [*settings, *Recipe._fields, "scale"], n=1, cutoff=0.75)
+            if ours and near:  # a class of the user's has names of its own
                 raise AttributeError(f"there is no {name!r} to set: is it {near[0]!r}?")
         super().__setattr__(name, value)
 

@@ -282,6 +282,13 @@ def test_a_setting_that_another_balancer_has_is_refused_and_what_is_nobodys_is_t
     balancer.comment = "mine"
     assert balancer.comment == "mine"
 
+    class Mine(dbk.DBMTL):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.scaler = "mine"
+
+    assert Mine([leaf(3)], 2).scaler == "mine"
+
 
 def test_a_function_of_the_step_is_asked_once_a_step():
     torch.manual_seed(0)

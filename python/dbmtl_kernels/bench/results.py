@@ -181,13 +181,17 @@ def _version(name: str) -> str:
 
 
 def _commit() -> str:
-    """Of the working copy that this file is in; "" where it is installed."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
+    """Of the working copy that this file is in, "-dirty" if more than results has changed; "" where it is installed."""
+    if "site-packages" in __file__:
         return ""
-    return done.stdout.strip() if done.returncode == 0 and "site-packages" not in __file__ else ""
+    here, found = Path(__file__).parent, []
+    for words in ("rev-parse --short=10 HEAD", "status --porcelain -uno -- :/ :!/benchmarks/results"):
+        try:
+            done = subprocess.run(["git", *words.split()], cwd=here, capture_output=True, text=True)
+        except OSError:
+            return ""
+        found.append(done.stdout.strip() if done.returncode == 0 else "")
+    return found[0] + "-dirty" * bool(found[1])
 
 
 def _command() -> str:

@@ -5,23 +5,13 @@ Each round starts with another contender: what one leaves behind (freed memory, 
 
 from __future__ import annotations
 
-import csv
-import datetime
 import functools
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import dbmtl_kernels
 import torch
-from dbmtl_kernels.backends import native
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def by_host(call: Callable[[], object]) -> float:
@@ -85,41 +75,12 @@ def interleaved(
 
 
 def summary(times: list[float]) -> dict[str, float]:
-    """p20, p50 and p80 in milliseconds."""
+    """p20, p50 and p80 of seconds, in milliseconds."""
     ordered = sorted(times)
-    pick = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))] * 1e3  # noqa: E731
-    return {"p20_ms": pick(0.2), "p50_ms": statistics.median(ordered) * 1e3, "p80_ms": pick(0.8)}
+    p20, p80 = (ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.2, 0.8))
+    return {"p20": p20 * 1e3, "p50": statistics.median(ordered) * 1e3, "p80": p80 * 1e3}
 
 
 def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
     """How many times faster ``fast`` is: the ratio of medians."""
     return statistics.median(times[slow]) / statistics.median(times[fast])
-
-
-def machine() -> dict[str, Any]:
-    """What a figure needs beside it."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu,
-        "isa": native.isa(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "dbmtl_kernels": dbmtl_kernels.__version__,
-        "command": " ".join(["pytest", *sys.argv[1:]]),
-    }
-
-
-def record(name: str, rows: list[dict[str, Any]], folder: Path) -> None:
-    """Write ``rows`` to NAME.csv and, with the machine, to NAME.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-    with (folder / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)

@@ -1,19 +1,17 @@
-"""What the ops are measured against, and float64, which every result must equal before it is timed.
+"""The op on a K x P matrix: what it is measured against, and float64, which every result must equal before it is timed.
 
-A contender of the dense op is (grads, ema) -> balanced gradient, with ema updated in place.
+A contender is (grads, ema) -> balanced gradient, with ema updated in place.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
-import dbmtl_kernels as dbk
 import torch
-from dbmtl_kernels import ops
 from torch import Tensor
+
+import dbmtl_kernels as dbk
 
 BETA, EPS = 0.9, 1e-8
 Call = Callable[..., Any]
@@ -24,27 +22,17 @@ def ours(grads: Tensor, ema: Tensor, backend: str = "auto") -> Tensor:
     return dbk.balance_(grads, ema, beta=BETA, eps=EPS, backend=backend)[0]
 
 
-def forms(backends: Sequence[str]) -> dict[str, Call]:
-    """Ours on each backend, Triton's in both forms; in one, where DBMTL_TRITON_LAUNCHES=2 asks for that."""
-    asked = os.environ.get("DBMTL_TRITON_LAUNCHES", "")
-    only = asked == "2"
-
-    def call(backend: str, launches: str, grads: Tensor, ema: Tensor) -> Tensor:
-        os.environ["DBMTL_TRITON_LAUNCHES"] = launches
-        try:
-            return ours(grads, ema, backend)
-        finally:
-            os.environ["DBMTL_TRITON_LAUNCHES"] = asked
-
-    found = {name: partial(call, name, "") for name in backends if name != "triton" or not only}
-    return found | {f"{name}, two launches": partial(call, name, "2") for name in backends if name == "triton"}
-
-
 def eager_lerp(grads: Tensor, ema: Tensor) -> Tensor:
     """lerp_, vector_norm, vector-matrix product: (5 K P + P)."""
     ema.lerp_(grads, 1.0 - BETA)
+    return combine(ema)
+
+
+def combine(ema: Tensor) -> Tensor:
+    """The balanced gradient of K rows."""
     norms = torch.linalg.vector_norm(ema, dim=1)
-    return (norms.max() / (norms + EPS)) @ ema
+    out: Tensor = (norms.max() / (norms + EPS)) @ ema
+    return out
 
 
 def eager_addmul(grads: Tensor, ema: Tensor) -> Tensor:
@@ -59,7 +47,8 @@ def eager_foreach(grads: Tensor, ema: Tensor) -> Tensor:
     rows = ema.unbind()
     torch._foreach_lerp_(rows, grads.unbind(), 1.0 - BETA)
     norms = torch.stack(torch._foreach_norm(rows))
-    return (norms.max() / (norms + EPS)) @ ema
+    out: Tensor = (norms.max() / (norms + EPS)) @ ema
+    return out
 
 
 def authors(grads: Tensor, ema: Tensor) -> Tensor:
@@ -67,7 +56,7 @@ def authors(grads: Tensor, ema: Tensor) -> Tensor:
     new = grads + BETA * (ema - grads)
     norms = new.norm(dim=-1)
     alpha = norms.max() / (norms + EPS)
-    out = sum(alpha[i] * new[i] for i in range(len(new)))
+    out = sum((alpha[i] * new[i] for i in range(len(new))), torch.zeros_like(new[0]))
     ema.copy_(new)
     return out
 
@@ -94,8 +83,8 @@ def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None
     if not torch.isfinite(expected).all():
         raise ValueError(f"float64 has no {what}: the reference is not finite")
     rows = zip(torch.atleast_2d(actual), torch.atleast_2d(expected), strict=True)
-    error = torch.stack([torch.linalg.vector_norm(row.double() - wanted, torch.inf) for row, wanted in rows]).max()
-    error = float(error / torch.linalg.vector_norm(expected, torch.inf))
+    errors = torch.stack([torch.linalg.vector_norm(row.double() - wanted, torch.inf) for row, wanted in rows])
+    error = float(errors.max() / torch.linalg.vector_norm(expected, torch.inf))
     if not error <= tolerance:  # NaN is wrong
         raise ValueError(f"{what} is off by {error:.1e}, allowed is {tolerance:.1e}")
 
@@ -115,27 +104,3 @@ def check_dense(grads: Tensor, ema: Tensor, call: Call) -> None:
     poison(expected, ema.dtype)
     close(call(grads, mine), expected, gradient, "the balanced gradient")
     close(mine, new, state, "the state")
-
-
-def each_op(backend: str, rows: Tensor, squares: Tensor, grads: list[Tensor], segments: Tensor) -> dict[str, Call]:
-    """Each op of a backend; a call returns what it wrote."""
-    out, (total, *stats) = torch.full_like(rows[0], torch.nan), torch.full((3, *squares.shape), torch.nan).to(squares)
-    counts = [torch.zeros(len(rows), dtype=dtype, device=rows.device) for dtype in (torch.bool, torch.int64)]
-    end = (ops.Stats(squares, *stats, *counts), [out], [0], None, None, 1.0, EPS, "max", 0.0, True, False)
-    given = (rows[0], total[:1], grads, segments, (BETA, 1.0 - BETA), None, backend)
-    return {
-        "accumulate_": lambda: ops.accumulate_(*given) or [rows[0], total[:1]],
-        "balance_rows_": lambda: ops.balance_rows_(ops.BalanceRows(rows, *end), backend) or [out, *stats],
-        "combine_out": lambda: ops.combine_out(rows, squares, out, False, backend) or [out],
-        "gramian": lambda: [ops.gramian(rows, backend)],
-    }
-
-
-def check_op(name: str, rows: Tensor, squares: Tensor, grads: list[Tensor], segments: Tensor, call: Call) -> None:
-    """Raise unless ``call``, one of `each_op`, gives what float64 gives; then fill that with NaN."""
-    expected = each_op("eager", rows.double(), squares, [grad.double() for grad in grads], segments)[name]()
-    poison(expected[0], torch.float32)
-    for actual, wanted in zip(call(), expected, strict=True):
-        close(actual, wanted, 1e-5, "the result")
-        if actual.data_ptr() != rows.data_ptr():  # lest the next check find it
-            actual.fill_(torch.nan)
