@@ -42,6 +42,10 @@ class Table(NamedTuple):
 
 # By the name in the marker.
 TABLES: dict[str, Table] = {
+    **{
+        f"claims-{name}": Table(("claims.csv",), f"claims.pages:{name}")
+        for name in ("verdicts", "deltas", "rates", "watched", "seconds", "levels", "forms", "same_rates", "goals")
+    },
     "forms": Table(("forms.csv",), "forms:markdown"),
 }
 # Pages that are drawn as a whole, from files of a schema of their own.

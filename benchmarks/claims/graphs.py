@@ -63,8 +63,8 @@ def edges(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(M, 29, 4) molecules to a graph of all: its atoms, edges, their attributes, and the molecule of each atom.
 
     Returns:
-        (N, 7) atoms; (2, E) indices of all pairs of a molecule's atoms; (E, 5): four classes of bonds, and the distance;
-        (N,) molecules.
+        (N, 7) atoms; (2, E) indices of all pairs of a molecule's atoms; (E, 5) four classes of bonds, and the
+        distance; (N,) molecules.
     """
     there = packed[:, :, 0] > 0
     molecule, _ = there.nonzero(as_tuple=True)

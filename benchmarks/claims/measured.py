@@ -96,8 +96,8 @@ def seconds(
         detail = rounded({"epoch_s": middle * batches / 1e3, "batch": setting.batch, "samples": len(samples)})
         rows.append(
             Row(
-                BENCHMARK, SECONDS, method, name, len(setting.tasks), p20=low, p50=middle, p80=high, ratio=ratio, over=EW,
-                rounds=rounds, detail=detail, machine=machine,
+                BENCHMARK, SECONDS, method, name, len(setting.tasks), p20=low, p50=middle, p80=high,
+                ratio=ratio, over=EW, rounds=rounds, detail=detail, machine=machine,
             )
         )  # fmt: skip
     return rows

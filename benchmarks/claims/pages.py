@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from dbmtl_kernels.bench.results import Row
+from report import grid
 
 from . import methods as m
 from .measured import SECONDS
-from .scores import Outcome, delta_m, delta_p, mean_and_error, outcome, outcomes, training
-from .settings import FULL, GRAPH, QUICK, SEEDS, SETTINGS, THE_FORMS
+from .scores import Outcome, delta_m, delta_p, mean_and_error, number, outcome, outcomes, training
+from .settings import FULL, GRAPH, QUICK, SEEDS, SETTINGS, THE_FORMS, choose
 from .verdicts import CHOSEN, NOT, Evidence, judge, slope
 
 POOLED_GOAL, WORST_GOAL = 0.5, 2.0
 WITHOUT = "rf1-rescaled"  # where a method may lose without bound
 Cell = Callable[[str, str], str]  # of a setting and a method
-
-
-def grid(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    top = list(head)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (top, ["---"] * len(top), *lines))
 
 
 def shown(values: Sequence[float]) -> str:
@@ -39,9 +35,9 @@ def titles(names: Iterable[str]) -> list[str]:
     return [SETTINGS[name].title for name in names]
 
 
-def verdicts(rows: Sequence[Row]) -> str:
+def verdicts(rows: Sequence[Row], **how: Any) -> str:
     """A row a claim."""
-    evidence = Evidence(rows)
+    evidence = Evidence(rows, **how)
     judged = judge(evidence)
     names = [s.name for s in (*QUICK, *FULL, GRAPH) if any(s.name in v.findings for v in judged)]
     lines = []
@@ -62,9 +58,9 @@ def _by_method(evidence: Evidence, names: Sequence[str], methods: Iterable[str],
     return grid(["method", *titles(names)], [line for line in lines if any(x != "-" for x in line[1:])])
 
 
-def deltas(rows: Sequence[Row]) -> str:
+def deltas(rows: Sequence[Row], **how: Any) -> str:
     """Delta_p and Delta_m of each method in each setting."""
-    evidence = Evidence(rows)
+    evidence = Evidence(rows, **how)
     names = [name for name in evidence.names if evidence.has(name, m.STL)]
 
     def cell(name: str, method: str) -> str:
@@ -80,9 +76,9 @@ def deltas(rows: Sequence[Row]) -> str:
     return _by_method(evidence, names, [CHOSEN, *m.MULTI_TASK], cell)
 
 
-def rates(rows: Sequence[Row]) -> str:
+def rates(rows: Sequence[Row], **how: Any) -> str:
     """The learning rates chosen; a star marks an end of the sweep."""
-    evidence = Evidence(rows)
+    evidence = Evidence(rows, **how)
 
     def cell(name: str, method: str) -> str:
         if not evidence.has(name, method):
@@ -93,9 +89,9 @@ def rates(rows: Sequence[Row]) -> str:
     return _by_method(evidence, evidence.names, m.METHODS, cell)
 
 
-def watched(rows: Sequence[Row]) -> str:
+def watched(rows: Sequence[Row], **how: Any) -> str:
     """Norms over EW's, the mean cosine at the end and its rise, roughness; means over the seeds."""
-    evidence = Evidence(rows)
+    evidence = Evidence(rows, **how)
 
     def cell(name: str, method: str) -> str:
         if not evidence.has(name, method, m.EW):
@@ -113,9 +109,9 @@ def watched(rows: Sequence[Row]) -> str:
     return _by_method(evidence, evidence.names, m.MULTI_TASK, cell)
 
 
-def seconds(rows: Sequence[Row]) -> str:
+def seconds(rows: Sequence[Row], **how: Any) -> str:
     """Seconds of an epoch over equal weighting's, and of equal weighting."""
-    evidence = Evidence(rows)
+    evidence = Evidence(rows, **how)
     names = [s.name for s in (*QUICK, *FULL, GRAPH) if evidence.row(SECONDS, s.name, m.EW)]
 
     def cell(name: str, method: str) -> str:
@@ -127,9 +123,9 @@ def seconds(rows: Sequence[Row]) -> str:
     return _by_method(evidence, names, m.METHODS, cell)
 
 
-def levels(rows: Sequence[Row]) -> str:
+def levels(rows: Sequence[Row], **how: Any) -> str:
     """That networks learn: test metrics beside those of a constant prediction."""
-    evidence = Evidence(rows)
+    evidence = Evidence(rows, **how)
     shown_methods = (m.STL, m.EW, m.DB_MTL)
     lines = []
     for name in evidence.names:
@@ -139,15 +135,13 @@ def levels(rows: Sequence[Row]) -> str:
         for task in SETTINGS[name].tasks:
             for metric, kind in task.metrics.items():
                 reached = [[x[metric] for x in evidence.found[name, method].test] for method in shown_methods]
-                values = [np.mean([x[metric] for x in idle]), *(np.mean([v or np.nan for v in of]) for of in reached)]
+                values = [np.mean([x[metric] for x in idle]), *(np.mean([number(v) for v in of]) for of in reached)]
                 unit = "higher" if kind.sign > 0 else "lower"
                 lines.append([SETTINGS[name].title, metric, unit, *(f"{float(v):.3g}" for v in values)])
     return grid(["setting", "metric", "better", "constant", *shown_methods], lines)
 
 
-def differences(
-    found: dict[tuple[str, str], Outcome], base: dict[str, Outcome], method: str
-) -> dict[str, list[float]]:
+def differences(found: dict[tuple[str, str], Outcome], base: dict[str, Outcome], method: str) -> dict[str, list[float]]:
     """Of each setting a change a seed, from the base."""
     return {
         name: [delta_p(SETTINGS[name], a, b) for a, b in zip(found[name, method].test, to.test, strict=True)]
@@ -161,39 +155,40 @@ def pool(by_setting: dict[str, list[float]], without: str | None = None) -> list
     return [x for name, values in by_setting.items() if name != without for x in values]
 
 
-def _forms(rows: Sequence[Row], same_rate: bool) -> tuple[list[str], dict[str, dict[str, list[float]]]]:
-    found = outcomes(rows, [s.name for s in THE_FORMS], m.MAKE)
+def _forms(
+    rows: Sequence[Row], same_rate: bool, seeds: int = SEEDS, small: bool = False
+) -> tuple[list[str], dict[str, dict[str, list[float]]]]:
+    found = outcomes(rows, [s.name for s in THE_FORMS], m.MAKE, seeds, small)
     base = {name: result for (name, method), result in found.items() if method == m.DB_MTL}
     if same_rate:
         runs = training(rows)
         for name, method in list(found):
             at = next(iter(base[name].rates.values())) if name in base else None
-            again = outcome(name, method, runs, SEEDS, at) if at is not None else None
+            again = outcome(choose(name, small), method, runs, seeds, at) if at is not None else None
             if again is not None:
                 found[name, method] = again
     methods = [method for method in m.FORMS if method != m.DB_MTL]
     return list(base), {method: differences(found, base, method) for method in methods}
 
 
-def forms(rows: Sequence[Row], same_rate: bool = False) -> str:
+def forms(rows: Sequence[Row], same_rate: bool = False, **how: Any) -> str:
     """Each form's test metrics against DB-MTL's, and of all settings pooled; at DB-MTL's rate if ``same_rate``."""
-    names, by_method = _forms(rows, same_rate)
+    names, by_method = _forms(rows, same_rate, **how)
     whole = [x if len(x) == len(names) else {} for x in by_method.values()]
     lines = [[SETTINGS[name].title, *(shown(x.get(name, [])) for x in by_method.values())] for name in names]
-    pairs = SEEDS * len(names)
-    lines.append([f"pooled, {pairs} pairs", *(shown(pool(x)) for x in whole)])
+    lines.append([f"pooled, {len(pool(by_method[m.ONE_PASS]))} pairs", *(shown(pool(x)) for x in whole)])
     lines.append(["pooled without the 1 : 10,000", *(shown(pool(x, WITHOUT)) for x in whole)])
     return grid(["setting (K)", *by_method], lines)
 
 
-def same_rates(rows: Sequence[Row]) -> str:
+def same_rates(rows: Sequence[Row], **how: Any) -> str:
     """`forms`, all at the rate that DB-MTL chose."""
-    return forms(rows, same_rate=True)
+    return forms(rows, same_rate=True, **how)
 
 
-def goals(rows: Sequence[Row]) -> str:
+def goals(rows: Sequence[Row], **how: Any) -> str:
     """Whether one pass meets its goals."""
-    return "\n".join(f"- {line}" for line in judge_forms(_forms(rows, False)[1][m.ONE_PASS]))
+    return "\n".join(f"- {line}" for line in judge_forms(_forms(rows, False, **how)[1][m.ONE_PASS]))
 
 
 def judge_forms(by_setting: dict[str, list[float]]) -> list[str]:
@@ -212,12 +207,5 @@ def judge_forms(by_setting: dict[str, list[float]]) -> list[str]:
     ]
 
 
-ALL = {
-    "claims-verdicts": verdicts,
-    "claims-deltas": deltas,
-    "claims-rates": rates,
-    "claims-watched": watched,
-    "claims-seconds": seconds,
-    "claims-levels": levels,
-}
-FORM_TABLES = {"forms-quality": forms, "forms-same-rate": same_rates, "forms-goals": goals}
+TABLES = (verdicts, deltas, rates, watched, seconds, levels)
+FORM_TABLES = (forms, same_rates, goals)

@@ -14,9 +14,10 @@ from dbmtl_kernels.bench.results import BenchError, Row, append, machine, read
 from tqdm import tqdm
 
 from . import graphs, methods, settings
+from .measured import IDENTITY, ROUNDS, SECONDS, identity, seconds
 from .scores import run_of, sweep, training, wanted
 from .settings import GRAPH
-from .trial import Run, load, run_one
+from .trial import BENCHMARK, Run, load, run_one
 
 
 def kept(out: Path, small: bool) -> dict[Run, Row]:
@@ -28,7 +29,7 @@ def kept(out: Path, small: bool) -> dict[Run, Row]:
     if not out.exists():
         return {}
     found = training(read(out))
-    for name, method, *_ in found:
+    for name, *_ in found:
         if name not in settings.SETTINGS:
             raise BenchError(f"{out} has runs of a setting {name!r}, which is none of this trial: give another --out")
     for (name, *_), row in found.items():
@@ -76,20 +77,38 @@ def run_all(
     tried = {name: settings.choose(name, small) for name in names}
     least = sum(len(sweep(s, m, seeds)) + max(0, seeds - s.sweep_seeds) for s in tried.values() for m in chosen)
     with tqdm(total=least, unit="run") as progress:
-        for name, setting in tried.items():
+        for setting in tried.values():
             for _ in range(2):  # the sweep, then what it chose
                 runs = [run for method in chosen for run in wanted(setting, method, found, seeds)]
                 todo = [run for run in runs if run not in found]
                 progress.n = max(progress.n, sum(run[0] in tried and run[1] in chosen for run in found))
                 for row in _rows(todo, folder, small, here, jobs):
-                    row = replace(
-                        row, machine={**row.machine, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-                    )
+                    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                    row = replace(row, machine={**row.machine, "date": now})
                     append(out, [row])
                     found[run_of(row)] = row
                     progress.set_postfix_str(f"{row.model}, {row.contender}, {row.p50:.1f} s", refresh=False)
                     progress.total = max(progress.total, progress.n + 1)
                     progress.update()
+
+
+def measure_all(
+    out: Path, folder: Path, names: Sequence[str], chosen: Sequence[str], *, small: bool, command: str
+) -> None:
+    """Measure what ``out`` lacks: seconds of all methods in turn, and the identity; nothing else should run.
+
+    Raises:
+        BenchError: as `check`.
+    """
+    check(out, folder, names, chosen, resume=True, small=small)
+    rows = read(out) if out.exists() else []
+    done = {(row.what, row.model) for row in rows if row.benchmark == BENCHMARK}
+    for name in names:
+        here = {**machine(settings.choose(name, small).device), "command": command}
+        if (SECONDS, name) not in done:
+            append(out, seconds(name, chosen, folder, small, here, rounds=1 if small else ROUNDS))
+        if (IDENTITY, name) not in done and name != GRAPH.name:
+            append(out, [identity(name, folder, small, here)])
 
 
 def _rows(todo: list[Run], folder: Path, small: bool, here: dict[str, str], jobs: int) -> Iterator[Row]:

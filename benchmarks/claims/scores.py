@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from dbmtl_kernels.bench.results import Row
 
 from .methods import STL
-from .settings import SEEDS, SETTINGS, Setting
+from .settings import SEEDS, Setting, choose
 from .trial import BENCHMARK, WHAT, Run
 
 Metrics = Mapping[str, float | None]
@@ -69,8 +69,6 @@ def best_rate(setting: Setting, rows: Iterable[Row], names: Sequence[str] | None
 
 
 def _part(setting: Setting, names: Sequence[str]) -> Setting:
-    from dataclasses import replace
-
     return replace(setting, tasks=tuple(task for task in setting.tasks if task.name in names))
 
 
@@ -125,9 +123,10 @@ class Outcome:
         return [row.detail[name] for row in self.rows]
 
 
-def outcome(name: str, method: str, found: Mapping[Run, Row], seeds: int, rate: float | None = None) -> Outcome | None:
+def outcome(
+    setting: Setting, method: str, found: Mapping[Run, Row], seeds: int, rate: float | None = None
+) -> Outcome | None:
     """At the rates that validation chose, or at one rate for all; None where a run lacks."""
-    setting = SETTINGS[name]
     if not all(run in found for run in wanted(setting, method, found, seeds)):
         return None
     if rate is None:
@@ -135,7 +134,7 @@ def outcome(name: str, method: str, found: Mapping[Run, Row], seeds: int, rate: 
     else:
         rates = dict.fromkeys((task.name for task in setting.tasks), rate)
     try:
-        by_seed = [{task: found[name, method, lr, seed] for task, lr in rates.items()} for seed in range(seeds)]
+        by_seed = [{task: found[setting.name, method, lr, seed] for task, lr in rates.items()} for seed in range(seeds)]
     except KeyError:
         return None
     of_task = {task.name: list(task.metrics) for task in setting.tasks}
@@ -147,13 +146,17 @@ def outcome(name: str, method: str, found: Mapping[Run, Row], seeds: int, rate: 
 
 
 def outcomes(
-    rows: Iterable[Row], names: Iterable[str], methods: Iterable[str], seeds: int = SEEDS
+    rows: Iterable[Row], names: Iterable[str], methods: Iterable[str], seeds: int = SEEDS, small: bool = False
 ) -> dict[tuple[str, str], Outcome]:
     """Of each setting and method of which all runs are there."""
     found = training(rows)
     methods = list(methods)
-    pairs = [(name, method) for name in names for method in methods]
-    return {pair: result for pair in pairs if (result := outcome(*pair, found, seeds)) is not None}
+    results = {}
+    for setting in (choose(name, small) for name in names):
+        for method in methods:
+            if (result := outcome(setting, method, found, seeds)) is not None:
+                results[setting.name, method] = result
+    return results
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

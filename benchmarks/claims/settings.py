@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
+import multi_mnist_data as mnist
 import numpy as np
 import torch
 from dbmtl_kernels.bench.results import BenchError
@@ -17,9 +17,6 @@ from . import data, graphs
 from .methods import FORMS, METHODS
 from .networks import Network, cnn, mlp
 from .tasks import Task
-
-sys.path.append(str(Path(__file__).parents[2] / "examples"))  # whose MultiMNIST this is
-import multi_mnist_data as mnist
 
 SEEDS = 3
 DIGITS = (Task("left digit", "class", 10), Task("right digit", "class", 10))

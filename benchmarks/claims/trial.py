@@ -92,8 +92,8 @@ class Watch:
     def told(self) -> dict[str, Any]:
         """Norms (geometric means over the tasks), cosines (means over the pairs, and the lowest), roughness.
 
-        Roughness: the logarithm of each loss, mean over twentieths of the run, goes up and down; how far up in all, over
-        how far down; mean over the tasks. 0 is a loss that never rises. ``fell``: each ended lower than it began.
+        Roughness: the logarithm of each loss, mean over twentieths of the run, goes up and down; how far up in all,
+        over how far down; mean over the tasks. 0 is a loss that never rises. ``fell``: each ended lower than it began.
         """
         told: dict[str, Any] = {"norms": self.norms, "cosines": self.cosines, "lowest": self.lowest}
         if len(self.losses) >= WINDOWS:

@@ -1,7 +1,7 @@
 """A verdict on each claim and finding of the paper, computed from the rows.
 
-The rule: a difference counts where its mean over the seeds, pairs of the same seed, is further from zero than two standard
-errors. A claim is reproduced where it holds in every setting that has rows.
+The rule: a difference counts where its mean over the seeds, pairs of the same seed, is further from zero than two
+standard errors. A claim is reproduced where it holds in every setting that has rows.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ class Evidence:
 
     rows: Sequence[Row]
     seeds: int = SEEDS
+    small: bool = False
     found: dict[tuple[str, str], Outcome] = field(init=False)
     names: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
         every = [s.name for s in (*QUICK, *FULL, GRAPH)]
-        self.found = outcomes(self.rows, every, m.METHODS, self.seeds)
+        self.found = outcomes(self.rows, every, m.METHODS, self.seeds, self.small)
         for name in every:
             if all((name, method) in self.found for method in BETAS):
                 best = max(BETAS, key=lambda method: self.validated(name, method))
