@@ -164,6 +164,17 @@ def test_what_was_seen_in_training_is_judged(text, good, bad):
     assert verdict_of(text, base + runs("mnist3", DB_MTL, **bad)).word == NOT
 
 
+def test_a_run_that_diverged_is_no_verdict_of_luck():
+    rows = runs("mnist3", STL) + runs("mnist3", EW)
+    for one in runs("mnist3", DB_MTL, 1.1):
+        lost = dict.fromkeys(one.detail["test"]) if one.detail["seed"] == 1 else one.detail["test"]
+        rows.append(replace(one, detail={**one.detail, "test": lost, "norms": [1.0]}))
+    for text in ("DB-MTL's Δp above EW's", "gradient norms lower than EW's", "losses fall smoothly"):
+        found = verdict_of(text, rows)
+        assert (found.word, found.findings["mnist3"].figure) == (NOT, "diverged")
+    assert f"| {DB_MTL} | diverged; diverged |" in pages.deltas(rows)
+
+
 def test_what_was_measured_is_judged():
     def step(method, ratio):
         return Row("claims", "step", method, "mnist3", 3, p50=ratio, ratio=ratio, over=EW, detail={"epoch_s": 1.0})

@@ -64,7 +64,7 @@ def train(args: argparse.Namespace, command: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 where the trial cannot be run."""
+    """Exit status: 0, 2 where the trial cannot be run, or 130 after an interrupt."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     try:
@@ -82,6 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     except BenchError as error:
         print(f"claims: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"claims: interrupted; what is complete is in {args.out}, and --resume goes on", file=sys.stderr)
+        return 130
     return 0
 
 
