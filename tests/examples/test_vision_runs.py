@@ -264,3 +264,11 @@ def test_the_report_needs_no_data(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "NYUv2, segnet, MTAN protocol" in shown
     assert "Δm, own stl" in shown
+
+
+def test_the_page_has_the_figures_that_the_examples_print():
+    table = (EXAMPLES.parent / "docs" / "datasets.md").read_text().partition("## What others publish")[2]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    columns = {cells[0][i]: {row[0]: float(row[i]) for row in cells[2:] if row[i] != "-"} for i in (2, 3, 4)}
+    known = (nyuv2.PROTOCOLS["nyuv2", "mtan"], nyuv2.PROTOCOLS["cityscapes", "mtan"], celeba.PROTOCOL)
+    assert columns == dict(zip(("NYUv2", "Cityscapes", "CelebA"), (dict(x.others) for x in known), strict=True))
