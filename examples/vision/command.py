@@ -89,7 +89,9 @@ def run_example(
             _run(args, make)
         return 0
     except BenchError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        # what a process that reads raised comes with that process's traceback before it
+        told = str(error).rpartition("BenchError: ")[2].strip()
+        print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: with --resume it goes on after the last whole epoch", file=sys.stderr)

@@ -248,6 +248,19 @@ def test_a_results_file_of_another_schema_is_refused_and_left(tmp_path, capsys, 
     assert (tmp_path / "rows.csv").read_text() == "a,b\n1,2\n"
 
 
+def test_what_a_reading_process_finds_is_told_in_a_line(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("PIL")
+    monkeypatch.setattr(training, "step", lambda *_: pytest.fail("trained"))
+    celeba.write_sample(None, tmp_path / "data")
+    for path in (tmp_path / "data" / "Img" / "img_align_celeba").iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
+    places = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "rows.csv")]
+    assert celeba.main([*places, "--workers", "1", "--no-check", "--batch", "2"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert ".jpg cannot be read" in told
+    assert "Traceback" not in told
+
+
 def test_torchvision_that_is_missing_or_broken_is_told(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     for command in (["--smoke", "--model", "deeplab"],):
