@@ -113,14 +113,3 @@ def test_delta_m_is_over_metrics_and_delta_p_over_tasks():
     assert delta_m(tasks, metrics, base) == pytest.approx(-(20 + 50 - 10) / 3)
     assert delta_p(tasks, metrics, base) == pytest.approx(((20 + 50) / 2 - 10) / 2)
     assert delta_m(tasks, base, base) == delta_p(tasks, base, base) == 0
-
-
-def test_equal_weighting_of_nash_mtl_has_the_published_delta():
-    """EW's row on NYUv2 in Nash-MTL's table (their LS), against their STL: 5.59."""
-    import nyuv2
-
-    work = nyuv2.PROTOCOLS["nyuv2", "mtan"]
-    row = nyuv2.Protocol("", 1, 1, 1.0, "").with_figures(
-        nyuv2.TASKS, (0.3929, 0.6533, 0.5493, 0.2263, 28.15, 23.96, 0.2209, 0.4750, 0.6108)
-    )
-    assert delta_m(nyuv2.TASKS, row.stl, work.stl) == pytest.approx(work.others["EW"], abs=0.005)
