@@ -25,7 +25,7 @@ ADVICE = {
     "name it, process_group=model, or run its forward pass (and the backward) inside `with model.no_sync():`; DBMTL "
     "averages the gradients itself. If one is named, call that one and none around the same parameters",
 }
-FSDP = "one of FSDP's collectives failed; has another rank stopped?"
+FSDP = "FSDP failed, as the error above says; if in one of its collectives: has another rank stopped?"
 
 TOO_STEEP = (
     "1 / loss does not fit into float16, the dtype of a loss, and its gradient will be inf: compute losses in float32, "
