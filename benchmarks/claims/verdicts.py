@@ -266,7 +266,7 @@ def only(names: str, test: Test) -> Test:
     return lambda evidence, name: test(evidence, name) if name.startswith(names) else None
 
 
-_ELSEWHERE = "the data cannot be fetched; `examples/` has loaders for whoever holds them"
+_ELSEWHERE = "the data cannot be fetched; who holds it: [datasets.md](datasets.md)"
 CLAIMS = (
     Claim("DB-MTL's Δp above EW's", "in all six tables", better(m.DB_MTL, m.EW)),
     Claim("DB-MTL's Δp above the best other method's", "in all six tables", better_than_best(m.DB_MTL, SINGLE)),
