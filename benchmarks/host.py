@@ -81,9 +81,9 @@ def op(num_tasks: int, num_params: int) -> dict[str, Call]:
 
 def step() -> dict[str, Call]:
     """A training step, ours and bare."""
-    from dbmtl_kernels.bench import steps
+    from dbmtl_kernels.bench import models, steps
 
-    problem = steps.mlp()
+    problem = models.mlp()
     makers = {"step": steps.ours, "step, bare passes": steps.bare}
 
     def whole(backward: Callable[..., object]) -> None:
