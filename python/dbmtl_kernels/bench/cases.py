@@ -184,21 +184,10 @@ def mlp_step(K: int, size: Size, batch: int, device: torch.device) -> Case:
 # --- running one -----------------------------------------------------------------------------------------------------
 
 
-class Budget:
-    """Seconds that are left, for all and for compiling."""
-
-    def __init__(self, seconds: float) -> None:
-        self.end, self.compiling = time.perf_counter() + seconds, 0.4 * seconds
-
-    def share(self, cases: int) -> float:
-        """Of one of so many cases that are to come."""
-        return max(0.0, self.end - time.perf_counter()) / max(1, cases)
-
-
 Say = Callable[[str], None]
 
 
-def run(case: Case, names: Sequence[str], budget: Budget, cases_left: int, say: Say) -> list[Row]:
+def run(case: Case, names: Sequence[str], budget: timing.Budget, cases_left: int, say: Say) -> list[Row]:
     """Verify, time and count; a row for each contender and quantity, also for who is wrong or left out."""
     torch.compiler.reset()
     contenders = case.build(names)
@@ -222,7 +211,7 @@ def run(case: Case, names: Sequence[str], budget: Budget, cases_left: int, say: 
     return rows + _rows(case, contenders, times, moved, counted)
 
 
-def _verdict(case: Case, name: str, contender: Contender, budget: Budget) -> str:
+def _verdict(case: Case, name: str, contender: Contender, budget: timing.Budget) -> str:
     """Why the contender is not timed; "" if it is right. Compiling counts."""
     compiled, began = name.startswith("torch.compile"), time.perf_counter()
     missing = compiler_missing(case.device) if compiled else ""
@@ -259,29 +248,13 @@ def _timed(
     calls = {name: contender.make() for name, contender in contenders.items()} | {COPY: copy}
     repeat = 20 if case.level != "step" and case.P * case.K < 100_000 else 1  # or the clock is what is measured
     on_device = case.device.type == "cuda" and case.level != "step"
-    clock: Callable[[Call], float] = partial(_clock, case.device, on_device, repeat)
+    clock: Callable[[Call], float] = partial(timing.seconds, case.device, on_device, repeat)
     began = time.perf_counter()
     timing.interleaved(calls, rounds=1, warmup=WARMUP - 1, clock=clock)
     one = (time.perf_counter() - began) / WARMUP
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / max(one, 1e-9))))
     say(f"{rounds} rounds of {len(calls)} contenders, {rounds * one:.0f} s")
     return timing.interleaved(calls, rounds, warmup=0, clock=clock), moved
-
-
-def _clock(device: torch.device, on_device: bool, repeat: int, call: Call) -> float:
-    """Seconds of a call: by the device's clock, or by the host's until the device is done."""
-    if on_device:
-        return timing.by_device_and_host(call)[0]
-
-    def calls() -> None:
-        for _ in range(repeat):
-            call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return timing.by_host(calls) / repeat
 
 
 def _rows(

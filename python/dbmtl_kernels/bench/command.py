@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from . import cases, memory, models, results, show, steps, timing
-from .cases import Budget, Say
+from .cases import Say
 from .results import BenchError, Row
-from .timing import Case
+from .timing import Budget, Case
 
 DEFAULT_OP, DEFAULT_GRADS, DEFAULT_STEP = ("1000", "20M"), ("resnet50",), ("8M",)
 IDENTITY = ("device", "threads", "torch", "dbmtl_kernels", "commit")

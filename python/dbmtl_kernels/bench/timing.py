@@ -157,3 +157,30 @@ class Case:
 def key_of(row: Row) -> tuple[object, ...]:
     """As `Case.key`."""
     return row.what, row.contender, row.model, row.K, row.P, row.dtype, row.detail.get("batch")
+
+
+class Budget:
+    """Seconds that are left, for all and for compiling."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end, self.compiling = time.perf_counter() + seconds, 0.4 * seconds
+
+    def share(self, cases: int) -> float:
+        """Of one of so many cases that are to come."""
+        return max(0.0, self.end - time.perf_counter()) / max(1, cases)
+
+
+def seconds(device: torch.device, on_device: bool, repeat: int, call: Call) -> float:
+    """Seconds of a call: by the device's clock, or by the host's until the device is done."""
+    if on_device:
+        return by_device_and_host(call)[0]
+
+    def calls() -> None:
+        for _ in range(repeat):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return by_host(calls) / repeat
