@@ -42,6 +42,8 @@ class Table(NamedTuple):
 
 # By the name in the marker.
 TABLES: dict[str, Table] = {
+    "bench": Table(("bench.csv",), "tables:readme"),
+    "bench_steps": Table(("bench.csv",), "tables:steps"),
     "forms": Table(("forms.csv",), "forms:markdown"),
 }
 # Pages that are drawn as a whole, from files of a schema of their own.

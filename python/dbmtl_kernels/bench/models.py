@@ -179,9 +179,10 @@ def _problem(name: str, factory: Callable[[], Any]) -> Problem:
     try:
         first, again = losses(), losses()
         if not all(torch.allclose(a.detach(), b.detach(), rtol=1e-3) for a, b in zip(first, again, strict=True)):
+            values = [[loss.item() for loss in found] for found in (first, again)]
             raise BenchError(
-                f"--model {name}: losses() gives other losses when it is called again, {[loss.item() for loss in first]} and "
-                f"{[loss.item() for loss in again]}: it must use one and the same batch"
+                f"--model {name}: losses() gives other losses when it is called again, {values[0]} and {values[1]}: it "
+                "must use one and the same batch"
             )
         found = dbk.find_shared_parameters(first)
     except (ValueError, TypeError, RuntimeError) as error:
