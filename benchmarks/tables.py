@@ -26,7 +26,7 @@ def readme(rows: Iterable[Row]) -> str:
         ratios = [show.times_as_fast(case, ours, family) for family in ("eager", "torch.compile", authors)]
         share = "-" if row.of_copy is None else f"{row.of_copy:.2f}"
         of = row.machine
-        where = f"{of['threads']}, {of['commit']}, {of['date'][:10]}"
+        where = ", ".join(filter(None, (of["threads"], of["commit"], of["date"][:10])))
         lines.append([case.title, f"{row.p50:.3g}", *ratios, share, where])
     return grid(HEAD, lines)
 
@@ -44,12 +44,12 @@ def steps(rows: Iterable[Row]) -> str:
             taken = row.detail.get("ms_amortised", row.p50)
             held = case.bytes.get((name, "held"))
             lines.append([
-                name, f"{taken:.3g}", "-" if row.ratio is None else f"{row.ratio:.2f}",
+                case.model, name, f"{taken:.3g}", "-" if row.ratio is None else f"{row.ratio:.2f}",
                 f"{row.detail['over_let_go']:.2f}" if "over_let_go" in row.detail else "-",
                 f"{taken / plain:.2f}" if plain else "-",
                 f"{row.detail['floor_by_bytes']:.2f}" if "floor_by_bytes" in row.detail else "",
                 "-" if held is None else f"{held / 4e6 / (case.P or 1) * 1e6:.2f}",
             ])  # fmt: skip
-    head = ("a step of", "ms", "over bare passes, added up", "over bare passes, let go", "over equal weighting",
+    head = ("model", "a step of", "ms", "over bare passes, added up", "over bare passes, let go", "over equal weighting",
             "floor by bytes", "held beyond the model, in P numbers")  # fmt: skip
     return grid(head, lines)
