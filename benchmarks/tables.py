@@ -50,6 +50,13 @@ def steps(rows: Iterable[Row]) -> str:
                 f"{row.detail['floor_by_bytes']:.2f}" if "floor_by_bytes" in row.detail else "",
                 "-" if held is None else f"{held / 4e6 / (case.P or 1) * 1e6:.2f}",
             ])  # fmt: skip
-    head = ("model", "a step of", "ms", "over bare passes, added up", "over bare passes, let go", "over equal weighting",
-            "floor by bytes", "held beyond the model, in P numbers")  # fmt: skip
+    head = [
+        "model",
+        "a step of",
+        "ms",
+        "over bare passes, added up",
+        "over bare passes, let go",
+        "over equal weighting",
+    ]
+    head += ["floor by bytes", "held beyond the model, in P numbers"]
     return grid(head, lines)
