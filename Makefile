@@ -39,9 +39,9 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# With BASE=PATH, another checkout that is built, host time, op and step of both are measured in turn.
+# What balancing costs on this machine.
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/host.py $(if $(BASE),--base $(BASE))
+	$(BIN)/python -m dbmtl_kernels bench
 
 # The tables of README.md and docs, drawn from benchmarks/results.
 report: $(VENV)/.dev

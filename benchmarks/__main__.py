@@ -10,6 +10,7 @@ from dbmtl_kernels.bench.results import BenchError
 # Command -> the module whose ``main(words)`` runs it and gives the exit code; and what it does.
 COMMANDS = {
     "claims": ("benchmarks.claims.__main__", "train every method on real data: a verdict on each claim of the paper"),
+    "compare": ("benchmarks.compare", "time this tree and another commit in turn; fails beyond an A/A band"),
     "report": ("benchmarks.report", "draw the tables of the pages from benchmarks/results"),
 }
 

@@ -20,7 +20,7 @@ import gpu_ops
 import torch
 from dbmtl_kernels import backends
 from dbmtl_kernels.bench import dense as op
-from dbmtl_kernels.bench import steps, timing
+from dbmtl_kernels.bench import models, steps, timing
 from dbmtl_kernels.bench.dense import Call, close
 from gpu_rows import Rows, card
 
@@ -127,7 +127,7 @@ def dense(suite: Suite, K: int, P: int, dtype: torch.dtype = torch.float32) -> N
 
 def step(suite: Suite, what: str, batch: int, widths: tuple[int, ...] = WIDTHS) -> None:
     """Forward, K backward passes, optimizer: "step" against the bare passes, "engine" by what comes on top of them."""
-    problem = steps.mlp(3, widths, batch, DEVICE)
+    problem = models.mlp(3, widths, batch, DEVICE)
     K, P = problem.num_tasks, problem.num_params
     calls: dict[str, Call] = {name: partial(steps.ours, backend=name) for name in suite.backends}
     calls |= steps.rivals(suite.compiled, **COMPILE)

@@ -1,9 +1,7 @@
-"""Host time of a step beyond its backward passes; and that, the op and a whole step of two source trees in turn.
+"""Host time of a step beyond its backward passes, and of one call of an op.
 
 ``python benchmarks/host.py`` times ``balancer.backward(losses)`` of 161 small parameters (a ResNet-50 has as many
-tensors) and K=3 losses, and the K backward passes alone. ``--base PATH`` does the same with the package of another
-checkout, which must be built, in a process of its own: rounds alternate, so what disturbs the machine disturbs both.
-It adds ``balance_`` and a training step. Prints medians, and the ratio head / base.
+tensors) and K=3 losses, and the K backward passes alone. Prints medians.
 
 ``--case balance accumulate`` times what the host does for one call of an op, whole and in parts, on small CPU tensors:
 Triton compiles for an H100 that is not there, and what would launch does nothing; nor does the library of ``cuda``. Of
@@ -13,10 +11,7 @@ CUDA itself (streams, the allocator, the launch) nothing is in these numbers.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-HERE = ROOT / "benchmarks", ROOT / "tests" / "support"
+sys.path.append(str(ROOT / "tests" / "support"))
 K = 3
 NUM_PARAMETERS = 161
 Call = Callable[[], object]
@@ -68,28 +63,6 @@ def host() -> dict[str, Call]:
         "bare passes": timed(lambda given: bare(given, False)),
         "bare passes, .grad let go": timed(lambda given: bare(given, True)),
     }
-
-
-def op(num_tasks: int, num_params: int) -> dict[str, Call]:
-    """``balance_``."""
-    import dbmtl_kernels as dbk
-    import torch
-
-    grads, ema = torch.randn(2, num_tasks, num_params)
-    return {f"balance_ K={num_tasks} P={num_params}": lambda: dbk.balance_(grads, ema)}
-
-
-def step() -> dict[str, Call]:
-    """A training step, ours and bare."""
-    from dbmtl_kernels.bench import steps
-
-    problem = steps.mlp()
-    makers = {"step": steps.ours, "step, bare passes": steps.bare}
-
-    def whole(backward: Callable[..., object]) -> None:
-        problem.step(backward)
-
-    return {name: partial(whole, make(problem)) for name, make in makers.items()}
 
 
 def often(call: Callable[[], object]) -> Call:
@@ -171,78 +144,36 @@ def accumulate() -> dict[str, Call]:
 
 CASES: dict[str, tuple[Callable[[], dict[str, Call]], int]] = {  # and calls a round
     "host": (host, 20),
-    "op": (lambda: {**op(K, 20_000_000), **op(11, 2_000_000)}, 1),
-    "step": (step, 1),
     "balance": (balance, 10),
     "accumulate": (accumulate, 2),
 }
 
 
-def work(case: str) -> None:
-    """Where the package is from; then seconds of every call of a case, a line of JSON for each line read."""
-    import dbmtl_kernels
-
-    print(dbmtl_kernels.__file__, flush=True)
+def measure(case: str, rounds: int, warmup: int = 3) -> dict[str, float]:
+    """By name, the median in seconds."""
     make, repeat = CASES[case]
+    times: dict[str, list[float]] = {}
     calls = make()
-    for _ in sys.stdin:
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(warmup + rounds):
         for _ in range(repeat):
             for name, call in calls.items():
-                began = time.perf_counter()
                 found = call()
-                seconds[name].append(found if isinstance(found, float) else time.perf_counter() - began)
-        print(json.dumps(seconds), flush=True)
-
-
-def measure(case: str, trees: dict[str, Path], rounds: int, warmup: int = 3) -> dict[str, dict[str, float]]:
-    """By tree and name, the median in seconds; each round begins with another tree."""
-    command = [sys.executable, __file__, "--work", case]
-    workers = {
-        name: subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tree / "python", *HERE)))},
-        )
-        for name, tree in trees.items()
-    }  # fmt: skip
-    for name, tree in trees.items():
-        found = Path(workers[name].stdout.readline().strip())
-        if not found.is_relative_to(tree):
-            raise RuntimeError(f"{name} is not of {tree}: {found}")
-    times: dict[str, dict[str, list[float]]] = {name: {} for name in trees}
-    for round_ in range(warmup + rounds):
-        for name in list(trees)[:: 1 if round_ % 2 else -1]:
-            worker = workers[name]
-            print(file=worker.stdin, flush=True)
-            for what, seconds in json.loads(worker.stdout.readline()).items():
-                times[name].setdefault(what, []).extend(seconds if round_ >= warmup else ())
-    for worker in workers.values():
-        worker.communicate()
-    return {tree: {what: statistics.median(t) for what, t in found.items()} for tree, found in times.items()}
+                times.setdefault(name, []).extend([found] if round_ >= warmup else [])
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, help="another checkout, built")
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--case", nargs="+", choices=CASES, help="default: host; with --base that, op and step")
-    parser.add_argument("--work", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=["host"])
     options = parser.parse_args()
-    if options.work:
-        work(options.work)
-        return
-    trees = {"head": ROOT, **({"base": options.base.resolve()} if options.base else {})}
-    for case in options.case or (["host", "op", "step"] if options.base else ["host"]):
-        found = measure(case, trees, options.rounds)
+    for case in options.case:
+        medians = measure(case, options.rounds)
         if case == "host":
-            for medians in found.values():
-                for bare in ("bare passes", "bare passes, .grad let go"):
-                    medians[f"beyond {bare}"] = medians["balancer.backward"] - medians[bare]
-        for what, median in found["head"].items():
-            line = f"{what:34s} {1e3 * median:9.4f} ms"
-            if "base" in found:
-                line += f"   base {1e3 * found['base'][what]:9.4f} ms   {median / found['base'][what]:6.3f}"
-            print(line, flush=True)
+            for bare in ("bare passes", "bare passes, .grad let go"):
+                medians[f"beyond {bare}"] = medians["balancer.backward"] - medians[bare]
+        for what, median in medians.items():
+            print(f"{what:34s} {1e3 * median:9.4f} ms", flush=True)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ TABLES: dict[str, Table] = {
         f"claims-{name}": Table(("claims.csv",), f"claims.pages:{name}")
         for name in ("verdicts", "deltas", "rates", "watched", "seconds", "levels", "forms", "same_rates", "goals")
     },
+    "bench": Table(("bench.csv",), "tables:readme"),
+    "bench_steps": Table(("bench.csv",), "tables:steps"),
     "forms": Table(("forms.csv",), "forms:markdown"),
 }
 # Pages that are drawn as a whole, from files of a schema of their own.

@@ -13,7 +13,7 @@ import gpu_rows
 import pytest
 import torch
 from dbmtl_kernels import ops
-from dbmtl_kernels.bench import dense, steps, timing
+from dbmtl_kernels.bench import dense, models, steps, timing
 
 SUITE = Path(__file__).parents[1] / "benchmarks" / "gpu_suite.sh"
 interpreted = pytest.mark.skipif(not gpu.CPU, reason="there is a GPU: the suite itself runs there")
@@ -201,8 +201,8 @@ def test_memory_holds_nan_when_a_contender_is_checked(monkeypatch):
         return lambda *given: order.append("call") or call(*given)
 
     dense.check_dense(*torch.randn(2, 3, 40), called(dense.eager_lerp))
-    steps.check(steps.mlp(3, (16, 32, 16), 8), called(partial(steps.ours, backend="eager")))
-    assert order == ["float64", "poison", "call"] * 2
+    steps.check(models.mlp(3, (16, 32, 16), 8), called(partial(steps.ours, backend="eager")))
+    assert order == ["float64", "poison", "call", "float64", "float64", "poison", "call"]
     blocks = []
     monkeypatch.undo()
     monkeypatch.setattr(torch, "full", lambda *given, full=torch.full, **how: blocks.append(full(*given, **how)))
@@ -258,7 +258,7 @@ def test_an_op_that_writes_nothing_is_caught(tmp_path, monkeypatch, op, right):
 
 @interpreted
 def test_a_step_that_balances_nothing_is_caught():
-    problem = steps.mlp(3, (16, 32, 16), 8)
+    problem = models.mlp(3, (16, 32, 16), 8)
     for make in (partial(steps.ours, backend="eager"), *steps.rivals(False).values(), steps.authors):
         for _ in range(2):  # whatever steps went before
             steps.check(problem, make)

@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import signal
+import sys
 import time
 from collections.abc import Callable
 
@@ -147,8 +148,16 @@ def _wait(device: torch.device) -> None:
 
 
 def main() -> int:
-    """Print the report and the check; 1 if a backend computes wrongly."""
-    parser = argparse.ArgumentParser(prog="python -m dbmtl_kernels", description=__doc__)
+    """Print the report and the check; 1 if a backend computes wrongly. With ``bench`` measure."""
+    if sys.argv[1:2] == ["bench"]:
+        from .bench.command import main as bench
+
+        return bench(sys.argv[2:])
+    parser = argparse.ArgumentParser(
+        prog="python -m dbmtl_kernels",
+        description=__doc__,
+        epilog="python -m dbmtl_kernels bench [--help] measures what balancing costs here",
+    )
     parser.add_argument("--no-check", action="store_true", help="only report; do not compute or measure anything")
     options = parser.parse_args()
     print("\n".join(report()))

@@ -6,23 +6,19 @@ A contender is a maker: given a `Problem` it returns ``backward(losses)`` with a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 import dbmtl_kernels as dbk
 
-from .dense import BETA, EPS, close, combine, exact, poison
+from .dense import BETA, EPS, close, combine, eager_lerp, exact, poison
 
 Backward = Callable[[Sequence[Tensor]], object]
 Maker = Callable[["Problem"], Backward]
-WIDTHS = (1000, 2000, 2000, 1000)  # an MLP of 8 M parameters
-CLASSES = 10
 
 
 class Problem:
@@ -67,26 +63,6 @@ class Problem:
         if self.optimizer is not None:
             self.optimizer.step()
         return elapsed
-
-
-def mlp(
-    num_tasks: int = 3, widths: Sequence[int] = WIDTHS, batch: int = 32, device: torch.device | str = "cpu"
-) -> Problem:
-    """An MLP trunk, a head of ten classes for each task, and AdamW."""
-    layers: list[nn.Module] = []
-    for a, b in pairwise(widths):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    trunk = nn.Sequential(*layers).to(device)
-    heads = nn.ModuleList(nn.Linear(widths[-1], CLASSES) for _ in range(num_tasks)).to(device)
-    x = torch.randn(batch, widths[0], device=device)
-    y = torch.randint(0, CLASSES, (num_tasks, batch), device=device)
-
-    def losses() -> list[Tensor]:
-        z = trunk(x)
-        return [functional.cross_entropy(head(z), target) for head, target in zip(heads, y, strict=True)]
-
-    shared, own = list(trunk.parameters()), list(heads.parameters())
-    return Problem(losses, shared, own, num_tasks, torch.optim.AdamW([*shared, *own], lr=1e-5, fused=True))
 
 
 # --- what a step may do with the losses ------------------------------------------------------------------------------
@@ -145,70 +121,85 @@ def put(parameters: Sequence[Tensor], flat: Tensor) -> None:
 def authors(problem: Problem, shipped: bool = False) -> Backward:
     """The authors' arithmetic. Gradients are gathered parameter by parameter into a vector: as shipped, on the CPU."""
     shared, K = problem.shared, problem.num_tasks
-    states: list[Tensor] = []
+    state: Tensor | None = None
 
     def backward(losses: Sequence[Tensor]) -> None:
-        rows = []
-        for loss in losses:
-            grads = torch.autograd.grad(
-                torch.log(loss + EPS), shared, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            rows.append(gathered(grads, shipped))
-        if problem.own:
-            total = torch.log(torch.stack(list(losses)) + EPS).sum()
-            total.backward(inputs=problem.own)
-        grads_matrix = torch.stack(rows)
-        state = states.pop() if states else torch.zeros_like(grads_matrix)
-        new = grads_matrix + BETA * (state - grads_matrix)
-        states.append(new)
-        norms = new.norm(dim=-1)
+        nonlocal state
+        grads = torch.stack([gathered(found, shipped) for found in task_grads(problem, losses)])
+        heads_backward(problem, losses)
+        state = grads + BETA * ((torch.zeros_like(grads) if state is None else state) - grads)
+        norms = state.norm(dim=-1)
         alpha = norms.max() / (norms + EPS)
-        put(shared, sum((alpha[i] * new[i] for i in range(K)), torch.zeros_like(new[0])))
+        put(shared, sum((alpha[i] * state[i] for i in range(K)), torch.zeros_like(state[0])))
 
     return backward
 
 
+def task_grads(problem: Problem, losses: Sequence[Tensor], log: bool = True) -> Iterator[Sequence[Tensor]]:
+    """Of each task in turn the gradients of the shared parameters; the graph is kept."""
+    for loss in losses:
+        loss = torch.log(loss + EPS) if log else loss
+        yield torch.autograd.grad(loss, problem.shared, retain_graph=True, allow_unused=True, materialize_grads=True)
+
+
+def heads_backward(problem: Problem, losses: Sequence[Tensor]) -> None:
+    """The plain gradients of the heads, of the sum of the logs."""
+    if problem.own:
+        sum_of_logs(losses).backward(inputs=problem.own)
+
+
+def sum_of_logs(losses: Sequence[Tensor]) -> Tensor:
+    """A scalar."""
+    return torch.log(torch.stack(list(losses)) + EPS).sum()
+
+
 def gathered(grads: Sequence[Tensor], shipped: bool) -> Tensor:
     """One vector on the device of the gradients; filled on the CPU, and then moved, if that is asked for."""
-    where = "cpu" if shipped else grads[0].device
-    flat = torch.zeros(sum(grad.numel() for grad in grads), dtype=grads[0].dtype, device=where)
+    where = torch.device("cpu") if shipped else grads[0].device
+    vector = torch.zeros(sum(grad.numel() for grad in grads), dtype=grads[0].dtype, device=where)
     offset = 0
     for grad in grads:
-        flat[offset : offset + grad.numel()] = grad.reshape(-1)
+        vector[offset : offset + grad.numel()] = grad.reshape(-1)
         offset += grad.numel()
-    return flat.to(grads[0].device)
+    return vector.to(grads[0].device)
 
 
 def cat_lerp(row: Tensor, grads: Sequence[Tensor]) -> Tensor:
     """One copy of the gradients, then lerp_."""
-    return row.lerp_(torch.cat([grad.reshape(-1) for grad in grads]).to(row.dtype), 1.0 - BETA)
+    return row.lerp_(flat(grads).to(row.dtype), 1.0 - BETA)
 
 
 def eager(kind: str, change: Callable[[Any], Any] = lambda call: call) -> Maker:
-    """K backward passes gathered by "cat" and lerp_ (7 K P + P elements), or by "foreach" lerp_ (5 K P + P)."""
-    cat, end = change(cat_lerp), change(combine)
+    """K backward passes gathered by "cat" and lerp_ (7 K P + P elements), or by "foreach" lerp_ (5 K P + P).
+
+    By "stack" into a matrix first, on which `dense.eager_lerp` works (7 K P + P, and K P more are held).
+    """
+    cat, end, matrix = change(cat_lerp), change(combine), change(eager_lerp)
 
     def make(problem: Problem) -> Backward:
         shared = problem.shared
         sizes = [p.numel() for p in shared]
-        state = torch.zeros(problem.num_tasks, sum(sizes), device=shared[0].device)
+        state = torch.zeros(problem.num_tasks, sum(sizes), dtype=shared[0].dtype, device=shared[0].device)
         views = [[part.view_as(p) for p, part in zip(shared, row.split(sizes), strict=True)] for row in state.unbind()]
 
         def backward(losses: Sequence[Tensor]) -> None:
+            rows = []
             for task, loss in enumerate(losses):
                 torch.log(loss + EPS).backward(retain_graph=task < len(losses) - 1)
-                if kind == "foreach":
+                if kind == "stack":
+                    rows.append(flat(taken(shared)))
+                elif kind == "foreach":
                     torch._foreach_lerp_(views[task], taken(shared), 1.0 - BETA)
                 else:
                     cat(state[task], taken(shared))
-            put(shared, end(state))
+            put(shared, matrix(torch.stack(rows), state) if kind == "stack" else end(state))
 
         return backward
 
     return make
 
 
-KINDS = ("cat", "foreach")
+KINDS = ("cat", "foreach", "stack")
 
 
 def rivals(compiled: bool, **options: Any) -> dict[str, Maker]:
@@ -218,17 +209,68 @@ def rivals(compiled: bool, **options: Any) -> dict[str, Maker]:
     return found | {f"torch.compile ({kind})": eager(kind, compiler) for kind in KINDS if compiled}
 
 
-def check(problem: Problem, make: Maker) -> None:
-    """Raise unless a first step leaves in the shared .grad what float64 makes of the tasks' gradients."""
-    logs = [torch.log(loss + EPS) for loss in problem.losses()]
-    grads = torch.stack([flat(torch.autograd.grad(log, problem.shared, retain_graph=True)) for log in logs])
-    expected, _ = exact(grads, torch.zeros_like(grads))
-    problem.zero_grad()
-    poison(expected, torch.float32)
-    make(problem)(problem.losses())
-    close(flat(taken(problem.shared)), expected, 1e-4, "the balanced .grad")
+def torchjd(problem: Problem) -> Backward:
+    """DB-MTL as an Aggregator of TorchJD, which gathers the K x P matrix itself."""
+    from torchjd.aggregation import Aggregator
+    from torchjd.autojac import backward as jac_backward
+    from torchjd.autojac import jac_to_grad
+
+    class DualBalancing(Aggregator):
+        def __init__(self) -> None:
+            super().__init__()
+            self.state: Tensor | None = None
+
+        def forward(self, matrix: Tensor) -> Tensor:
+            if self.state is None:
+                self.state = torch.zeros_like(matrix)
+            return eager_lerp(matrix, self.state)
+
+    aggregator = DualBalancing()
+
+    def backward(losses: Sequence[Tensor]) -> None:
+        jac_backward([torch.log(loss + EPS) for loss in losses], inputs=problem.shared, retain_graph=True)
+        heads_backward(problem, losses)
+        jac_to_grad(problem.shared, aggregator)
+
+    return backward
 
 
 def flat(grads: Sequence[Tensor]) -> Tensor:
     """One vector of all."""
     return torch.cat([grad.reshape(-1) for grad in grads])
+
+
+# --- whether it is right ---------------------------------------------------------------------------------------------
+
+
+def check(problem: Problem, make: Maker, expects: str = "balanced") -> None:
+    """Raise unless two steps leave the right .grad, of the shared parameters and of the heads.
+
+    Args:
+        problem: its weights stay as they are.
+        make: the contender.
+        expects: "balanced": what float64 makes of the tasks' gradients with beta = 0.9; "balanced, beta=0"; "sum" of
+            the plain gradients; "last": that of the last task.
+    """
+    losses, plain = problem.losses(), expects in ("sum", "last")
+    grads = torch.stack([flat(found).clone() for found in task_grads(problem, losses, log=not plain)])
+    total = losses[-1] if expects == "last" else torch.stack(list(losses)).sum() if plain else sum_of_logs(losses)
+    heads = torch.autograd.grad(total, problem.own, allow_unused=True, materialize_grads=True) if problem.own else []
+    del losses, total
+    if plain:
+        wanted = [grads[-1].double() if expects == "last" else grads.sum(0, dtype=torch.float64)] * 2
+    else:
+        beta = 0.0 if expects.endswith("beta=0") else BETA
+        first, state = exact(grads, torch.zeros_like(grads), beta)
+        wanted = [first, exact(grads, state, beta)[0]]
+        del state
+    del grads
+    problem.zero_grad()
+    poison(wanted[0], torch.float32)
+    backward = make(problem)
+    for expected in wanted:
+        problem.zero_grad()
+        backward(problem.losses())
+        close(flat(taken(problem.shared)), expected, 1e-4, "the balanced .grad" if not plain else "the .grad")
+        if problem.own:
+            close(flat(taken(problem.own)), flat(heads).double(), 1e-4, "the .grad of the heads")

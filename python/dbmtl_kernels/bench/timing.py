@@ -1,4 +1,4 @@
-"""Interleaved timing: every contender once a round, so that what disturbs the machine disturbs all of them.
+"""What is timed, and interleaved timing: every contender once a round, so that what disturbs one disturbs all.
 
 Each round starts with another contender: what one leaves behind (freed memory, a cold cache) falls on all in turn.
 """
@@ -8,10 +8,15 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
+
+from .results import Row
+
+Call = Callable[..., Any]
 
 
 def by_host(call: Callable[[], object]) -> float:
@@ -84,3 +89,98 @@ def summary(times: list[float]) -> dict[str, float]:
 def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
     """How many times faster ``fast`` is: the ratio of medians."""
     return statistics.median(times[slow]) / statistics.median(times[fast])
+
+
+class Contender(NamedTuple):
+    """What takes part.
+
+    Attributes:
+        make: gives a call with a state of its own.
+        check: raises ValueError unless it is right.
+        bytes: that must be moved, if a share of the bandwidth says something.
+        room: bytes that it takes at most, about.
+    """
+
+    make: Callable[[], Call]
+    check: Callable[[], None]
+    bytes: int | None = None
+    room: int = 0
+
+
+@dataclass
+class Case:
+    """One level at one size.
+
+    Attributes:
+        level: "op", "grads" or "step".
+        model: what the gradients are of; "" for a matrix.
+        K: tasks.
+        P: shared parameters.
+        dtype: of the gradients.
+        device: where.
+        names: of the contenders, in the order of the table.
+        build: makes them; called when the case begins.
+        over: the contender that ratios are over.
+        need: bytes that the case takes at least, about.
+        detail: what every row says.
+    """
+
+    level: str
+    model: str
+    K: int
+    P: int
+    dtype: torch.dtype
+    device: torch.device
+    names: list[str]
+    build: Callable[[Sequence[str]], dict[str, Contender]]
+    over: str
+    need: int
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    def title(self) -> str:
+        """For people."""
+        model = f" {self.model}" if self.model else ""
+        return f"{self.level}{model} K={self.K} P={self.P:,} {str(self.dtype)[6:]}"
+
+    def key(self, name: str) -> tuple[object, ...]:
+        """What its row of times is known by, but for the machine."""
+        batch = self.detail.get("batch")
+        return self.level, name, self.model, self.K, self.P, str(self.dtype)[6:], batch
+
+    def row(self, name: str, what: str = "", **values: Any) -> Row:
+        """A row of it."""
+        detail = self.detail | values.pop("detail", {})
+        what = f"{self.level} {what}".strip()
+        return Row("bench", what, name, self.model, self.K, self.P, str(self.dtype)[6:], detail=detail, **values)
+
+
+def key_of(row: Row) -> tuple[object, ...]:
+    """As `Case.key`."""
+    return row.what, row.contender, row.model, row.K, row.P, row.dtype, row.detail.get("batch")
+
+
+class Budget:
+    """Seconds that are left, for all and for compiling."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end, self.compiling = time.perf_counter() + seconds, 0.4 * seconds
+
+    def share(self, cases: int) -> float:
+        """Of one of so many cases that are to come."""
+        return max(0.0, self.end - time.perf_counter()) / max(1, cases)
+
+
+def seconds(device: torch.device, on_device: bool, repeat: int, call: Call) -> float:
+    """Seconds of a call: by the device's clock, or by the host's until the device is done."""
+    if on_device:
+        return by_device_and_host(call)[0]
+
+    def calls() -> None:
+        for _ in range(repeat):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return by_host(calls) / repeat

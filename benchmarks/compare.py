@@ -1,0 +1,143 @@
+"""``python -m benchmarks compare BASE``: is this tree slower than BASE, a git revision or a checkout that is built?
+
+The op and a training step of both, in processes of their own, in turn within one run; and this tree a second time,
+whose difference to itself is the A/A band. Exit code 1 where the tree is slower by more than the band.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dbmtl_kernels.bench import results
+from dbmtl_kernels.bench.results import BenchError, Row
+
+from .compare_cases import CASES
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "benchmarks" / "compare_cases.py"
+HEAD, AGAIN, BASE = "head", "head, again", "base"
+LEAST = 1.02  # of the band
+RESAMPLED = 1000
+Times = dict[str, dict[str, list[float]]]  # by tree and call, seconds in each round
+
+
+def measure(case: str, trees: dict[str, Path], rounds: int, warmup: int = 2) -> Times:
+    """Each round begins with another tree."""
+    workers: dict[str, subprocess.Popen[str]] = {}
+    times: Times = {name: {} for name in trees}
+    try:
+        for name, tree in trees.items():
+            workers[name] = subprocess.Popen(
+                [sys.executable, str(WORK), case], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                env={**os.environ, "PYTHONPATH": str(tree / "python")},
+            )  # fmt: skip
+            found = workers[name].stdout.readline().strip()
+            if not found or not Path(found).is_relative_to(tree):
+                raise BenchError(f"the package of {name} is not of {tree}: {found or 'it cannot be imported'}")
+        names = list(trees)
+        for round_ in range(warmup + rounds):
+            shift = round_ % len(names)
+            for name in names[shift:] + names[:shift]:
+                print(file=workers[name].stdin, flush=True)
+                line = workers[name].stdout.readline()
+                if not line:
+                    raise BenchError(f"{name} ended while {case} was measured; see above")
+                for what, seconds in json.loads(line).items():
+                    times[name].setdefault(what, []).extend([seconds] if round_ >= warmup else [])
+    finally:
+        for worker in workers.values():
+            worker.stdin.close()
+            worker.wait()
+            worker.stdout.close()
+    return times
+
+
+def band(first: Sequence[float], again: Sequence[float]) -> float:
+    """How far the ratio of medians of one tree with itself may be from 1: in 99 of 100 resamplings of the rounds."""
+    draw, ratios = random.Random(0), []
+    rounds = range(len(first))
+    for _ in range(RESAMPLED):
+        chosen = draw.choices(rounds, k=len(first))
+        a, b = (statistics.median(times[index] for index in chosen) for times in (first, again))
+        ratios.append(max(a / b, b / a))
+    return max(LEAST, sorted(ratios)[int(0.99 * RESAMPLED)])
+
+
+def judge(times: Times) -> list[Row]:
+    """A row for each call; its ratio is that of this tree to the base, its verdict in the detail."""
+    rows = []
+    for what, base in times[BASE].items():
+        first, again = times[HEAD][what], times[AGAIN][what]
+        allowed, ratio = band(first, again), statistics.median([*first, *again]) / statistics.median(base)
+        verdict = "slower" if ratio > allowed else "faster" if ratio < 1 / allowed else "within the band"
+        detail = {"band": round(allowed, 4), "verdict": verdict, "base_ms": 1e3 * statistics.median(base)}
+        pooled = statistics.median([*first, *again])
+        row = Row("compare", what, HEAD, p50=1e3 * pooled, ratio=ratio, over=BASE, rounds=len(base), detail=detail)
+        rows.append(row)
+    return rows
+
+
+def tree_of(base: str) -> Path:
+    """A checkout of a revision, made and built if need be; or the folder given.
+
+    Raises:
+        BenchError: it is neither, or does not build.
+    """
+    folder = Path(base)
+    if folder.is_dir():
+        if not (folder / "python" / "dbmtl_kernels").is_dir():
+            raise BenchError(f"{base} is no checkout: it has no python/dbmtl_kernels")
+        return folder.resolve()
+    git = ["git", "-C", str(ROOT)]
+    found = subprocess.run([*git, "rev-parse", "--verify", "-q", f"{base}^{{commit}}"], capture_output=True, text=True)
+    if found.returncode != 0:
+        raise BenchError(f"{base} is neither a folder nor a git revision")
+    commit = found.stdout.strip()
+    tree = ROOT / "out" / "compare" / commit[:12]
+    if not (tree / "built").exists():
+        tree.mkdir(parents=True, exist_ok=True)
+        archive = subprocess.run([*git, "archive", commit], capture_output=True, check=True)
+        subprocess.run(["tar", "-x", "-C", str(tree)], input=archive.stdout, check=True)
+        build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        done = subprocess.run(build, cwd=tree, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise BenchError(f"{base} does not build: {done.stderr.strip().splitlines()[-1:]}")
+        (tree / "built").touch()
+    return tree
+
+
+def main(words: list[str] | None = None) -> int:
+    """Measure and judge; 1 if a call is slower than in the base, beyond the band."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=__doc__.splitlines()[0])
+    parser.add_argument("base", help="a git revision, or the folder of a checkout that is built")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=["op", "small", "step"])
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "benchmarks" / "compare.csv")
+    options = parser.parse_args(words)
+    if options.rounds < 2:
+        raise BenchError("--rounds must be 2 or more: the band is taken from them")
+    if options.out.exists():
+        results.read(options.out)
+    base = tree_of(options.base)
+    trees, slower = {HEAD: ROOT, BASE: base, AGAIN: ROOT}, False
+    for case in options.case:
+        machine = results.machine()
+        rows = [Row(**{**vars(row), "machine": machine}) for row in judge(measure(case, trees, options.rounds))]
+        results.append(options.out, rows)
+        for row in rows:
+            detail = row.detail
+            print(
+                f"{row.what:32s} {row.p50:9.4f} ms, base {detail['base_ms']:9.4f} ms: {row.ratio:6.3f}, "
+                f"A/A band {detail['band']:.3f}: {detail['verdict']}",
+                flush=True,
+            )
+            slower = slower or detail["verdict"] == "slower"
+    return int(slower)
