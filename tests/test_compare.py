@@ -41,6 +41,7 @@ def test_the_exit_code(tmp_path, monkeypatch, seconds, code):
     assert [row.ratio for row in results.read(out)] == [1 / seconds]
 
 
+@pytest.mark.slow
 def test_trees_are_measured_in_turn_each_with_its_own_package(tmp_path):
     """The base sleeps in `balance_`: whoever measured one package twice would not see it."""
     other = tmp_path / "base"

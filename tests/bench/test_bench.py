@@ -26,6 +26,7 @@ def bench(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_every_level_has_rows_a_table_and_a_picture(bench, tmp_path):
     code, rows = bench(*EAGER)
     assert code == 0

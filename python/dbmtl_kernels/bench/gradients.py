@@ -30,8 +30,11 @@ class Lists(NamedTuple):
     def random(cls, num_tasks: int, shapes: Sequence[tuple[int, ...]], device: torch.device) -> Lists:
         """Normal numbers, a thousand times as large for the last task as for the first."""
         scales = torch.logspace(0, 3, num_tasks, dtype=torch.float64, device="cpu").tolist()
-        kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        return cls([[torch.randn(shape, **kind).mul_(scale) for shape in shapes] for scale in scales])
+
+        def normal(shape: tuple[int, ...]) -> Tensor:
+            return torch.randn(shape, dtype=torch.float32, device=device)
+
+        return cls([[normal(shape).mul_(scale) for shape in shapes] for scale in scales])
 
     @property
     def sizes(self) -> list[int]:

@@ -113,7 +113,7 @@ def mlp(
         layers += [nn.Linear(a, b, **kind), nn.ReLU()]
     trunk = nn.Sequential(*layers)
     heads = nn.ModuleList(nn.Linear(widths[-1], CLASSES, **kind) for _ in range(num_tasks))
-    x = torch.randn(batch, widths[0], **kind)
+    x = torch.randn(batch, widths[0], dtype=torch.float32, device=device)
     y = torch.randint(0, CLASSES, (num_tasks, batch), device=device, dtype=torch.int64)
 
     def losses() -> list[Tensor]:

@@ -58,7 +58,7 @@ def by_device_and_host(call: Callable[[], object]) -> tuple[float, float]:
 @functools.cache
 def other_memory() -> torch.Tensor:
     """256 MB, more than a GPU's caches hold."""
-    return torch.zeros(64 << 20, device="cuda")
+    return torch.zeros(64 << 20, dtype=torch.float32, device="cuda")
 
 
 def interleaved(
