@@ -10,6 +10,8 @@ from dbmtl_kernels.bench.results import BenchError
 # Command -> the module whose ``main(words)`` runs it and gives the exit code; and what it does.
 COMMANDS = {
     "compare": ("benchmarks.compare", "time this tree and another commit in turn; fails beyond an A/A band"),
+    "price_list": ("benchmarks.price_list.command", "time and memory over equal weighting, of every method"),
+    "scale": ("benchmarks.scale.command", "what a step takes on up to 1,024 GPUs, by arithmetic"),
     "report": ("benchmarks.report", "draw the tables of the pages from benchmarks/results"),
 }
 
