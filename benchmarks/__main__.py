@@ -11,6 +11,8 @@ from dbmtl_kernels.bench.results import BenchError
 COMMANDS = {
     "claims": ("benchmarks.claims.__main__", "train every method on real data: a verdict on each claim of the paper"),
     "compare": ("benchmarks.compare", "time this tree and another commit in turn; fails beyond an A/A band"),
+    "price_list": ("benchmarks.price_list.command", "time and memory over equal weighting, of every method"),
+    "scale": ("benchmarks.scale.command", "what a step takes on up to 1,024 GPUs, by arithmetic"),
     "report": ("benchmarks.report", "draw the tables of the pages from benchmarks/results"),
 }
 

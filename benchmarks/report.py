@@ -40,6 +40,8 @@ class Table(NamedTuple):
         return function(self.draw)(rows).strip("\n")
 
 
+PRICES = ("price_list.csv",)
+PRICE_TABLES = ("published", "exact", "by-tasks", "by-parameters")
 # By the name in the marker.
 TABLES: dict[str, Table] = {
     **{
@@ -48,7 +50,9 @@ TABLES: dict[str, Table] = {
     },
     "bench": Table(("bench.csv",), "tables:readme"),
     "bench_steps": Table(("bench.csv",), "tables:steps"),
-    "forms": Table(("forms.csv",), "forms:markdown"),
+    "forms": Table(PRICES, "benchmarks.price_list.tables:forms"),
+    **{f"price-{n}": Table(PRICES, f"benchmarks.price_list.tables:{n.replace('-', '_')}") for n in PRICE_TABLES},
+    **{f"scale-{n}": Table((), f"benchmarks.scale.command:{n}") for n in ("time", "holds", "sends", "moves")},
 }
 # Pages that are drawn as a whole, from files of a schema of their own.
 WHOLE: dict[str, tuple[str, str]] = {"docs/gpu.md": ("gpu_*.csv", "gpu_rows:page")}
