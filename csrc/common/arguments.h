@@ -64,7 +64,6 @@ inline int32_t check_rows(const char* name, const dbmtl_rows& r, unsigned dtypes
     return fail(DBMTL_INVALID_ARGUMENT, name, ": size or stride");
   if (r.num_tasks > kMostCount) return fail(DBMTL_INVALID_ARGUMENT, name, ": num_tasks is too large");
   DBMTL_TRY(check_array(name, {r.data, r.dtype}, r.num_tasks == 0 ? 0 : r.num_params, dtypes));
-  if (r.num_params > most_elements(r.dtype)) return fail(DBMTL_INVALID_ARGUMENT, name, ": no memory is so large");
   if (r.num_tasks > 1 && r.stride > (most_elements(r.dtype) - r.num_params) / (r.num_tasks - 1))
     return fail(DBMTL_INVALID_ARGUMENT, name, ": no memory is so large");
   return DBMTL_OK;

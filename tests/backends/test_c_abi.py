@@ -204,15 +204,6 @@ def test_numbers_and_orders_that_stay_legal(backend):
     assert call() == INVALID
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("entry", ["combine", "balance_rows", "gramian"])
-def test_no_rows_of_a_length_beyond_any_memory(entry, backend):
-    call = Call(backend, entry)
-    call.set("rows.num_tasks", 0)
-    call.set("rows.num_params", LAST)
-    assert call() == INVALID
-
-
 def test_any_number_of_threads_gives_the_same_bits():
     rows = torch.randn(3, 50000)
     grams = []
