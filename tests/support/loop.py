@@ -38,6 +38,7 @@ class Simulation(oracle.Training):
         self.touched, self.frozen = [False] * len(sizes), [False] * len(sizes)
         self.heads = np.zeros(2 * MOST_TASKS + 3)
         self.out, self.counted, self.pending = set(), set(), set()
+        self.spilled = set()  # not finite at a balance cut off: rows are zeros by then, and the next balance tells
         self.written = False  # .grad holds the balanced gradient of the open step
         self.blind = False  # zeroed in place since: what is added now would not be noticed (docs/gradients.md)
         self.complete = False  # balance() has been done by the last task()
@@ -94,6 +95,8 @@ class Simulation(oracle.Training):
         self.counted |= bad
         self.rows[sorted(self.out)] = 0.0
         self.norms = np.linalg.norm(self.rows, axis=1)
+        self.norms[sorted(self.spilled)] = np.inf
+        self.spilled = set()
         seen, self.seen = self.seen, self.seen - self.out
         parts = self.parts(self.balance())
         used = sorted(self.seen - self.nonfinite)
@@ -150,6 +153,7 @@ class Simulation(oracle.Training):
             self.rows[task] = 0.0
         self.seen -= set(fed)
         self.pending -= set(fed)
+        self.spilled -= set(fed)
         self.nonfinite -= set(fed) - self.counted  # what no balance has found yet is gone
         if written:
             self.write(attached=True)

@@ -114,7 +114,9 @@ def failed(loop, stages):
         nothing.others = [None if lost else x for lost, x in zip(gone, nothing.others, strict=True)]
         if bad := nothing.nonfinite | nothing.out:  # rows that the next balance clears: one that was half done may have
             yield (cleared := copy.deepcopy(nothing))
-            cleared.rows[sorted(bad & set(range(len(cleared.rows))))] = 0.0
+            rows = sorted(bad & set(range(len(cleared.rows))))
+            cleared.spilled |= {task for task in rows if not np.isfinite(cleared.rows[task]).all()}
+            cleared.rows[rows] = 0.0
 
 
 def agree(loop, models, where):
