@@ -12,7 +12,7 @@ from pathlib import Path
 import dbmtl_kernels as dbk
 import torch
 import torch.distributed as dist
-from dbmtl_kernels.engine import heads
+from dbmtl_kernels.rows import placement
 from job import Job, batches, identical
 from torch.nn.parallel import DistributedDataParallel
 
@@ -80,6 +80,31 @@ def trainings():
                 }
 
 
+class OfTheTrunk(Named):
+    """The wrapper has the shared part alone; heads are found in the graphs."""
+
+    def __init__(self):
+        Job.__init__(self, "single")
+        self.kind, self.forward = "named", self._losses
+        self.wrapper = DistributedDataParallel(self.net.trunk)
+        self.balancer = dbk.DBMTL(self.net.shared(), 3, process_group=self.wrapper)
+
+    def _losses(self, x):
+        z, heads = self.wrapper(x) * self.net.gain, enumerate(self.net.heads)
+        return [((head(z) - (t + 1) * x[:, t : t + 1]).square().mean() + 0.1) * 10**t for t, head in heads]
+
+
+def part_of_the_model():
+    """Heads outside of the wrapper: averaged all the same."""
+    for how in ("whole", "by task", "partial"):
+        expected, found = (trained(job, how) for job in (Job("single"), OfTheTrunk()))
+        RESULTS[f"part of the model, {how}"] = {
+            "difference": float((expected - found).abs().max()),
+            "moved": float((expected - Job("single").parameters()).abs().max()),
+            "identical": identical(found),
+        }
+
+
 def looked_for():
     """How often all objects are looked through, with the wrapper named and with none."""
     real, calls = gc.get_objects, []
@@ -88,7 +113,7 @@ def looked_for():
         calls.append(1)
         return real(*args)
 
-    heads.gc.get_objects = counted
+    placement.gc.get_objects = counted
     try:
         for name, job in (("named", Named()), ("none", Job("ddp"))):
             if name == "none":
@@ -101,7 +126,7 @@ def looked_for():
                 job.balancer(job.forward(job.part(x))).backward()
             RESULTS[f"looked for, {name}"] = len(calls)
     finally:
-        heads.gc.get_objects = real
+        placement.gc.get_objects = real
 
 
 def made_later():
@@ -139,6 +164,7 @@ def main():
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     trainings()
+    part_of_the_model()
     looked_for()
     made_later()
     static()

@@ -148,6 +148,7 @@ class Attempt:
             tasks: those present.
             named: ids of the parameters to write to; None for all.
         """
+        self.heads.collect_rest()
         if self.frozen:
             self._take_evaluated()
         else:

@@ -84,7 +84,9 @@ class SharedGradients:
 
     def __init__(self, rows: Buffer, balanced: BalancedGradient, ranks: Ranks, notices: Notices) -> None:
         self._rows, self._balanced, self._ranks, self._notices = rows, balanced, ranks, notices
-        self._parameters, self._early = rows.parameters, rows.early
+        self._parameters = rows.parameters
+        # Of less than is collected at a time nothing is gained by hooks, which take some 5 us each.
+        self._early = rows.early and sum(p.nbytes for p in rows.parameters) >= FLUSH_BYTES
         self.aside: Stash | None = None
         self.touched, self.collected = ([False] * len(self._parameters) for _ in range(2))
         self.written = False
@@ -183,7 +185,6 @@ class SharedGradients:
         self._collector = collector
         self._arrived, self._bytes = [], 0
 
-    @torch.no_grad()
     def finish_collecting(self) -> None:
         """The pass is over: what is left in ``.grad`` goes to its row too."""
         collector, self._collector = self._collector, None

@@ -55,11 +55,13 @@ class Meeting(NamedTuple):
 
     Attributes:
         leaves: leaf tensors that are not shared parameters, each once.
+        tasks: of each, the index of the loss that alone was seen to reach it; None if several were.
         common: those of them that two losses or more reach.
         below: those of ``common`` that are reached through nodes which shared parameters go into: parts of the trunk.
     """
 
     leaves: list[Tensor]
+    tasks: list[int | None]
     common: list[Tensor]
     below: list[Tensor]
 
@@ -113,9 +115,10 @@ def meet(losses: Sequence[Tensor], shared: set[int], whole: bool) -> Meeting:
                 leaves[id(p)] = p, mask | leaves.get(id(p), (p, 0))[1]
         for following in inner:
             fresh.append((following, mask | uses))
-    found = Meeting([], [], [])
+    found = Meeting([], [], [], [])
     for p, mask in leaves.values():
         found.leaves.append(p)
+        found.tasks.append(mask.bit_length() - 1 if mask in alone else None)
         if mask & tasks not in alone:
             found.common.append(p)
             if mask & below:

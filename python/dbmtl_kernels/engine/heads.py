@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ..rows import dtensors
+from ..rows import dtensors, placement
 from ..rows.ranks import Ranks
 from . import losses as loss_values
 from .graphs import Meeting, meet, meet_at_once, walk
 
-# The same bits as whole numbers: times 0 they are 0, where NaN times 0 is NaN.
-WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Stands for the tasks that a gradient may be of, where only the graph could tell and it was not searched so far.
+SEVERAL = -2
 
 
 class Head(NamedTuple):
@@ -48,11 +47,13 @@ class HeadGradients:
         self._shared = {id(p) for p in shared}
         self._ranks = ranks
         self._device = device
-        self._wrappers: list[weakref.ref[DistributedDataParallel]] = []
-        self._asked = 0  # how often for them in vain
+        self.wrappers = placement.Wrappers(self._shared, ranks)
         # Not shared, but reached by several tasks, when last looked for.
         self._common: list[weakref.ref[Tensor]] | None = None
         self._heads: dict[int, Head] = {}  # by id
+        # Those that one task alone was seen to reach, by task, and the rest: a pass looks at few of them.
+        self._own: dict[int, list[Head]] = {}
+        self._rest: list[Head] = []
         self._known = False  # some of them from a wrapper or an optimizer
         self.devices: set[torch.device] | None = None  # of those that the last step found
 
@@ -64,8 +65,8 @@ class HeadGradients:
         It would reduce the gradients of the first backward pass only, in the background. One that the user named is
         told not to (`begin`), unless it is of ``static_graph``, which reduces in any case.
         """
-        named = self._named
-        if named is None and any(map(synchronises, self.wrappers())):
+        named = self.wrappers.named
+        if named is None and any(map(placement.synchronises, self.wrappers.find())):
             raise RuntimeError(
                 "DistributedDataParallel would reduce the first task's gradients and no other's: name it, "
                 "process_group=model, or run its forward pass (and the backward) inside `with model.no_sync():`, DBMTL "
@@ -82,20 +83,23 @@ class HeadGradients:
         """Raise RuntimeError unless gradients are averaged, by DistributedDataParallel or of DTensors by FSDP2."""
         if self._ranks.size == 1 or dtensors.is_dtensor(shared[0]):
             return
-        wrappers = self.wrappers()
-        if not wrappers or not all(map(synchronises, wrappers)):
+        wrappers = self.wrappers.find()
+        if not wrappers or not all(map(placement.synchronises, wrappers)):
             raise RuntimeError(
                 "the balancer is not enabled, and then DistributedDataParallel has to average the gradients of the "
                 "ranks: run its forward pass (and the backward) outside of no_sync()"
             )
 
-    def begin(self, stepped: Sequence[Tensor], losses: Sequence[Tensor], whole: bool) -> Meeting | None:
+    def begin(
+        self, stepped: Sequence[Tensor], losses: Sequence[Tensor], whole: bool, tasks: Sequence[int] = ()
+    ) -> Meeting | None:
         """Set the ``.grad`` of all heads aside.
 
         Args:
             stepped: parameters that attached optimizers hold.
             losses: whose graphs to search.
             whole: search the graphs to their ends.
+            tasks: that the losses are of.
 
         Returns:
             what the search found, if it went to the ends.
@@ -103,25 +107,42 @@ class HeadGradients:
         Raises:
             RuntimeError: with several ranks, a head is hidden in a re-entrant checkpoint.
         """
-        self._heads = {}
-        if self._ranks.wrapper is not None and (named := self._named) is not None:
+        self._heads, self._own, self._rest = {}, {}, []
+        if (named := self.wrappers.named) is not None:
             # As if its last forward pass had been inside no_sync().
             named.reducer._reset_state()
         wrapped = []
         if self._ranks.size > 1:
-            wrapped = [p for wrapper in self.wrappers() for p in wrapper.parameters()]
+            wrapped = [p for wrapper in self.wrappers.find() for p in wrapper.parameters()]
             self._watch(wrapped, "wrapper")
         if stepped:
             self._watch(stepped, "optimizer")
         self._known = bool(wrapped or stepped)
-        found = self.search(losses, whole) if losses and not wrapped else None
-        if self._common:
-            self._watch([p for ref in self._common if (p := ref()) is not None], "graph")
+        found = None
+        if losses and not (wrapped and self._holds_all(losses, whole)):
+            found = self.search(losses, whole)
+        common = [p for ref in self._common or () if (p := ref()) is not None]
+        self._watch(common, "graph")
         self.devices = {head.parameter.device for head in self._heads.values()}
-        return found
+        own = {} if found is None else dict(zip(map(id, found.leaves), found.tasks, strict=True))
+        own.update({id(p): None for p in common})
+        self._rest = []
+        for key, head in self._heads.items():
+            index = own.get(key)
+            (self._rest if index is None else self._own.setdefault(tasks[index], [])).append(head)
+        return found if whole else None
+
+    def _holds_all(self, losses: Sequence[Tensor], whole: bool) -> bool:
+        """Whether every head found is known already, and not one of a wrapper of a part of the model."""
+        leaves = meet(losses, self._shared, whole).leaves
+        return all(id(p) in self._heads for p in leaves if isinstance(p, nn.Parameter))
 
     def search(self, losses: Sequence[Tensor], whole: bool = True) -> Meeting | None:
-        """Watch the leaves in the graph of each loss, as far as the losses do not share it, or to the end."""
+        """Watch the leaves in the graph of each loss, as far as the losses do not share it, or to the end.
+
+        Returns:
+            what was found, of one rank.
+        """
         if self._ranks.size > 1:  # in an order that is the same on each of them
             for index, loss in enumerate(losses):
                 reached = walk([loss])
@@ -141,7 +162,7 @@ class HeadGradients:
         self._watch(found.leaves, "graph")
         if whole or further:
             self._common = [weakref.ref(p) for p in found.common]
-        return found if whole else None
+        return found
 
     def search_all(self, losses: Sequence[Tensor]) -> None:
         """Watch every leaf that gets a gradient, where gradients will be smaller by a factor that is to be undone.
@@ -158,6 +179,7 @@ class HeadGradients:
                 "small: compute losses in float32, as autocast does"
             )
         self._watch(missing, "graph")
+        self._own, self._rest = {}, list(self._heads.values())
 
     @contextmanager
     def sharing_logs(self, task: int, expected: bool) -> Iterator[list[int]]:
@@ -192,7 +214,7 @@ class HeadGradients:
             out: Tensor = loss_values.LogOfMean.apply(loss, mean, eps)  # type: ignore[no-untyped-call]
             return out
 
-        named = None if self._ranks.wrapper is None else self._named
+        named = self.wrappers.named
         try:
             try:
                 loss_values.shared_log = loss_values.SharedLog(log_of, several)
@@ -222,7 +244,8 @@ class HeadGradients:
             if id(p) in shared:
                 continue
             if id(p) not in heads:
-                heads[id(p)] = Head(p, p.grad, (where, index), [])
+                heads[id(p)] = head = Head(p, p.grad, (where, index), [])
+                self._rest.append(head)
                 p.grad = None
             index += 1
 
@@ -233,10 +256,9 @@ class HeadGradients:
 
     # --- their gradients --------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def collect(self, task: int, smaller: Tensor | None = None) -> None:
         """A pass is over: what is in the heads' ``.grad`` is of this task, ``smaller`` by that factor."""
-        for head in self._heads.values():
+        for head in chain(self._own.get(task, ()), self._rest):
             grad = head.parameter.grad
             if grad is not None:
                 if smaller is not None:
@@ -244,20 +266,25 @@ class HeadGradients:
                 head.parts.append((task, grad))
                 head.parameter.grad = None
 
+    def collect_rest(self) -> None:
+        """All passes are over: gradients where none was expected are of the tasks together; look further next time."""
+        for head in chain.from_iterable(self._own.values()):
+            if head.parameter.grad is not None:
+                head.parts.append((SEVERAL, head.parameter.grad))
+                head.parameter.grad, self._common = None, None
+
     @torch.no_grad()
     def clear(self, keep: dict[int, Tensor]) -> None:
         """Set new gradients to zero where a task sits out, as only the device knows: bools, by task."""
+        by_task: dict[int, dict[torch.dtype, list[Tensor]]] = {}
+        for head in self._heads.values():
+            for task, grad in head.parts:
+                values = dtensors.as_integers(grad)
+                by_task.setdefault(task, {}).setdefault(values.dtype, []).append(values)
         for task, flag in keep.items():
-            grads: dict[torch.dtype, list[Tensor]] = {}
-            for head in self._heads.values():
-                for grad in (grad for of, grad in head.parts if of == task):
-                    values = dtensors.local(grad)
-                    values = values._values() if values.layout != torch.strided else values
-                    values = torch.view_as_real(values) if values.is_complex() else values
-                    whole = WHOLE[values.element_size()]
-                    grads.setdefault(whole, []).append(values.view(whole))
-            for dtype, some in grads.items():
-                torch._foreach_mul_(some, flag.to(some[0].device, dtype))
+            for of in (task, SEVERAL):
+                for dtype, some in by_task.get(of, {}).items():
+                    torch._foreach_mul_(some, flag.to(some[0].device, dtype))
 
     @torch.no_grad()
     def average(self, touched: list[bool], out: Collection[int]) -> None:
@@ -305,12 +332,13 @@ class HeadGradients:
 
         In the order of the passes, in place, as autograd would. May be called again where it was interrupted.
         """
+        left_out = {*out, SEVERAL} if out else out
         for head in self._heads.values():
             p, parts = head.parameter, head.parts
             if p.grad is None and head.before is not None:
                 p.grad = head.before
             while parts:
-                if parts[0][0] in out:
+                if parts[0][0] in left_out:
                     parts.pop(0)
                 elif p.grad is None:
                     p.grad = parts.pop(0)[1]
@@ -318,46 +346,10 @@ class HeadGradients:
                     p.grad.add_(parts.pop(0)[1])
                 else:
                     p.grad = parts.pop(0)[1] + p.grad
-        self._heads = {}
+        self._heads, self._own, self._rest = {}, {}, []
 
     def restore(self) -> None:
         """Put back what was in ``.grad``, without the new gradients."""
         for head in self._heads.values():
             head.parameter.grad = head.before
-        self._heads = {}
-
-    @property
-    def _named(self) -> DistributedDataParallel | None:
-        """The wrapper that the user named."""
-        return None if self._ranks.size == 1 or self._ranks.wrapper is None else self._ranks.wrapper()
-
-    def wrappers(self, again: bool = False) -> list[DistributedDataParallel]:
-        """The DistributedDataParallel modules that hold shared parameters: that which the user named, or any.
-
-        While none is found they are looked for ever more rarely, as that takes 0.1 s, or ``again``: one may have been
-        made since.
-        """
-        if (named := self._named) is not None:
-            return [named]
-        found = _alive(self._wrappers)
-        if not found:
-            self._asked += 1
-            again = again or self._asked & (self._asked - 1) == 0
-        if again:
-            modules = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
-            self._wrappers = [
-                weakref.ref(module) for module in modules if any(id(p) in self._shared for p in module.parameters())
-            ]
-            found = _alive(self._wrappers)
-        return found
-
-
-def _alive(refs: Iterable[weakref.ref[DistributedDataParallel]]) -> list[DistributedDataParallel]:
-    return [module for ref in refs if (module := ref()) is not None]
-
-
-def synchronises(wrapper: DistributedDataParallel) -> bool:
-    """Whether its forward pass was, or is, outside of ``no_sync()``: it averages gradients in the backward pass."""
-    # Within its forward pass (Lightning runs the training step there) what the last one said does not count.
-    within = wrapper is DistributedDataParallel._get_active_ddp_module()
-    return bool(wrapper.require_backward_grad_sync if within else wrapper.require_forward_param_sync)
+        self._heads, self._own, self._rest = {}, {}, []

@@ -22,9 +22,10 @@ ADVICE = {
     "donated buffer": "the model was compiled for a single backward pass over each graph, and several tasks need one "
     "each: set torch._functorch.config.donated_buffer = False before the first call of the compiled model",
     "mark a variable ready only once": "DistributedDataParallel was about to reduce the gradients of a single pass: "
-    "run its forward pass (and the backward) inside `with model.no_sync():`, DBMTL averages the gradients itself",
+    "name it, process_group=model, or run its forward pass (and the backward) inside `with model.no_sync():`; DBMTL "
+    "averages the gradients itself. If one is named, call that one and none around the same parameters",
 }
-FSDP = "one of FSDP's collectives failed; has another rank stopped?"
+FSDP = "FSDP failed, as the error above says; if in one of its collectives: has another rank stopped?"
 
 TOO_STEEP = (
     "1 / loss does not fit into float16, the dtype of a loss, and its gradient will be inf: compute losses in float32, "
@@ -218,22 +219,21 @@ class TaskLosses:
     ) -> None:
         """Backpropagate ``loss * slope``, with slope = loss_scale / (loss + eps), or loss_scale without the log.
 
+        Under ``torch.no_grad()``.
+
         Into all leaves, or into ``inputs`` alone; times ``smaller``.
 
         ``backward(gradient=slope)`` would make torch import sympy: 40 MB and 0.4 s. What PyTorch says of a compiled
         graph that was run through once already is explained.
         """
-        loss = self.losses[index]
-        with torch.no_grad():
-            if self.log_eps is None:
-                slope = torch.ones_like(self.values[index])
-            else:
-                slope = (self.values[index] + self.log_eps).reciprocal()
-            if loss_scale is not None:
-                slope = slope * loss_scale.to(slope.device)
-            slope = (slope if smaller is None else slope * smaller).to(loss.dtype).view_as(loss)
+        loss, value = self.losses[index], self.values[index]
+        slope = torch.ones_like(value) if self.log_eps is None else (value + self.log_eps).reciprocal_()
+        if loss_scale is not None:
+            slope = slope * loss_scale.to(slope.device)
+        slope = (slope if smaller is None else slope * smaller).to(loss.dtype)
         with torch.enable_grad():
-            root = (loss * slope).reshape(())
+            root = loss * slope
+            root = root.reshape(()) if root.dim() else root
         try:
             root.backward(retain_graph=retain_graph, inputs=inputs)
         except RuntimeError as error:

@@ -122,6 +122,7 @@ class Engine:
             losses.claim(self.rows)
         self._alone("backward()", partial(self._run, losses, loss_scale, retain_graph, inputs))
 
+    @torch.no_grad()
     def _run(self, losses: TaskLosses, loss_scale: Tensor | None, retain_graph: bool, inputs: Leaves | None) -> None:
         self.steps.refuse_pending()
         attempt = self._attempt()
@@ -156,9 +157,7 @@ class Engine:
             self.heads.search_all(losses.losses)
         if None in finite and not attempt.frozen:
             steps.note_finite(losses.tasks, losses.values)
-        last = len(finite) - 1
-        while last >= 0 and finite[last] is False:
-            last -= 1
+        last = max((index for index, ok in enumerate(finite) if ok is not False), default=-1)
         for index, task in enumerate(losses.tasks):
             if not attempt.frozen:
                 steps.losses[task] = losses.values[index]
@@ -177,7 +176,7 @@ class Engine:
         """In the first step, and ever more rarely, look for parameters that should be shared as well."""
         count = self.steps.started
         whole = look_around and count & (count - 1) == 0
-        found = self.heads.begin(self.stepped, losses.losses, whole)
+        found = self.heads.begin(self.stepped, losses.losses, whole, losses.tasks)
         if whole:
             self.parts.notices.undeclared(found, None if self.module is None else self.module())
 

@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..engine.heads import synchronises
 from ..engine.step import Engine
 from ..rows import dtensors, placement
+from ..rows.placement import synchronises
 
 
 class Replicas:
@@ -49,7 +49,7 @@ class Replicas:
         engine = self._engine()
         if self._idle or engine is None:
             return
-        wrappers = engine.heads.wrappers() or engine.heads.wrappers(again=True)
+        wrappers = engine.heads.wrappers.find() or engine.heads.wrappers.find(again=True)
         held = self._held_by(wrappers)
         if not all(id(p) in held for p in engine.rows.parameters if p.requires_grad):
             raise RuntimeError(
@@ -76,7 +76,7 @@ class Replicas:
         if self._sharded:
             held = {id(inside) for _, inside in dtensors.gathered_parameters()}
         else:
-            held = self._held_by(engine.heads.wrappers() or engine.heads.wrappers(again=True))
+            held = self._held_by(engine.heads.wrappers.find() or engine.heads.wrappers.find(again=True))
         what = "fully_shard" if self._sharded else "DistributedDataParallel"
         for p in heads:
             if isinstance(p, nn.Parameter) and id(p) not in held and not dtensors.is_dtensor(p):

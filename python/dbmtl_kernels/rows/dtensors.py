@@ -13,6 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size
 
 
 def is_dtensor(x: object) -> TypeGuard[DTensor]:
@@ -171,3 +172,11 @@ def copy_(mine: Tensor, theirs: Tensor) -> None:
         theirs = theirs.to(mine.device, mine.dtype)
         theirs = local(distribute_tensor(theirs, mine.device_mesh, mine.placements, src_data_rank=None))
     local(mine).copy_(theirs)
+
+
+def as_integers(grad: Tensor) -> Tensor:
+    """The bits of a tensor's elements here: as whole numbers times 0 they are 0, where NaN times 0 is NaN."""
+    values = local(grad)
+    values = values._values() if values.layout != torch.strided else values
+    values = torch.view_as_real(values) if values.is_complex() else values
+    return values.view(INTEGERS[values.element_size()])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import gc
+import weakref
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,3 +156,47 @@ def _part(
     ranks.check_same(mine, layout.device, f"the ranks make different balancers (this one: {mine})")
     sharded = ShardedOneRowBuffer if one_row else ShardedTaskGradientBuffer
     return sharded(layout, num_tasks, backend, ranks.groups[0])
+
+
+class Wrappers:
+    """The DistributedDataParallel modules that hold shared parameters: that which the user named, or any.
+
+    Args:
+        shared: ids of the shared parameters.
+        ranks: who may have a wrapper that was named.
+    """
+
+    def __init__(self, shared: Collection[int], ranks: Ranks) -> None:
+        self._shared, self._ranks = shared, ranks
+        self._known: list[weakref.ref[DistributedDataParallel]] = []
+        self._asked = 0  # how often for them in vain
+
+    @property
+    def named(self) -> DistributedDataParallel | None:
+        """The one that the user named."""
+        return None if self._ranks.size == 1 or self._ranks.wrapper is None else self._ranks.wrapper()
+
+    def find(self, again: bool = False) -> list[DistributedDataParallel]:
+        """All of them.
+
+        While none is found they are looked for ever more rarely, as that takes 0.1 s, or ``again``: one may have been
+        made since.
+        """
+        if (named := self.named) is not None:
+            return [named]
+        found = [module for ref in self._known if (module := ref()) is not None]
+        if not found:
+            self._asked += 1
+            again = again or self._asked & (self._asked - 1) == 0
+        if again:
+            modules = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
+            found = [module for module in modules if any(id(p) in self._shared for p in module.parameters())]
+            self._known = [weakref.ref(module) for module in found]
+        return found
+
+
+def synchronises(wrapper: DistributedDataParallel) -> bool:
+    """Whether its forward pass was, or is, outside of ``no_sync()``: it averages gradients in the backward pass."""
+    # Within its forward pass (Lightning runs the training step there) what the last one said does not count.
+    within = wrapper is DistributedDataParallel._get_active_ddp_module()
+    return bool(wrapper.require_backward_grad_sync if within else wrapper.require_forward_param_sync)
