@@ -4,6 +4,7 @@ import os
 import random
 import warnings
 
+import mishaps
 import moves
 import pytest
 import stepping
@@ -57,3 +58,18 @@ def test_any_sequence(backend, examples, steps, one_row, early, monkeypatch):
         assert min(stepping.RAN[name] for name in moves.MOVES) >= (50 if CI else 1)
         assert not CI or len(stepping.RAN) >= KINDS
         assert bool(stepping.RAN["refused: one row"]) == one_row
+
+
+@pytest.mark.slow
+def test_a_task_that_is_not_finite_interrupted_at_any_line(monkeypatch):
+    """A balance cut off may have cleared its row; the next tells of it all the same."""
+    monkeypatch.setattr(gradients, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(collect, "FLUSH_BYTES", 1)
+    interrupted, stops = mishaps.interrupted, []
+    monkeypatch.setattr(
+        mishaps, "interrupted", lambda call, _: stops.append(interrupted(call, len(stops) + 1)) or stops[-1]
+    )
+    while not stops or stops[-1] is not None:
+        play("native", 1975, [("backward", 0), ("interrupt", 80), ("balance", 0)])
+    assert len(stops) > 1000
+    assert any("c_library.py" in line for line in stops[:-1])
