@@ -254,9 +254,9 @@ def test_objectives_of_the_losses():
         loss.backward()
         assert loss.item() == pytest.approx(value, rel=1e-6), method
         torch.testing.assert_close(x.grad, torch.tensor(slope), rtol=1e-5, atol=0)
-    uw = methods.UW(2)
+    uw = methods.Uncertainty(2)
     uw(list(x)).backward()
-    torch.testing.assert_close(uw.scales.grad, torch.tensor([0.5 - 1.0, 0.5 - 4.0]))
+    torch.testing.assert_close(uw.log_variances.grad, torch.tensor([0.5 - 1.0, 0.5 - 4.0]))
 
 
 # --- what is measured ---------------------------------------------------------------------------------------------

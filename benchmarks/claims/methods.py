@@ -10,50 +10,10 @@ import dbmtl_kernels as dbk
 import torch
 from dbmtl_kernels.bench.results import BenchError
 from torch import Tensor, nn
+from vision.methods import FAMO, Uncertainty  # of examples/
 
 Objective = Callable[[Sequence[Tensor]], Tensor]  # a Module's parameters go to the optimizer
 Make = Callable[[list[nn.Parameter], int], Objective]
-
-
-class FAMO:
-    """Fast adaptive multitask optimization: weights of the log-losses that follow how much a step lowered each.
-
-    Call `update` after the optimizer's step, with the losses of the same batch.
-
-    Source: Liu et al., arXiv 2306.03792, Algorithm 1; rate and decay of the weights as its authors set them.
-    """
-
-    def __init__(self, num_tasks: int, device: torch.device, rate: float = 0.025, decay: float = 0.01) -> None:
-        self.logits, self.eps = torch.zeros(num_tasks, requires_grad=True, device=device), 1e-8
-        self.optimizer = torch.optim.Adam([self.logits], lr=rate, weight_decay=decay)
-        self.before = torch.zeros(num_tasks)
-
-    def __call__(self, losses: Sequence[Tensor]) -> Tensor:
-        stacked = torch.stack(list(losses)) + self.eps
-        weights = self.logits.detach().softmax(0)
-        self.before = stacked.detach().log()
-        return (weights * stacked.log()).sum() / (weights / stacked.detach()).sum()
-
-    def update(self, losses: Sequence[Tensor]) -> None:
-        """Move the weights."""
-        fallen = self.before - (torch.stack(list(losses)) + self.eps).log()
-        self.optimizer.zero_grad()
-        self.logits.softmax(0).backward(fallen)
-        self.optimizer.step()
-
-
-class UW(nn.Module):
-    """Uncertainty weighting: ``sum_t loss_t / (2 exp(s_t)) + s_t / 2`` with learnable s_t.
-
-    Source: Kendall et al., arXiv 1705.07115, with the logarithm of the variance as its parameter.
-    """
-
-    def __init__(self, num_tasks: int) -> None:
-        super().__init__()
-        self.scales = nn.Parameter(torch.zeros(num_tasks))
-
-    def forward(self, losses: Sequence[Tensor]) -> Tensor:
-        return (torch.stack(list(losses)) * (-self.scales).exp() / 2 + self.scales / 2).sum()
 
 
 class IMTLL(nn.Module):
@@ -135,7 +95,7 @@ def _all() -> dict[str, Make]:
     found: dict[str, Make] = {
         EW: _equal,
         "GLS": _gls,
-        "UW": partial(_module, UW),
+        "UW": partial(_module, Uncertainty),
         "IMTL-L": partial(_module, IMTLL),
         "FAMO": _famo,
         LOG: _log_only,

@@ -181,11 +181,9 @@ class Adjustable:
 
     @task_weights.setter
     def task_weights(self, weights: TaskWeights | None) -> None:
-        if weights is not None and self._recipe.capturable:
-            raise ValueError("task_weights with capturable: they are multiplied in on the host")
-        given = weights is None or callable(weights)
-        num_tasks = self._engine.steps.num_tasks
-        self._settings.task_weights = weights if given else check_task_weights(weights, num_tasks)
+        capturable, num_tasks = self._recipe.capturable, self._engine.steps.num_tasks
+        given = weights is None or (callable(weights) and not capturable)
+        self._settings.task_weights = weights if given else check_task_weights(weights, num_tasks, capturable)
 
     @property
     def log_transform(self) -> bool:
