@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from . import dense, gradients, memory, models, steps, timing
 from .dense import Call
 from .models import Size
@@ -234,9 +235,13 @@ def _verdict(case: Case, name: str, contender: Contender, budget: timing.Budget)
 
 
 def _copy(case: Case) -> tuple[Call, int]:
-    """A copy of as many numbers as the gradients of all tasks, and the bytes it moves."""
+    """A copy of as many numbers as the gradients of all tasks, and the bytes it moves.
+
+    Between buffers like those of ours, with huge pages where there are such; written to first, as untouched memory is
+    one page of zeros for all.
+    """
     count = min(case.K * case.P, COPY_ELEMENTS)
-    source, target = (torch.zeros(count, dtype=case.dtype, device=case.device) for _ in range(2))
+    source, target = (ops.allocate(count, dtype=case.dtype, device=case.device).fill_(1.0) for _ in range(2))
     return partial(target.copy_, source), 2 * source.nbytes
 
 

@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrices of the op level")
     add("--device", help="cpu or cuda; default: cuda where there is one")
     add("--only", nargs="+", metavar="WHO", help=f"contenders, or families: {', '.join(cases.FAMILIES)}")
-    add("--seconds", type=float, default=100.0, help="for all, about; at most 0.4 of it compile; default: 100")
+    add("--seconds", type=float, default=45.0, help="for all, about; at most 0.4 of it compile; default: 45")
     add("--threads", type=int, help=f"default: {torch.get_num_threads()}")
     add("--out", type=Path, default=Path("dbmtl_bench.csv"), help="CSV file to add rows to; default: dbmtl_bench.csv")
     add("--png", type=Path, help="the picture; default: beside the CSV file")
