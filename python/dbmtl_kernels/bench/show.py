@@ -192,7 +192,7 @@ def _bars(axis: Any, case: Found) -> None:
         axis.set_xlabel("ms", fontsize=8)
     for bar in bars:
         bar.set_height(0.7)
-    axis.set_title(f"{case.title}; ratio to {over(case)}", fontsize=9, loc="left")
+    axis.set_title(f"{case.title}\nratio to {over(case)}", fontsize=9, loc="left")
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 
