@@ -142,10 +142,17 @@ def broken():
 
 def nothing():
     return None
+
+def rounded():
+    losses = model()[2]
+    def both():
+        with torch.autocast("cpu", torch.bfloat16):
+            return losses()
+    return both
 """
 
 
-@pytest.mark.parametrize("factory", ["found", "given"])
+@pytest.mark.parametrize("factory", ["found", "given", "rounded"])
 def test_a_model_of_ones_own(bench, tmp_path, factory):
     (tmp_path / "factories.py").write_text(FACTORIES)
     sys.modules.pop("factories", None)
@@ -181,6 +188,16 @@ def test_who_is_wrong_is_reported_and_not_timed(bench, monkeypatch):
 def test_a_step_that_does_something_else_is_caught(make, expects):
     with pytest.raises(ValueError, match="is off by"):
         steps.check(models.mlp(3, (16, 32, 16), 8), make, expects)
+
+
+def test_under_autocast_the_rounding_of_the_model_is_allowed_and_no_more():
+    torch.manual_seed(0)
+    problem = models.mlp(3, (16, 32, 16), 8)
+    problem.losses = torch.autocast("cpu", torch.bfloat16)(problem.losses)
+    for make, expects in ((steps.ours, "balanced"), (steps.one_pass, "balanced, beta=0"), (steps.bare, "sum")):
+        steps.check(problem, make, expects)
+    with pytest.raises(ValueError, match=r"the balanced \.grad is off by .*, allowed is [0-9.]+e-0[23]"):
+        steps.check(problem, steps.equal_weighting, "balanced")
 
 
 def test_without_a_compiler_or_time_to_compile_it_is_said(bench, monkeypatch):

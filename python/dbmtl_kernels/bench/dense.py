@@ -84,13 +84,18 @@ def exact(grads: Tensor, ema: Tensor, beta: float = BETA) -> tuple[Tensor, Tenso
     return (norms.max() / (norms + EPS)) @ new, new
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    """Raise unless the largest error is within ``tolerance`` times the largest element; row by row, to save memory."""
-    if not torch.isfinite(expected).all():
-        raise ValueError(f"float64 has no {what}: the reference is not finite")
+def error_of(actual: Tensor, expected: Tensor) -> float:
+    """The largest error over the largest element; row by row, to save memory."""
     rows = zip(torch.atleast_2d(actual), torch.atleast_2d(expected), strict=True)
     errors = torch.stack([torch.linalg.vector_norm(row.double() - wanted, torch.inf) for row, wanted in rows])
-    error = float(errors.max() / torch.linalg.vector_norm(expected, torch.inf))
+    return float(errors.max() / torch.linalg.vector_norm(expected, torch.inf))
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    """Raise unless the largest error is within ``tolerance`` times the largest element."""
+    if not torch.isfinite(expected).all():
+        raise ValueError(f"float64 has no {what}: the reference is not finite")
+    error = error_of(actual, expected)
     if not error <= tolerance:  # NaN is wrong
         raise ValueError(f"{what} is off by {error:.1e}, allowed is {tolerance:.1e}")
 

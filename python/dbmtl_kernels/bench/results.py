@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -181,7 +182,10 @@ def _version(name: str) -> str:
 
 
 def _commit() -> str:
-    """Of the working copy that this file is in, "-dirty" if more than results has changed; "" where it is installed."""
+    """Of the working copy that this file is in, "-dirty" if more than results has changed; "" where it is installed.
+
+    The environment's COMMIT, where there is a copy of the files alone.
+    """
     if "site-packages" in __file__:
         return ""
     here, found = Path(__file__).parent, []
@@ -191,7 +195,7 @@ def _commit() -> str:
         except OSError:
             return ""
         found.append(done.stdout.strip() if done.returncode == 0 else "")
-    return found[0] + "-dirty" * bool(found[1])
+    return found[0] + "-dirty" * bool(found[1]) or os.environ.get("COMMIT", "")
 
 
 def _command() -> str:
