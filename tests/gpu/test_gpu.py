@@ -322,3 +322,36 @@ def test_training_as_on_the_cpu(gpu, dtype, beta, mode):
         np.testing.assert_allclose(numbers(balancer.norms), numbers(reference.norms), rtol=tolerance)
         optimizer.step()
     assert balancer.nonfinite_steps.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("form", ["rows", "one row", "one pass"])
+@pytest.mark.parametrize("kept", [True, False], ids=["float32 losses", "losses of its dtype"])
+@pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
+def test_mixed_precision_as_float64_on_the_cpu(gpu, dtype, kept, form):
+    """Autocast, and a GradScaler; rows take a scale that float16 does not hold."""
+    ours, exact = Net().to(DEVICE), Net().double()
+    options = {"beta": 0.9 if form == "rows" else 0.0}
+    reference = dbk.DBMTL(exact.trunk.parameters(), 3, state_dtype=F64, keep_rows=True, **options)
+    make, options = (dbk.OnePassDBMTL, {}) if form == "one pass" else (dbk.DBMTL, {**options, "backend": gpu})
+    balancer, optimizer = make(ours.trunk.parameters(), 3, **options), torch.optim.SGD(ours.parameters(), lr=0.0)
+    scale = 2.0**10 if form == "one pass" else 2.0**17
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=scale)
+    for _ in range(1 if form == "one pass" else 3):  # later, its norms are those of earlier steps
+        with torch.no_grad():
+            for mine, other in zip(ours.parameters(), exact.parameters(), strict=True):
+                mine.copy_(other)
+        x, y = torch.randn(16, 2, 8, 8).double(), torch.randn(3, 16, 4).double()
+        exact.backward("plain", reference, x, y)
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE.type, dtype):
+            losses = ours.losses(x.float().to(DEVICE), y.float().to(DEVICE))
+        losses = losses if kept else [loss.to(dtype) for loss in losses]
+        scaler.scale(balancer(losses)).backward()
+        scaler.unscale_(optimizer)
+        for part, other in ((ours.trunk, exact.trunk), (ours.heads, exact.heads)):
+            mine, wanted = (flat(p.grad for p in net.parameters()) for net in (part, other))
+            assert torch.linalg.vector_norm(mine - wanted) < 0.03 * torch.linalg.vector_norm(wanted)
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == scale
+    assert balancer.nonfinite_steps.tolist() == [0, 0, 0]
