@@ -10,6 +10,7 @@ import pytest
 import torch
 from dbmtl_kernels.onepass.frontier import find_frontier
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import K, Setting, each, grads, same
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -253,6 +254,37 @@ def test_the_device_form_of_the_hooks(monkeypatch):
     assert all(torch.allclose(a, b) for a, b in zip(grads(setting.shared), grads(twin.shared), strict=True))
     assert (setting.heads[1].weight.grad == 0).all()
     assert setting.balancer.nonfinite_steps.tolist() == [0, 1, 0]
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that are no views: on a GPU a launch each, about."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_how_much_more_the_device_form_launches_than_the_sum(monkeypatch):
+    for module in ("weighing", "weigher", "levels"):
+        monkeypatch.setattr(f"dbmtl_kernels.onepass.{module}.may_look", lambda _: False)
+
+    def beyond(num_tasks):
+        trunk, heads = nn.Linear(8, 8), [nn.Linear(8, 1) for _ in range(num_tasks)]
+        forms, counts = (dbk.OnePassDBMTL(trunk.parameters(), num_tasks), sum), []
+        for form in forms:
+            for _ in range(3):  # nothing is measured in the third
+                z = trunk(torch.ones(4, 8))
+                losses = [head(z).square().mean() for head in heads]
+                with Launches() as launched:
+                    form(losses).backward()
+            counts.append(launched.count)
+        return counts[0] - counts[1]
+
+    few, many = beyond(3), beyond(11)
+    assert many - few <= 12 * 8  # 35 a task before losses and flags were looked at together
+    assert few <= 95
 
 
 def test_a_dead_head_keeps_its_level():

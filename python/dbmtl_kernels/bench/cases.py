@@ -203,8 +203,8 @@ def run(case: Case, names: Sequence[str], budget: timing.Budget, cases_left: int
     rows = [case.row(name, detail={"verdict": verdict}) for name, verdict in verdicts.items()]
     if not right:
         return rows
-    seconds = max(0.5, allowed - (time.perf_counter() - began))
-    times, moved = _timed(case, {name: contenders[name] for name in right}, 0.7 * seconds, say)
+    seconds = max(budget.timing, 0.7 * (allowed - (time.perf_counter() - began)))
+    times, moved = _timed(case, {name: contenders[name] for name in right}, seconds, say)
     counted: dict[str, memory.Taken] = {}
     for name in right:
         say(f"memory of {name}")

@@ -184,8 +184,10 @@ def _version(name: str) -> str:
 def _commit() -> str:
     """Of the working copy that this file is in, "-dirty" if more than results has changed; "" where it is installed.
 
-    The environment's COMMIT, where there is a copy of the files alone.
+    The environment's COMMIT goes before, for a copy of the files that git knows nothing of.
     """
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
     if "site-packages" in __file__:
         return ""
     here, found = Path(__file__).parent, []
@@ -195,7 +197,7 @@ def _commit() -> str:
         except OSError:
             return ""
         found.append(done.stdout.strip() if done.returncode == 0 else "")
-    return found[0] + "-dirty" * bool(found[1]) or os.environ.get("COMMIT", "")
+    return found[0] + "-dirty" * bool(found[1])
 
 
 def _command() -> str:

@@ -160,10 +160,11 @@ def key_of(row: Row) -> tuple[object, ...]:
 
 
 class Budget:
-    """Seconds that are left, for all and for compiling."""
+    """Seconds that are left, for all and for compiling; ``timing`` is what each case may take turns for at least."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, cases: int) -> None:
         self.end, self.compiling = time.perf_counter() + seconds, 0.4 * seconds
+        self.timing = 0.25 * seconds / max(1, cases)
 
     def share(self, cases: int) -> float:
         """Of one of so many cases that are to come."""

@@ -155,8 +155,10 @@ class Levels:
 
     def weights(self, present: Sequence[int], scale: str | float, eps: float, finite: Tensor | None = None) -> Tensor:
         """(K,) scale(n) / (n_t + eps); 1 where nothing is known yet, 0 of tasks that are absent."""
-        here = torch.zeros_like(self.norms, dtype=torch.bool)
-        here[list(present)] = True
+        here = torch.ones_like(self.norms, dtype=torch.bool)
+        if len(present) < len(here):  # to index takes an upload
+            here = torch.zeros_like(here)
+            here[list(present)] = True
         here = here if finite is None else here & finite
         known = self.norms.isfinite()
         return torch.where(here & ~known, 1.0, reference.weights(self.norms, eps, scale, here & known))

@@ -142,29 +142,49 @@ class _OnePass(torch.autograd.Function):
                 "For second derivatives use the sum of the losses"
             )
         weigher, losses, weighing, at_root = ctx.work
-        eps = losses.log_eps
-        factor, passes = grads[0], weighing.passes(grads[0])
-        on_host = factor.item() if weighing.on_host else None
-        slopes: dict[int, Any] = {}
-        finite: dict[int, Any] = {}
-        for task, loss, value in zip(losses.tasks, losses.losses, losses.values, strict=True):
-            if on_host is not None:
-                number = value.item()
-                number, finite[task] = (
-                    on_host / (1.0 if eps is None else number + eps),
-                    math.isfinite(number),
-                )
-                if abs(number) > torch.finfo(loss.dtype).max:
-                    number, finite[task] = math.copysign(math.inf, number), finite[task] and passes
-                slopes[task] = torch.full_like(loss, number if finite[task] else 0.0)
-                continue
-            wide = factor.to(value.device, value.dtype)
-            slope = (wide if eps is None else wide / (value + eps)).to(loss.dtype)
-            finite[task] = value.isfinite() & (slope.isfinite() | passes.to(slope.device))
-            slopes[task] = torch.where(finite[task], slope, 0.0).view_as(loss)
+        factor = grads[0]
+        passes = weighing.passes(factor)
+        finite: Mapping[int, bool | Tensor]
+        if weighing.on_host:
+            slopes, finite = _slopes_on_host(losses, factor.item(), passes)
+        else:
+            slopes, finite = _slopes(losses, factor, passes)
+        given: dict[int, Tensor | None] = {**slopes}
         losses.claim(weigher.rows)
         weigher.begin_pass(Measurement(losses, slopes, factor, weighing), weighing, factor, finite)
-        lost = on_host is not None and not all(finite.get(task, True) for task in at_root)
+        lost = weighing.on_host and not all(finite.get(task, True) for task in at_root)
         for task in at_root:  # there is no part of its own where NaN could be kept back: then none of them has any
-            slopes[task] = None if lost else slopes[task] * weighing.weight(task, slopes[task])
-        return None, None, None, None, None, *(slopes[task] for task in losses.tasks)
+            given[task] = None if lost else slopes[task] * weighing.weight(task, slopes[task])
+        return None, None, None, None, None, *(given[task] for task in losses.tasks)
+
+
+def _slopes_on_host(losses: TaskLosses, factor: float, passes: bool) -> tuple[dict[int, Tensor], dict[int, bool]]:
+    """By task the gradient of the loss, and whether the loss is finite and holds it."""
+    slopes: dict[int, Tensor] = {}
+    finite: dict[int, bool] = {}
+    for task, loss, value in zip(losses.tasks, losses.losses, losses.values, strict=True):
+        number = value.item()
+        slope, fine = factor / (1.0 if losses.log_eps is None else number + losses.log_eps), math.isfinite(number)
+        if abs(slope) > torch.finfo(loss.dtype).max:
+            slope, fine = math.copysign(math.inf, slope), fine and passes
+        slopes[task], finite[task] = torch.full_like(loss, slope if fine else 0.0), fine
+    return slopes, finite
+
+
+def _slopes(losses: TaskLosses, factor: Tensor, passes: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """As `_slopes_on_host`, without a sync; those of a device and dtype together, in a handful of launches."""
+    slopes: dict[int, Tensor] = {}
+    finite: dict[int, Tensor] = {}
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, loss in enumerate(losses.losses):
+        kinds.setdefault((loss.device, loss.dtype), []).append(index)
+    for (device, dtype), members in kinds.items():
+        values = torch.stack([losses.values[index].to(device) for index in members])
+        wide = factor.to(values)
+        slope = (wide.expand_as(values) if losses.log_eps is None else wide / (values + losses.log_eps)).to(dtype)
+        fine = values.isfinite() & (slope.isfinite() | passes.to(device))
+        kept = torch.where(fine, slope, 0.0)
+        for index, each, flag in zip(members, kept.unbind(), fine.unbind(), strict=True):
+            task = losses.tasks[index]
+            slopes[task], finite[task] = each.view_as(losses.losses[index]), flag
+    return slopes, finite

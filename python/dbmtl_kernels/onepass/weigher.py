@@ -99,9 +99,9 @@ class Weigher:
         weighing.claim()
         mask: Tensor | None = None
         if not all(flag is True for flag in finite.values()):
-            mask = torch.ones_like(stats.nonfinite)
-            for task, flag in finite.items():
-                mask[task] = flag
+            there = torch.ones_like(stats.nonfinite[0])
+            flags = [finite.get(task, True) for task in range(len(stats.nonfinite))]
+            mask = torch.stack([f.to(there.device) if isinstance(f, Tensor) else there & f for f in flags])
         if not engine.frozen:
             self._begin_step(now, loss_scale_or_none(factor), mask)
             if engine.attached:

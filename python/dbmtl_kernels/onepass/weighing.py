@@ -57,8 +57,8 @@ class Weighing:
     def __init__(self, frontier: Frontier, stats: Stats, propagate_above: float, clears: bool, others: Tensor) -> None:
         self.stats, self._above, self._others = stats, propagate_above, others
         self.on_host = may_look(stats.weights.device)
-        self._weights: list[Any] = []
-        self._finite: Tensor | None = None
+        self._weights: dict[torch.dtype, Sequence[Any]] = {}  # numbers on the host; tensors, those of each dtype
+        self._finite: Sequence[Any] | None = None
         self._passes: Any = False
         self._pass: int | None = None
         self._measured: int | None = None  # the task whose pass is run to measure
@@ -90,7 +90,7 @@ class Weighing:
                 "backward() on one after the other"
             )
         _weighed.append(number)
-        self._pass, self._weights = number, []
+        self._pass, self._weights = number, {}
 
     def arm(self, factor: Tensor, finite: Tensor | None) -> None:
         """Weigh from here on, by the weights as they are now.
@@ -99,9 +99,17 @@ class Weighing:
             factor: of the balanced loss.
             finite: (K,) bool, whose loss is; None for all.
         """
-        weights = self.stats.weights
-        self._passes, self._finite = self.passes(factor), finite
-        self._weights = weights.tolist() if self.on_host else list(weights.unbind())
+        self._passes, self._weights = self.passes(factor), {}
+        self._finite = None if finite is None else finite.tolist() if self.on_host else finite.unbind()
+
+    def _weight(self, task: int, dtype: torch.dtype) -> Any:
+        """What a gradient of this dtype is multiplied with."""
+        found = self._weights.get(dtype)
+        if found is None:
+            weights = self.stats.weights
+            found = weights.tolist() if self.on_host else weights.to(_wide(dtype)).unbind()
+            self._weights[dtype] = found
+        return found[task]
 
     def passes(self, factor: Tensor) -> Any:
         """Whether gradients that are not finite are passed on under this factor of the loss; a tensor off the host."""
@@ -145,26 +153,30 @@ class Weighing:
             return grad
         if key in self._lengths:
             self._compare(self._lengths.pop(key), _length(grad))
-        out = _times(grad, self._weights[task])
+        out = _times(grad, self._weight(task, grad.dtype))
         counts = None if self._finite is None else self._finite[task]  # whether the loss is finite
         if self.on_host:
-            if counts is not None and not bool(counts):
+            if counts is False:
                 return torch.zeros_like(grad)
             if _is_finite(out):
                 return out
-            self._count(task)
+            self._count(task, torch.ones_like(self.stats.nonfinite[task]))
             return out if self._passes else torch.zeros_like(grad)
-        fine = _values(out).isfinite().all()
-        self._count(task, ~fine if counts is None else ~fine & counts.to(fine.device))
+        fine = _largest(out) < torch.inf  # not so of NaN
         keep = fine | self._passes.to(fine.device)
-        return torch.where(keep if counts is None else keep & counts.to(fine.device), out, 0.0)
+        if counts is None:
+            self._count(task, ~fine)
+            return torch.where(keep, out, 0.0)
+        counts = counts.to(fine.device)
+        self._count(task, counts > fine)
+        return torch.where(keep & counts, out, 0.0)
 
-    def _count(self, task: int, flag: Tensor | None = None) -> None:
-        """A task is not finite in this step; counted once."""
-        bad, steps = self.stats.nonfinite, self.stats.nonfinite_steps
-        now = ~bad[task] if flag is None else flag.to(bad.device) & ~bad[task]
-        steps[task] += now
-        bad[task] |= now
+    def _count(self, task: int, flag: Tensor) -> None:
+        """If so, a task is not finite in this step; counted once."""
+        bad, steps = self.stats.nonfinite[task], self.stats.nonfinite_steps[task]
+        flag = flag.to(bad.device)
+        steps.add_(flag > bad)
+        bad.logical_or_(flag)
 
     def _compare(self, alone: Tensor, now: Tensor) -> None:
         """The gradient that a task's own part passes on, in the pass that measured it and in this one."""
@@ -177,15 +189,20 @@ class Weighing:
         """The gradient of a head; zeros if the loss of its task is not finite."""
         if self._finite is None or self._measured is not None:
             return grad
-        return torch.where(self._finite[task].to(grad.device), grad, 0.0)
+        finite = self._finite[task]
+        if self.on_host:
+            return grad if finite else torch.zeros_like(grad)
+        return torch.where(finite.to(grad.device), grad, 0.0)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """In which a gradient is multiplied: float32 where it is narrower, whose largest number a weight may exceed."""
+    return torch.float32 if dtype in NARROW else dtype
 
 
 def _times(grad: Tensor, weight: Any) -> Tensor:
-    """In float32 where the gradient is narrower, whose largest number a weight may exceed."""
-    if grad.dtype in NARROW:
-        narrow: Tensor = (grad.float() * weight).to(grad.dtype)
-        return narrow
-    return grad * (weight if isinstance(weight, float) else weight.to(grad.dtype))
+    out: Tensor = grad.to(_wide(grad.dtype)) * weight
+    return out.to(grad.dtype)
 
 
 def _values(grad: Tensor) -> Tensor:
@@ -200,6 +217,13 @@ def _is_finite(grad: Tensor) -> bool:
     values = _values(grad)
     total = values.sum(dtype=torch.float32 if values.dtype in NARROW else None)
     return cmath.isfinite(total.item()) or bool(values.isfinite().all())
+
+
+def _largest(grad: Tensor) -> Tensor:
+    """The largest magnitude; NaN if any is."""
+    values = _values(grad)
+    largest: Tensor = torch.linalg.vector_norm(values, torch.inf) if values.numel() else values.new_zeros(())
+    return largest
 
 
 def _length(grad: Tensor) -> Tensor:

@@ -55,15 +55,15 @@ def addresses(grads: Gradients, device: torch.device) -> tuple[Tensor, int]:
 
 def in_any_order(grads: Sequence[Tensor]) -> tuple[Gradients, Tensor]:
     """For who needs all elements, in whatever order: the gradients, and segments of a row that there is not."""
-    dense = [grad if _dense(grad) else grad.contiguous() for grad in grads]
+    dense = [grad if grad.is_contiguous() or _permuted(grad) else grad.contiguous() for grad in grads]
     given = Gradients([*dense], [grad.data_ptr() for grad in dense], bytes(DTYPES[grad.dtype] for grad in dense))
     return given, _segments(tuple(grad.numel() for grad in dense))
 
 
-def _dense(grad: Tensor) -> bool:
-    """Whether the elements are one stretch of memory."""
-    format_of = {4: torch.channels_last, 5: torch.channels_last_3d}.get(grad.dim(), torch.contiguous_format)
-    return grad.is_contiguous() or grad.is_contiguous(memory_format=format_of)
+def _permuted(grad: Tensor) -> bool:
+    """Whether the elements are one stretch of memory in another order."""
+    found = {4: torch.channels_last, 5: torch.channels_last_3d}.get(grad.dim())
+    return found is not None and grad.is_contiguous(memory_format=found)
 
 
 @lru_cache(512)
