@@ -160,7 +160,7 @@ class Levels:
             here = torch.zeros_like(here)
             here[list(present)] = True
         here = here if finite is None else here & finite
-        known = self.norms.isfinite()
+        known = self.norms < torch.inf  # NaN is not
         return torch.where(here & ~known, 1.0, reference.weights(self.norms, eps, scale, here & known))
 
     def audit(self) -> Audit:

@@ -182,7 +182,7 @@ def _slopes(losses: TaskLosses, factor: Tensor, passes: Tensor) -> tuple[dict[in
         values = torch.stack([losses.values[index].to(device) for index in members])
         wide = factor.to(values)
         slope = (wide.expand_as(values) if losses.log_eps is None else wide / (values + losses.log_eps)).to(dtype)
-        fine = values.isfinite() & (slope.isfinite() | passes.to(device))
+        fine = (values.abs() < torch.inf) & ((slope.abs() < torch.inf) | passes.to(device))
         kept = torch.where(fine, slope, 0.0)
         for index, each, flag in zip(members, kept.unbind(), fine.unbind(), strict=True):
             task = losses.tasks[index]
