@@ -1,6 +1,7 @@
 """This tree against another one."""
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,6 +65,40 @@ def test_trees_are_measured_in_turn_each_with_its_own_package(tmp_path):
 def test_a_base_that_is_none_is_told(tmp_path, capsys, base, said):
     assert command.main(["compare", base.format(tmp_path)]) == 2
     assert said in capsys.readouterr().err
+
+
+SETUP = """
+from pathlib import Path
+log = Path("builds")
+log.write_text(log.read_text() + "built " if log.exists() else "built ")
+assert not Path("broken").exists(), "no compiler"
+"""
+
+
+def test_a_revision_is_checked_out_and_built_once(tmp_path, monkeypatch):
+    repo = tmp_path / "repo"
+    (repo / "python" / "dbmtl_kernels").mkdir(parents=True)
+    (repo / "setup.py").write_text(SETUP)
+    git = ["git", "-C", str(repo), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+
+    def commit(name, text):
+        (repo / name).write_text(text)
+        for words in (["add", "-A"], ["commit", "-qm", name]):
+            subprocess.run([*git, *words], check=True)
+
+    subprocess.run(["git", "init", "-q", str(repo)], check=True)
+    for text in ("1", "2"):
+        commit("python/dbmtl_kernels/__init__.py", text)
+    commit("broken", "")
+    monkeypatch.setattr(compare, "ROOT", repo)
+    for _ in range(2):
+        tree = compare.tree_of("HEAD~2")
+        assert (tree / "python" / "dbmtl_kernels" / "__init__.py").read_text() == "1"
+        assert (tree / "builds").read_text() == "built "
+    assert (compare.tree_of("HEAD~1") / "python" / "dbmtl_kernels" / "__init__.py").read_text() == "2"
+    for _ in range(2):  # what did not build is not taken for built
+        with pytest.raises(BenchError, match=r"HEAD does not build.*no compiler"):
+            compare.tree_of("HEAD")
 
 
 def test_a_package_of_elsewhere_and_a_process_that_ends_are_told(tmp_path):
