@@ -1,13 +1,15 @@
 """``python -m benchmarks compare BASE``: is this tree slower than BASE, a git revision or a checkout that is built?
 
 The op and a training step of both, in processes of their own, in turn within one run; and this tree a second time,
-whose difference to itself is the A/A band. Exit code 1 where the tree is slower by more than the band.
+whose difference to itself is the A/A band. The processes are begun anew several times: where the memory of one comes to
+lie can make it slower by a third for as long as it lives. Exit code 1 where the tree is slower by more than the band.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -26,7 +28,7 @@ WORK = ROOT / "benchmarks" / "compare_cases.py"
 HEAD, AGAIN, BASE = "head", "head, again", "base"
 LEAST = 1.02  # of the band
 RESAMPLED = 1000
-Times = dict[str, dict[str, list[float]]]  # by tree and call, seconds in each round
+Times = dict[str, dict[str, list[float]]]  # by tree and call: seconds in each round, or medians of each restart
 
 
 def measure(case: str, trees: dict[str, Path], rounds: int, warmup: int = 2) -> Times:
@@ -60,15 +62,27 @@ def measure(case: str, trees: dict[str, Path], rounds: int, warmup: int = 2) -> 
     return times
 
 
+def repeated(case: str, trees: dict[str, Path], restarts: int, rounds: int) -> Times:
+    """Medians over the rounds of each restart."""
+    times: Times = {name: {} for name in trees}
+    for _ in range(restarts):
+        for name, calls in measure(case, trees, rounds).items():
+            for what, seconds in calls.items():
+                times[name].setdefault(what, []).append(statistics.median(seconds))
+    return times
+
+
 def band(first: Sequence[float], again: Sequence[float]) -> float:
-    """How far the ratio of medians of one tree with itself may be from 1: in 99 of 100 resamplings of the rounds."""
-    draw, ratios = random.Random(0), []
-    rounds = range(len(first))
+    """How far the median ratio of one tree to itself may be from 1: in 99 of 100 resamplings of the restarts.
+
+    Which of the two came first means nothing, so each ratio drawn is turned over at random.
+    """
+    draw, found = random.Random(0), []
+    ratios = [math.log(a / b) for a, b in zip(first, again, strict=True)]
     for _ in range(RESAMPLED):
-        chosen = draw.choices(rounds, k=len(first))
-        a, b = (statistics.median(times[index] for index in chosen) for times in (first, again))
-        ratios.append(max(a / b, b / a))
-    return max(LEAST, sorted(ratios)[int(0.99 * RESAMPLED)])
+        drawn = statistics.median(draw.choice((-1, 1)) * ratio for ratio in draw.choices(ratios, k=len(ratios)))
+        found.append(math.exp(abs(drawn)))
+    return max(LEAST, sorted(found)[int(0.99 * RESAMPLED)])
 
 
 def judge(times: Times) -> list[Row]:
@@ -76,7 +90,8 @@ def judge(times: Times) -> list[Row]:
     rows = []
     for what, base in times[BASE].items():
         first, again = times[HEAD][what], times[AGAIN][what]
-        allowed, ratio = band(first, again), statistics.median([*first, *again]) / statistics.median(base)
+        allowed = band(first, again)
+        ratio = statistics.median(math.sqrt(a * b) / c for a, b, c in zip(first, again, base, strict=True))
         verdict = "slower" if ratio > allowed else "faster" if ratio < 1 / allowed else "within the band"
         detail = {"band": round(allowed, 4), "verdict": verdict, "base_ms": 1e3 * statistics.median(base)}
         pooled = statistics.median([*first, *again])
@@ -118,19 +133,21 @@ def main(words: list[str] | None = None) -> int:
     """Measure and judge; 1 if a call is slower than in the base, beyond the band."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=__doc__.splitlines()[0])
     parser.add_argument("base", help="a git revision, or the folder of a checkout that is built")
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--restarts", type=int, default=7, help="of the processes; default: 7")
+    parser.add_argument("--rounds", type=int, default=5, help="of each restart; default: 5")
     parser.add_argument("--case", nargs="+", choices=CASES, default=["op", "small", "step"])
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "benchmarks" / "compare.csv")
     options = parser.parse_args(words)
-    if options.rounds < 2:
-        raise BenchError("--rounds must be 2 or more: the band is taken from them")
+    if options.rounds < 1 or options.restarts < 3:
+        raise BenchError("--rounds must be 1 or more, and --restarts 3: the band is taken from them")
     if options.out.exists():
         results.read(options.out)
     base = tree_of(options.base)
     trees, slower = {HEAD: ROOT, BASE: base, AGAIN: ROOT}, False
     for case in options.case:
         machine = results.machine()
-        rows = [Row(**{**vars(row), "machine": machine}) for row in judge(measure(case, trees, options.rounds))]
+        judged = judge(repeated(case, trees, options.restarts, options.rounds))
+        rows = [Row(**{**vars(row), "machine": machine}) for row in judged]
         results.append(options.out, rows)
         for row in rows:
             detail = row.detail
