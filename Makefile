@@ -11,7 +11,7 @@ SOURCES = setup.py pyproject.toml $(wildcard csrc/*/*)
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo quick test test-all sanitize lint types bench report clean
+.PHONY: demo quick test test-all sanitize lint types bench report docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/multi_mnist.py
@@ -46,6 +46,11 @@ bench: $(VENV)/.dev
 # The tables of README.md and docs, drawn from benchmarks/results.
 report: $(VENV)/.dev
 	$(BIN)/python -m benchmarks report
+
+# The site, in out/site; a broken link, an undocumented name or a table that is not of its rows fails.
+docs: $(VENV)/.dev
+	$(BIN)/python -m benchmarks report --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)

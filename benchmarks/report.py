@@ -50,9 +50,11 @@ TABLES: dict[str, Table] = {
     },
     "bench": Table(("bench.csv",), "tables:readme"),
     "bench_steps": Table(("bench.csv",), "tables:steps"),
+    "felt": Table(("bench.csv",), "tables:felt"),
     "bench_gpu": Table(("bench_h100.csv",), "tables:readme"),
     "bench_gpu_steps": Table(("bench_h100.csv",), "tables:steps"),
     "forms": Table(PRICES, "benchmarks.price_list.tables:forms"),
+    "which": Table(PRICES, "benchmarks.price_list.tables:which"),
     **{f"price-{n}": Table(PRICES, f"benchmarks.price_list.tables:{n.replace('-', '_')}") for n in PRICE_TABLES},
     **{f"scale-{n}": Table((), f"benchmarks.scale.command:{n}") for n in ("time", "holds", "sends", "moves")},
 }

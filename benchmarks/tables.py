@@ -60,3 +60,27 @@ def steps(rows: Iterable[Row]) -> str:
     ]
     head += ["floor by bytes", "held beyond the model, in P numbers"]
     return grid(head, lines)
+
+
+FELT = {
+    cases.EW: "the plain sum of the losses",
+    cases.ONE_PASS: "`OnePassDBMTL`",
+    cases.ROWS: "`DBMTL`: exact, three backward passes",
+    "eager": "DB-MTL written by hand, the best of three ways",
+    cases.SHIPPED: "the authors' code",
+}
+
+
+def felt(rows: Iterable[Row]) -> str:
+    """What a user feels: a step and its memory over the plain sum, the last whole run."""
+    case = next(c for c in show.found(rows) if c.level == "step" and c.p50(cases.EW) and c.p50(cases.ONE_PASS))
+    plain, base = case.p50(cases.EW) or 1.0, case.bytes[cases.EW, "peak"]
+    lines = []
+    for family, title in FELT.items():
+        name = case.best(family)
+        if name is None:
+            continue
+        taken = case.times[name].detail.get("ms_amortised", case.p50(name))
+        more = (case.bytes[name, "peak"] - base) / (4 * (case.P or 1))
+        lines.append([title, f"{taken / plain:.2f}", f"{max(0.0, more):.1f} P"])
+    return grid(["a step", "time over the plain sum", "memory beyond it, at the peak"], lines)

@@ -10,11 +10,7 @@ from ranks import torchrun
 ROOT = Path(__file__).parent.parent
 PAGES = [
     "README.md",
-    "docs/guide.md",
-    "docs/gradients.md",
-    "docs/forms.md",
-    "docs/training.md",
-    "docs/integrations.md",
+    *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md") if "```python" in page.read_text()),
 ]
 
 

@@ -207,3 +207,16 @@ def forms(rows: Iterable[Row]) -> str:
                 cell(memory[ONE_ROW]), cell(memory[ROWS]),
             ])  # fmt: skip
     return grid(head, lines)
+
+
+def which(rows: Iterable[Row]) -> str:
+    """What the forms take beyond the plain sum, in short: the table of docs/which.md."""
+    found, methods = found_in(rows), (A, ONE_ROW, ROWS)
+    head = ["trunk", "K", *(f"{form}: time" for form in ("one pass", "one row", "rows")),
+            *(f"{form}: memory" for form in ("one pass", "one row", "rows"))]  # fmt: skip
+    lines = []
+    for trunk in trunks_in(found, growing=False):
+        for k in tasks_of(found, trunk):
+            cells = [cell(price(found, trunk, k, m, kind)) for kind in (TIMES, BEYOND) for m in methods]
+            lines.append([trunk, k, *cells])
+    return grid(head, lines)

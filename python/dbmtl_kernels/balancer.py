@@ -49,7 +49,7 @@ def uncompiled(function: Function) -> Function:
 class GradientBalancer(Adjustable, Watched):
     """Balances the gradients that K tasks have of shared parameters, by any weighting, in any PyTorch training loop.
 
-    With theta the P shared parameters and K losses, in step k::
+    With theta the P shared parameters and K losses, in step k:
 
         g_t  = grad_theta loss_t                          or of log(loss_t + eps), with log_transform
         m_t  = beta_k * m_t + (1 - beta_k) * g_t          beta_k = beta / k ** beta_sigma; m_t = g_t with beta = 0
@@ -77,7 +77,7 @@ class GradientBalancer(Adjustable, Watched):
             a K x K copy besides.
         beta: forgetting rate in [0, 1). With 0 no state outlives a step.
         beta_sigma: decay exponent >= 0; 0 keeps beta constant.
-        eps: > 0, in the logarithm.
+        eps: positive, in the logarithm.
         task_weights: K numbers >= 0 that the weights are multiplied by, or a function from the step, counted from 1, to
             them. (A constant factor of a loss cancels in its log.) Heads are left alone. Takes a sync on a GPU.
         log_transform: balance the logs of the losses given. False takes the losses as they are. With `task` the
@@ -240,7 +240,7 @@ class GradientBalancer(Adjustable, Watched):
     def no_update(self) -> Iterator[None]:
         """Inside, a backward is no update: gradients get the weights of the last step, and rows stay as they are.
 
-        For a second gradient within a step, as SAM takes one. With w_t and m_t those of the last step::
+        For a second gradient within a step, as SAM takes one. With w_t and m_t those of the last step:
 
             grad = sum_t w_t * ||m_t|| / ||g_t|| * g_t        g_t: of the new point; its norm that of the first such one
             grad = sum_t w_t * g_t                            with beta = 0

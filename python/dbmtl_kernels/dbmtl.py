@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class DBMTL(GradientBalancer):
     """Dual-balancing multi-task learning (DB-MTL) for any PyTorch training loop.
 
-    In step k, with theta the P shared parameters and K losses::
+    In step k, with theta the P shared parameters and K losses:
 
         g_t  = grad_theta log(loss_t + eps)
         m_t  = beta_k * m_t + (1 - beta_k) * g_t          beta_k = beta / k ** beta_sigma, m_t = 0 at the start
@@ -38,7 +38,7 @@ class DBMTL(GradientBalancer):
         num_tasks: K >= 1, or the K names of the tasks.
         beta: forgetting rate in [0, 1).
         beta_sigma: decay exponent >= 0; 0 keeps beta constant.
-        eps: > 0, in the logarithm and added to the norms.
+        eps: positive, in the logarithm and added to the norms.
         scale: alpha: "max" (the method), "mean", "median", "min", or a number.
         task_weights: K numbers >= 0, or a function from the step to them; see `GradientBalancer`.
         log_transform: balance the logs of the losses given; False takes the losses as they are.
@@ -46,7 +46,8 @@ class DBMTL(GradientBalancer):
         backend: "auto", or a backend by name.
         process_group: the ranks that hold replicas of these parameters; None or False as for `GradientBalancer`.
         capturable: keep the step count and the coefficients on the device, for a CUDA graph.
-        nonfinite, zero_gradients: as for `GradientBalancer`.
+        nonfinite: as for `GradientBalancer`.
+        zero_gradients: as for `GradientBalancer`.
         keep_rows: with ``beta=0`` keep a row for each task all the same: K P numbers more; see `GradientBalancer`.
             With another beta they are kept in any case.
 

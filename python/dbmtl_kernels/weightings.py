@@ -1,6 +1,6 @@
 """Weightings: from the K x K Gramian of the task gradients to K weights. Ours, and what any other must be.
 
-A weighting is any callable from a Gramian to weights; ten lines make one::
+A weighting is any callable from a Gramian to weights; ten lines make one:
 
     class InverseNorms:  # every task gradient counts with length 1
         def __call__(self, gramian):
@@ -54,7 +54,7 @@ class MaxNorm:
 
     Args:
         scale: alpha: "max" (the method), "mean", "median", "min" of the norms, or a number.
-        eps: > 0.
+        eps: positive.
 
     Source: arXiv 2308.12029, Algorithm 1 and the ablation of alpha.
     """

@@ -29,7 +29,7 @@ def prepare_balancer(
 ) -> GradientBalancer:
     """A balancer for a prepared model, attached to its optimizer, and part of ``accelerator.save_state``.
 
-    Then, with any precision and with ``accelerator.accumulate(model)`` around it::
+    Then, with any precision and with ``accelerator.accumulate(model)`` around it:
 
         with balancing(model):
             accelerator.backward(balancer(losses_of(model, batch)))

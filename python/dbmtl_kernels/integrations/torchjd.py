@@ -129,12 +129,12 @@ class _MovingAverage(Weighting[Matrix], Stateful):
 class DBMTLAggregator(WeightedAggregator, Stateful):
     """DB-MTL's gradient balancing as a TorchJD aggregator with a state, the EMA of the rows of the matrices it gets.
 
-    ::
+    It stands between TorchJD's two calls:
 
         backward([dbk.log_transform(loss) for loss in losses])        # TorchJD's; the logarithm is half of the method
         weights = jac_to_grad(model.parameters(), aggregator)
 
-    In step k an (m, n) matrix J gives::
+    In step k an (m, n) matrix J gives:
 
         ema    = beta_k * ema + (1 - beta_k) * J         beta_k = beta / k ** beta_sigma; zeros at the start
         vector = weights @ ema                           weights = alpha / (norms of the rows of ema + eps)
@@ -152,7 +152,7 @@ class DBMTLAggregator(WeightedAggregator, Stateful):
     Args:
         beta: forgetting rate in [0, 1).
         beta_sigma: decay exponent >= 0; 0 keeps beta constant.
-        eps: > 0, added to the norms.
+        eps: positive, added to the norms.
         scale: alpha: "max" (the method), "mean", "median", "min" of the norms, or a number.
         state_dtype: dtype of the EMA: float32, bfloat16 or float64. That of float64 matrices is float64.
         backend: "auto", or a backend by name.
@@ -339,7 +339,7 @@ def grad_vac(num_tasks: int, beta: float = 0.5, eps: float = 1e-8) -> Weighting[
     Args:
         num_tasks: K.
         beta: decay of the targets, in [0, 1].
-        eps: >= 0, added to denominators.
+        eps: at least 0, added to denominators.
 
     Raises:
         ValueError, TypeError: an argument.

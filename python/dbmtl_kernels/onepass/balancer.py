@@ -43,7 +43,7 @@ class OnePassDBMTL(DBMTL):
     """DB-MTL at the price of the plain sum: one ordinary backward of ``sum_t log(loss_t + eps)``.
 
     With theta the P shared parameters, each task's gradient is weighted where it enters the part of the graph that
-    several tasks share::
+    several tasks share:
 
         grad = sum_t w_t * g_t                       g_t = grad_theta log(loss_t + eps)
         w_t  = alpha / (n_t + eps)                   alpha = max_t n_t
@@ -60,8 +60,8 @@ class OnePassDBMTL(DBMTL):
     Args:
         shared_parameters: as for `GradientBalancer`: everything that two losses or more depend on.
         num_tasks: K >= 1, or the K names of the tasks.
-        measure_every: >= 1; in every how many steps one task is measured.
-        eps: > 0, in the logarithm and added to the norms.
+        measure_every: at least 1; in every how many steps one task is measured.
+        eps: positive, in the logarithm and added to the norms.
         scale: alpha: "max" (the method), "mean", "median", "min" of the norms, or a number.
         task_weights: K numbers >= 0, or a function from the step to them; see `GradientBalancer`.
         log_transform: balance the logs of the losses given; False takes the losses as they are.
