@@ -11,6 +11,7 @@ from dbmtl_kernels.bench.results import BenchError
 COMMANDS = {
     "claims": ("benchmarks.claims.__main__", "train every method on real data: a verdict on each claim of the paper"),
     "compare": ("benchmarks.compare", "time this tree and another commit in turn; fails beyond an A/A band"),
+    "learning_rate": ("benchmarks.learning_rate", "the trunk's gradient over a run: which rate, which clip"),
     "price_list": ("benchmarks.price_list.command", "time and memory over equal weighting, of every method"),
     "scale": ("benchmarks.scale.command", "what a step takes on up to 1,024 GPUs, by arithmetic"),
     "report": ("benchmarks.report", "draw the tables of the pages from benchmarks/results"),
@@ -20,7 +21,7 @@ COMMANDS = {
 def main(words: list[str]) -> int:
     """Run a command; 2 after a mistake that the user can set right."""
     if not words or words[0] not in COMMANDS:
-        lines = [f"  {name:12s} {what}" for name, (_, what) in COMMANDS.items()]
+        lines = [f"  {name:14s} {what}" for name, (_, what) in COMMANDS.items()]
         asked = bool(words) and words[0] in ("-h", "--help")
         print(
             "usage: python -m benchmarks COMMAND [--help]", *lines, sep="\n", file=sys.stdout if asked else sys.stderr

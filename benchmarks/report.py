@@ -53,6 +53,7 @@ TABLES: dict[str, Table] = {
     "felt": Table(("bench.csv",), "tables:felt"),
     "bench_gpu": Table(("bench_h100.csv",), "tables:readme"),
     "bench_gpu_steps": Table(("bench_h100.csv",), "tables:steps"),
+    "learning_rate": Table(("learning_rate.csv",), "learning_rate:table"),
     "forms": Table(PRICES, "benchmarks.price_list.tables:forms"),
     "which": Table(PRICES, "benchmarks.price_list.tables:which"),
     **{f"price-{n}": Table(PRICES, f"benchmarks.price_list.tables:{n.replace('-', '_')}") for n in PRICE_TABLES},

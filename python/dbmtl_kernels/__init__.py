@@ -20,15 +20,22 @@ __all__ = [
     "balance_",
     "find_shared_parameters",
     "log_transform",
+    "plot",
     "reference",
 ]
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .functional import balance_, log_transform
+    from .monitor.plotting import plot
     from .onepass.balancer import OnePassDBMTL
 
-_LATER = {"OnePassDBMTL": "onepass.balancer", "balance_": "functional", "log_transform": "functional"}
+_LATER = {
+    "OnePassDBMTL": "onepass.balancer",
+    "balance_": "functional",
+    "log_transform": "functional",
+    "plot": "monitor.plotting",
+}
 
 
 def __getattr__(name: str) -> Any:

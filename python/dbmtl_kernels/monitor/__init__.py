@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import reference
-from .engine.step import Engine
-from .ops.tasks import TaskNames
-from .weightings import Weighting, is_max_norm
+from .. import reference
+from ..engine.step import Engine
+from ..ops.tasks import TaskNames
+from ..weightings import Weighting, is_max_norm
 
 PAIRS_UP_TO = 16  # tasks; with more a logger gets each task's mean and least cosine, not all K (K - 1) / 2
 
