@@ -116,19 +116,13 @@ class History:
 
     Attributes:
         losses: (steps, T), a column for each task trained.
-        norms: (steps, K) norms of the task gradients, as the balancer saw them; empty without one.
-        weights: (steps, K) weights of the task gradients; empty without a balancer.
-        cosine_steps: (C,) the steps at which cosine similarities were taken.
-        cosines: (C, K, K) cosine similarities of the task gradients.
-        validation: (T,) metric of each task trained, on the validation pairs, after training.
+        rows: what the balancer's monitor told after each step, cosines now and then; empty without a balancer.
+    validation: (T,) metric of each task trained, on the validation pairs, after training.
         test: (T,) the same on the test pairs.
     """
 
     losses: Tensor
-    norms: Tensor
-    weights: Tensor
-    cosine_steps: Tensor
-    cosines: Tensor
+    rows: list[dict[str, float]]
     validation: Tensor
     test: Tensor
 
@@ -175,10 +169,7 @@ def train(
     train_pairs, validation_pairs, test_pairs = settings.splits
     generator = torch.Generator().manual_seed(settings.seed)
     losses: list[Tensor] = []
-    norms: list[Tensor] = []
-    weights: list[Tensor] = []
-    cosines: list[Tensor] = []
-    cosine_steps: list[int] = []
+    rows: list[dict[str, float]] = []
 
     for _ in range(settings.epochs):
         order = torch.randperm(len(train_pairs), generator=generator)
@@ -191,18 +182,11 @@ def train(
 
             losses.append(torch.stack(step_losses).detach())
             if balancer is not None:
-                norms.append(balancer.norms)
-                weights.append(balancer.weights)
-                if (len(losses) - 1) % COSINE_EVERY == 0:
-                    cosine_steps.append(len(losses))
-                    cosines.append(balancer.monitor().cosine)
+                rows.append(balancer.monitor().as_dict(names=TASKS, gramian=len(losses) % COSINE_EVERY == 1))
 
     return History(
         losses=torch.stack(losses),
-        norms=torch.stack(norms) if norms else torch.empty(0, NUM_TASKS),
-        weights=torch.stack(weights) if weights else torch.empty(0, NUM_TASKS),
-        cosine_steps=torch.tensor(cosine_steps),
-        cosines=torch.stack(cosines) if cosines else torch.empty(0, NUM_TASKS, NUM_TASKS),
+        rows=rows,
         validation=evaluate(model, validation_pairs, tasks),
         test=evaluate(model, test_pairs, tasks),
     )
