@@ -61,7 +61,8 @@ class Run:
 
 
 RUNS = (
-    Run(SUM, "AdamW", 3e-3), Run(SUM, "SGD", 0.1),
+    Run(SUM, "AdamW", 3e-3), Run(SUM, "AdamW", 3e-3, falls=True),
+    Run(SUM, "SGD", 0.1), Run(SUM, "SGD", 0.1, falls=True),
     Run(DB_MTL, "AdamW", 3e-3), Run(DB_MTL, "AdamW", 3e-3, falls=True), Run(DB_MTL, "AdamW", 3e-3, clip=1.0),
     Run(DB_MTL, "AdamW", 3e-3, spikes=2.0),
     Run(DB_MTL, "SGD", 0.1), Run(DB_MTL, "SGD", 0.03), Run(DB_MTL, "SGD", 0.01), Run(DB_MTL, "SGD", 0.1, falls=True),
@@ -191,6 +192,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatter
     except ImportError as error:
         raise BenchError("the figure needs matplotlib: pip install 'dbmtl-kernels[plot]'") from error
     found = last(rows)
@@ -201,6 +203,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             told = found[run].detail["curve"]
             axes.plot(told["step"], told[kind], style, color=colour, linewidth=1.6, label=run.name)
         axes.set(title=title, xlabel="step", yscale="log")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
