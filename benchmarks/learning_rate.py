@@ -1,7 +1,7 @@
 """How large the trunk's gradient is over a run, and what that means for the rate and for clipping.
 
 ``python -m benchmarks learning_rate --resume`` trains the MultiMNIST network of the examples on 1,280 pairs for 12
-passes, on the sum of the losses and with DB-MTL, under AdamW and SGD (five minutes on one core). A run's row is added
+passes, on the sum of the losses and with DB-MTL, under AdamW and SGD (six minutes on one core). A run's row is added
 to benchmarks/results/learning_rate.csv when it is done: interrupted, what is done stays; ``--resume`` leaves it out.
 ``--figure`` draws docs/images/learning_rate.png from the rows; `python -m benchmarks report` the table of
 docs/learning_rate.md. ``--smoke`` tries all on 64 pairs, and writes to out/benchmarks.
@@ -192,7 +192,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogFormatter
+        from matplotlib.ticker import LogFormatter, StrMethodFormatter
     except ImportError as error:
         raise BenchError("the figure needs matplotlib: pip install 'dbmtl-kernels[plot]'") from error
     found = last(rows)
@@ -203,7 +203,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             told = found[run].detail["curve"]
             axes.plot(told["step"], told[kind], style, color=colour, linewidth=1.6, label=run.name)
         axes.set(title=title, xlabel="step", yscale="log")
-        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
