@@ -32,6 +32,11 @@ def main(words: list[str]) -> int:
     except BenchError as error:
         print(f"{words[0]}: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if error.name != "tqdm":
+            raise
+        print(f"{words[0]}: tqdm, which draws progress bars, is missing: pip install tqdm", file=sys.stderr)
+        return 2
     return code
 
 

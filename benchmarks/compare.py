@@ -64,8 +64,10 @@ def measure(case: str, trees: dict[str, Path], rounds: int, warmup: int = 2) -> 
 
 def repeated(case: str, trees: dict[str, Path], restarts: int, rounds: int) -> Times:
     """Medians over the rounds of each restart."""
+    from tqdm import trange
+
     times: Times = {name: {} for name in trees}
-    for _ in range(restarts):
+    for _ in trange(restarts, desc=case, unit="restart", leave=False):
         for name, calls in measure(case, trees, rounds).items():
             for what, seconds in calls.items():
                 times[name].setdefault(what, []).append(statistics.median(seconds))

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = TrainingArguments(
             output_dir=args.out or scratch, max_steps=args.steps, per_device_train_batch_size=16,
             gradient_accumulation_steps=args.accumulate, learning_rate=3e-3, logging_steps=max(args.steps // 3, 1),
-            save_strategy="steps" if args.out else "no", save_steps=args.steps, report_to=[], disable_tqdm=True,
+            save_strategy="steps" if args.out else "no", save_steps=args.steps, report_to=[],
             dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         trainer = BalancedTrainer(

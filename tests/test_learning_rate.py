@@ -118,3 +118,13 @@ def test_digits_that_are_missing_are_told(monkeypatch):
 def test_a_row_of_another_quantity_is_no_run():
     with pytest.raises(BenchError, match="no row of"):
         lr.last([Row("learning_rate", "something else", run.name) for run in lr.RUNS])
+
+
+@pytest.mark.parametrize("name", ["tqdm", "matplotlib"])
+def test_a_package_that_is_missing_is_told(name, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, {"tqdm": "tqdm", "matplotlib": "matplotlib.figure"}[name], None)
+    rows = tmp_path / "rows.csv"
+    results.append(rows, [Row("learning_rate", lr.WHAT, run.name) for run in lr.RUNS])
+    drawn = ["--figure", str(tmp_path / "x.png")] if name == "matplotlib" else []
+    assert command.main(["learning_rate", "--results", str(rows), *drawn]) == 2
+    assert f"pip install {'tqdm' if name == 'tqdm' else chr(39) + 'dbmtl-kernels[plot]'}" in capsys.readouterr().err
