@@ -160,8 +160,14 @@ def table(rows: Iterable[Row]) -> str:
     """What became of each run."""
     from report import grid
 
-    head = ("trained on, with", "norm, first pass", "norm, last pass", "steps clipped", "digits' loss",
-            "image's loss", "digits right, %", "image's error")  # fmt: skip
+    head = (
+        "trained on, with",
+        "norm, first pass to last",
+        "steps clipped",
+        "digits' loss",
+        "image's loss",
+        "digits right, %",
+    )
     return grid(head, _cells(last(rows)))
 
 
@@ -171,11 +177,8 @@ def _cells(found: dict[Run, Row]) -> Iterator[list[str]]:
         left, right, image = told["losses"]
         clipped = "-" if told["clipped"] is None else f"{told['clipped']:.0%}"
         right_digits = sum(told["test"][:2]) / 2
-        numbers = (told["first"], row.p50 or 0.0)
-        yield [
-            run.name, *(f"{n:.2g}" if n < 10 else f"{n:.0f}" for n in numbers), clipped,
-            f"{(left + right) / 2:.2f}", f"{image:.0f}", f"{right_digits:.0f}", f"{told['test'][2]:.0f}",
-        ]  # fmt: skip
+        norms = " to ".join(f"{n:.2g}" if n < 10 else f"{n:.0f}" for n in (told["first"], row.p50 or 0.0))
+        yield [run.name, norms, clipped, f"{(left + right) / 2:.2f}", f"{image:.0f}", f"{right_digits:.0f}"]
 
 
 def digest(rows: Iterable[Row]) -> str:
