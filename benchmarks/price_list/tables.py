@@ -10,7 +10,7 @@ import numpy as np
 from dbmtl_kernels.bench.results import Row
 
 from ..report import grid
-from .cases import DENSE, FIRST, MEAN, MEASURING, PART, PEAK, STEP
+from .cases import DENSE, FIRST, MANY, MEAN, MEASURING, PART, PEAK, STEP
 from .methods import ADDED, AUTHORS, BARE, EW, LOGS, ONE_ROW, ROWS, A
 from .models import BY_P
 
@@ -131,7 +131,10 @@ def by_parameters(rows: Iterable[Row]) -> str:
 
 def exact(rows: Iterable[Row]) -> str:
     """`DBMTL` next to (1 + 2 K) / 3, and where the rest comes from."""
+    rows = list(rows)
     found = found_in(rows)
+    # Of equal weighting the steps that stood beside those of K passes, and not beside those of one.
+    found |= found_in(row for row in rows if (row.contender, row.what) == (EW, STEP) and row.detail["with"] == MANY)
     head = [
         "trunk", "K", "(1 + 2K)/3", "f, b, o: shares of EW's step", "f + K b + o", "K passes", "`DBMTL`",
         "over (1 + 2K)/3", "beyond the passes, ms", "bytes moved, MB", "these at copy speed, ms", "memory held, MB",
@@ -164,7 +167,8 @@ def published(rows: Iterable[Row]) -> str:
         values = [v for t in trunks for m in methods if (v := price(found, t, k, m, TIMES)) is not None]
         return f"{min(values):.2f} to {max(values):.2f}" if values else "-"
 
-    ours = [m for m in methods_in(found) if (trunks[0], tasks_of(found, trunks[0])[-1], m, STEP) in found]
+    timed = {method for _, _, method, what in found if what == STEP}
+    ours = [m for m in methods_in(found) if m in timed]
     one = [m for m in (LOGS, "IMTL-L", A) if m in ours]
     own = [m for m in ours if m.startswith("TorchJD") or m == AUTHORS]
     many = [m for m in ours if m not in (*one, *own, EW, BARE, ADDED)]
