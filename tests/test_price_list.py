@@ -130,6 +130,8 @@ def test_tables_show_the_last_row_of_each_kind():
         Row("price_list", STEP, name, p50=10.0 * ratio, ratio=ratio, bytes=52_000_000, **base)
         for name, ratio in ((EW, 1.0), (BARE, 2.0), (ROWS, 9.0), (ROWS, 2.5))
     ]
+    # A later run of methods of one backward has a step of EW too, and copied nothing.
+    steps.append(Row("price_list", STEP, EW, p50=99.0, ratio=1.0, **{**base, "detail": {"batch": 4}}))
     peak = [Row("price_list", PEAK, name, bytes=4000 * k, **base) for name, k in ((EW, 0), (ROWS, 4))]
     exact = tables.exact([*parts, *steps, *peak]).splitlines()[-1]
     assert exact.split(" | ")[2:] == [

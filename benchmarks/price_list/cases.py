@@ -24,8 +24,7 @@ BLOCK = 10  # steps, each with one measurement once the dense ones are over
 STEP, MEASURING, MEAN, FIRST, PART, PEAK = (
     "step", "step that measures one task", "mean step", "first 64 steps", "part of a step", "peak memory",
 )  # fmt: skip
-MANY = "K backwards"
-PARTS = ("memory", "one backward", MANY)
+PARTS = ("memory", "one backward", "K backwards")
 
 
 class Case(NamedTuple):
@@ -56,7 +55,7 @@ class Case(NamedTuple):
     def rows(self) -> list[Row]:
         """What is measured, in this process."""
         torch.set_num_threads(self.threads)
-        measure = {"memory": _memory, "one backward": _one_backward, MANY: _many_backwards}[self.part]
+        measure = {"memory": _memory, "one backward": _one_backward, "K backwards": _many_backwards}[self.part]
         trunk = TRUNKS[self.trunk]
         detail = {"batch": trunk.batch} | ({"clock": self.clock} if self.part != "memory" else {})
         return [
@@ -109,7 +108,7 @@ def _many_backwards(case: Case) -> Iterator[Row]:
             gc.collect()
     copies = _copy_bandwidth()
     sums = [sum(times) for times in parts]
-    yield _row(STEP, EW, sums, 1.0, detail={"with": MANY, "copy_bytes_per_s": copies})
+    yield _row(STEP, EW, sums, 1.0, detail={"with": "K backwards", "copy_bytes_per_s": copies})
     for index, part in enumerate(Times._fields):
         seconds = [times[index] for times in parts]
         yield _row(PART, part, seconds, statistics.median(seconds) / statistics.median(sums))
