@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 # make wheel puts its files there.
 DIST ?= dist
 
-.PHONY: dev demo quick test test-all sanitize lint types bench report docs wheel clean
+.PHONY: dev demo quick test test-all sanitize lint types bench report docs wheel test-wheel clean
 
 # All that a change needs: the environment, the kernels, the hooks that check each commit.
 dev: $(VENV)/.dev
@@ -64,6 +64,10 @@ docs: $(VENV)/.dev
 # The sdist, and of it the wheel, into dist/: tools/wheel.py. With the CUDA library where nvcc is.
 wheel: $(VENV)/.dev
 	$(BIN)/python tools/wheel.py $(DIST)
+
+# Both install and train in fresh environments.
+test-wheel: $(VENV)/.dev
+	$(PYTEST) tests/packaging
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
