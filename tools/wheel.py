@@ -35,8 +35,8 @@ def cuda() -> dict[str, str]:
 def repaired(wheel: Path, folder: Path) -> Path:
     """The wheel with its tag, in the folder.
 
-    libgomp stays out: every torch brings one, under the name that our library asks for, and is there before it. A second
-    copy would be a second pool of threads.
+    libgomp stays out: each torch brings one, under the name that our library asks for, and has loaded it by then. A
+    second copy would be a second pool of threads.
     """
     if sys.platform != "linux" or wheel.stem.endswith("-any"):
         return Path(shutil.copy(wheel, folder))
