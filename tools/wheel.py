@@ -1,11 +1,13 @@
 """Builds the sdist, and of it the wheel, into a folder: ``python tools/wheel.py [FOLDER]``, which ``make wheel`` calls.
 
-Where nvcc is, the wheel holds the CUDA library too (``DBMTL_CUDA=0`` leaves it out), for all kinds of cards or those of
+A compiler must be there; with ``DBMTL_BUILD_NATIVE=0`` the wheel holds no library, and serves any platform. Where nvcc
+is, it holds the CUDA library too (``DBMTL_CUDA=0`` leaves it out), for all kinds of cards or those of
 ``DBMTL_CUDA_ARCHS``. auditwheel gives it the tag of the oldest Linux that what was compiled here runs on.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -15,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ("build", "setuptools", "twine", *(["auditwheel"] if sys.platform == "linux" else []))
 
 
 def run(*module: str, **environment: str) -> None:
@@ -22,14 +25,14 @@ def run(*module: str, **environment: str) -> None:
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run([sys.executable, "-m", *module], cwd=ROOT, env=os.environ | environment)
     if done.returncode:
-        sys.exit(f"python -m {module[0]} failed; tools are those of the extra: pip install -e '.[release]'")
+        sys.exit(f"python -m {module[0]} failed: nothing was made")
 
 
-def cuda() -> dict[str, str]:
-    """What asks for the CUDA library: nothing where it is decided or cannot be built."""
-    if os.environ.get("DBMTL_CUDA") or not (os.environ.get("CUDACXX") or shutil.which("nvcc")):
-        return {}
-    return {"DBMTL_CUDA": "1", "DBMTL_CUDA_ARCHS": os.environ.get("DBMTL_CUDA_ARCHS") or "all"}
+def wanted() -> dict[str, str]:
+    """What setup.py shall build, where the environment does not say."""
+    nvcc = bool(os.environ.get("CUDACXX") or shutil.which("nvcc"))
+    usual = {"DBMTL_BUILD_NATIVE": "1", "DBMTL_CUDA": str(int(nvcc)), "DBMTL_CUDA_ARCHS": "all"}
+    return {name: os.environ.get(name) or value for name, value in usual.items()}
 
 
 def repaired(wheel: Path, folder: Path) -> Path:
@@ -47,14 +50,16 @@ def repaired(wheel: Path, folder: Path) -> Path:
 
 def main(folder: Path) -> None:
     """Build, check, and print what was made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in (*folder.glob("*.whl"), *folder.glob("*.tar.gz")):
-        old.unlink()
+    if missing := [name for name in TOOLS if importlib.util.find_spec(name) is None]:
+        sys.exit(f"{', '.join(missing)} not found: pip install '.[release]'")
     # setuptools would put in whatever an earlier build listed.
     (ROOT / "python" / "dbmtl_kernels.egg-info" / "SOURCES.txt").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as built:
         # The wheel is built from the sdist, elsewhere: what the sdist lacks fails here.
-        run("build", "--no-isolation", "--outdir", built, **cuda())
+        run("build", "--no-isolation", "--outdir", built, **wanted())
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in (*folder.glob("*.whl"), *folder.glob("*.tar.gz")):
+            old.unlink()
         (sdist,), (wheel,) = Path(built).glob("*.tar.gz"), Path(built).glob("*.whl")
         made = [Path(shutil.copy(sdist, folder)), repaired(wheel, folder)]
     run("twine", "check", "--strict", *map(str, made))

@@ -135,3 +135,17 @@ def test_an_index_shows_addresses_that_lead_into_the_tree(made):
         assert (ROOT / target.partition("#")[0]).exists()
     blocks = [re.findall(r"^```.*?^```", text, flags=re.M | re.S) for text in (readme, page)]
     assert blocks[0] == blocks[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "compiler", "message"),
+    [([], "false", "python -m build failed: nothing was made"), (["-S"], FAST, "twine, auditwheel not found")],
+)
+def test_what_cannot_be_built_is_told_and_leaves_the_last_one(options, compiler, message, tmp_path):
+    (tmp_path / "last.whl").touch()
+    command = [sys.executable, *options, ROOT / "tools" / "wheel.py", tmp_path]
+    clean = os.environ | {"CXX": compiler, "DBMTL_CUDA": "0", "DBMTL_BUILD_NATIVE": ""}
+    done = subprocess.run([*map(str, command)], cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["last.whl"]
