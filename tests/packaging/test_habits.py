@@ -110,7 +110,8 @@ def test_a_release_is_tagged_as_the_links_in_its_page():
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_commands_in_pages_are_targets(path):
     text = path.read_text()
-    commands = re.findall(r"`(make [a-z][^`\n]*)`", text) + re.findall(r"^(make [a-z][^#\n]*)", text, re.M)
+    blocks = "".join(re.findall(r"^```.*?^```", text, re.M | re.S))
+    commands = re.findall(r"`(make [a-z][^`\n]*)`", text) + re.findall(r"^(make [a-z][^#\n]*)", blocks, re.M)
     for command in commands:
         assert set(targets_of(command)) <= set(TARGETS), f"{path.name}: {command}"
 
