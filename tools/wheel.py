@@ -54,15 +54,16 @@ def main(folder: Path) -> None:
         sys.exit(f"{', '.join(missing)} not found: pip install '.[release]'")
     # setuptools would put in whatever an earlier build listed.
     (ROOT / "python" / "dbmtl_kernels.egg-info" / "SOURCES.txt").unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory() as built:
+    with tempfile.TemporaryDirectory() as built, tempfile.TemporaryDirectory() as checked:
         # The wheel is built from the sdist, elsewhere: what the sdist lacks fails here.
         run("build", "--no-isolation", "--outdir", built, **wanted())
+        (sdist,), (wheel,) = Path(built).glob("*.tar.gz"), Path(built).glob("*.whl")
+        ready = [sdist, repaired(wheel, Path(checked))]
+        run("twine", "check", "--strict", *map(str, ready))
         folder.mkdir(parents=True, exist_ok=True)
         for old in (*folder.glob("*.whl"), *folder.glob("*.tar.gz")):
             old.unlink()
-        (sdist,), (wheel,) = Path(built).glob("*.tar.gz"), Path(built).glob("*.whl")
-        made = [Path(shutil.copy(sdist, folder)), repaired(wheel, folder)]
-    run("twine", "check", "--strict", *map(str, made))
+        made = [Path(shutil.copy(path, folder)) for path in ready]
     for path in made:
         print(f"{path.name}: {path.stat().st_size:,} bytes")
     with zipfile.ZipFile(made[1]) as archive:
