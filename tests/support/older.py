@@ -14,5 +14,5 @@ function_sees_losses = pytest.mark.skipif(
     reason="before torch 2.11 at least: the function backward sees no subclass of Tensor",
 )
 compiled_is_seen = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9), reason="torch 2.7, 2.8: no word about a compiled model"
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10), reason="torch 2.7, 2.8: no word about a compiled model"
 )
