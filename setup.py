@@ -4,7 +4,8 @@ csrc/cpu needs a C++17 compiler. Without one the package still installs, says so
 csrc/cuda needs nvcc >= 12.4. Each file is said as it is done; pip shows that with -v only.
 
 Environment: CXX and CUDACXX are the compilers. DBMTL_BUILD_NATIVE: 0 skips csrc/cpu, 1 makes its failure an error.
-DBMTL_CUDA_ARCHS: "80;90;100", say; by default those of the cards present, 90 where there is none.
+DBMTL_CUDA_ARCHS: "80;90;100", say, or "all" that have a form of their own and nvcc knows; by default those of the cards
+present, 90 where there is none.
 """
 
 import os
@@ -39,6 +40,8 @@ INCLUDE = ["-Icsrc", "-Icsrc/include"]
 LIBRARIES = ("cpu", "cuda")
 OLDEST_CUDA = (12, 4)
 NO_CARD_ARCH = "90"
+# Those whose float64 is slow want code of their own: docs/backends.md, "Sums of squares".
+ALL_ARCHS = ("80", "86", "89", "90", "100", "103", "120")
 
 
 def say(message: str) -> None:
@@ -99,9 +102,13 @@ def build_cpu(sources: list[str], target: Path) -> None:
         run(*compiler, "-shared", *openmp, *compile_all(commands), "-o", str(target))
 
 
-def cuda_archs() -> list[str]:
+def cuda_archs(compiler: list[str]) -> list[str]:
     """As asked for, else those of the cards present."""
-    if archs := re.findall(r"\w+", os.environ.get("DBMTL_CUDA_ARCHS", "").replace("sm_", "")):
+    archs = re.findall(r"\w+", os.environ.get("DBMTL_CUDA_ARCHS", "").replace("sm_", ""))
+    if archs == ["all"]:
+        known = re.findall(r"compute_(\d+)", printed(*compiler, "--list-gpu-arch"))
+        return [arch for arch in ALL_ARCHS if arch in known]
+    if archs:
         return archs
     try:
         found = re.findall(r"(\d+)\.(\d)", printed("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"))
@@ -121,7 +128,7 @@ def build_cuda(sources: list[str], target: Path) -> None:
         raise SystemExit(f"{needed}: {error}") from error
     if release is None or tuple(map(int, release.groups())) < OLDEST_CUDA:
         raise SystemExit(f"{needed}: {compiler[0]} is of CUDA {'.'.join(release.groups()) if release else 'unknown'}")
-    archs = cuda_archs()
+    archs = cuda_archs(compiler)
     targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
     targets.append(f"arch=compute_{archs[-1]},code=compute_{archs[-1]}")  # PTX, for what comes after
     flags = [*CUDA_FLAGS, *INCLUDE, *(word for one in targets for word in ("-gencode", one))]
@@ -191,7 +198,27 @@ def library(name: str, pattern: str, optional: bool) -> Extension:
     )
 
 
+def long_description() -> str:
+    """README.md as an index shows it: what it finds in the tree by a path has an address at this version's tag."""
+    project = Path("pyproject.toml").read_text("utf-8")
+    version, home = (re.search(f'^{key} = "(.+)"$', project, re.MULTILINE)[1] for key in ("version", "Repository"))
+
+    def absolute(found: re.Match[str]) -> str:
+        kind = "raw" if re.search(r"\.(png|svg|jpe?g|gif)$", found[2]) else "blob"
+        return f"{found[1]}{home}/{kind}/v{version}/{found[2]}"
+
+    # Every other piece is code, which stays as it is.
+    pieces = re.split(r"(^```.*?^```|`[^`\n]+`)", Path("README.md").read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    pieces[::2] = [re.sub(r"(\]\(|(?:src|href)=\")(?![\w+.-]+:|#)([^)\"\s]+)", absolute, text) for text in pieces[::2]]
+    return "".join(pieces)
+
+
 extensions = [library("cpu", "*.cpp", optional=True)]
 if switch("DBMTL_CUDA"):
     extensions.append(library("cuda", "*.cu", optional=False))
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel})
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+)

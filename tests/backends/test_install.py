@@ -126,3 +126,25 @@ def test_the_remedy_gets_what_pip_would_not_build_again(source, tmp_path):
     assert kept.name.endswith("py3-none-any.whl")
     assert not install(again, CXX=FAST)
     assert install(remedy(native._remedy), CXX=FAST)
+
+
+NVCC = """#!/bin/sh
+case "$1" in
+--version) echo "Cuda compilation tools, release 12.4, V12.4.131" ;;
+--list-gpu-arch) printf 'compute_75\\ncompute_80\\ncompute_90\\ncompute_95\\n' ;;
+*) echo "$@" >> "$LOG"; while [ $# -gt 1 ]; do shift; done; touch "$1" ;;
+esac
+"""
+
+
+def test_all_kinds_of_cards_are_those_that_nvcc_knows(source, tmp_path):
+    """Of a wheel that is made where no card is."""
+    (tmp_path / "nvcc").write_text(NVCC)
+    (tmp_path / "nvcc").chmod(0o755)
+    asked = {"DBMTL_CUDA": "1", "DBMTL_CUDA_ARCHS": "all", "DBMTL_BUILD_NATIVE": "0", "LOG": str(tmp_path / "log")}
+    build = ["setup.py", "-q", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path]
+    run(build, source, CUDACXX=str(tmp_path / "nvcc"), **asked)
+    compiled = [line for line in (tmp_path / "log").read_text().splitlines() if " -c " in line]
+    assert len(compiled) == len(list((source / "csrc" / "cuda").glob("*.cu")))
+    for line in compiled:
+        assert re.findall(r"code=(\w+)", line) == ["sm_80", "sm_90", "compute_90"]

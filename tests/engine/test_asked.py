@@ -1,6 +1,7 @@
 """Gradients asked for by name: backward(inputs=), autograd.grad; create_graph is refused."""
 
 import dbmtl_kernels as dbk
+import older
 import pytest
 import torch
 from problems import close, flat_gradients, leaf, make, quadratics, state_of
@@ -38,7 +39,9 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("how", ["method", "function", "with a regulariser"])
+@pytest.mark.parametrize(
+    "how", ["method", pytest.param("function", marks=older.function_sees_losses), "with a regulariser"]
+)
 @pytest.mark.parametrize("which", NAMED)
 def test_backward_reaches_the_inputs_that_are_named_and_no_others(which, how, model):
     trunk, heads, x = model

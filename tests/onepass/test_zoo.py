@@ -1,6 +1,7 @@
 """One pass against the gradients of single tasks: what the trunk gets, what the heads get, and the exact form."""
 
 import dbmtl_kernels as dbk
+import older
 import pytest
 import torch
 import torch._functorch.config
@@ -76,6 +77,7 @@ def test_every_scale(scale):
     close(found, left(shared), 2e-6)
 
 
+@older.compiled_is_seen
 def test_a_model_compiled_as_a_whole_is_taken_by_the_exact_form():
     trunk, heads, losses, batch = ZOO[0]()
     shared, x = list(trunk.parameters()), batch()
