@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-
-# For several passes over one compiled graph.
-COMPILED = (
-    "set torch._functorch.config.donated_buffer = False and torch._inductor.config.fx_graph_cache = False before the "
-    "first call of the compiled model"
-)
 
 
 class Reached(NamedTuple):
@@ -56,38 +48,6 @@ def walk(losses: Sequence[Tensor]) -> Reached:
             compiled.add(node)
         pending.extend(previous for previous, _ in reversed(node.next_functions))
     return Reached(list(found.values()), hidden, compiled)
-
-
-class Saved:
-    """What the compiled graphs of losses keep for their backward passes, to see whether a pass overwrites it.
-
-    One that was compiled for a single pass may. PyTorch raises in a second pass then, unless it took the graph from
-    Inductor's cache on disk, where it asks nothing (torch 2.13): later passes are silently wrong.
-
-    Raises:
-        RuntimeError: from `check`.
-    """
-
-    def __init__(self, losses: Sequence[Tensor]) -> None:
-        compiled = walk(losses).compiled
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # the host may not look then
-            compiled = set()
-        self._sums = {node: _sums(node) for node in compiled}
-
-    def check(self) -> None:
-        """After a pass that was not the last."""
-        for node, before in self._sums.items():
-            if any(a != b and not math.isnan(a) for a, b in zip(before, _sums(node), strict=True)):
-                raise RuntimeError(
-                    "a backward pass over a compiled graph overwrote what the passes of other tasks need: the graph "
-                    f"was compiled for a single pass, and comes from Inductor's cache on disk. Then {COMPILED}"
-                )
-
-
-def _sums(node: Any) -> list[float]:
-    """One of each tensor that is plain memory."""
-    plain = [t for t in node.saved_tensors if type(t) in (Tensor, torch.nn.Parameter) and t.is_floating_point()]
-    return [float(t.detach().sum(dtype=torch.float64)) for t in plain if t.layout is torch.strided]
 
 
 class Meeting(NamedTuple):

@@ -16,12 +16,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..ops.arguments import check_tasks
 from ..ops.tasks import TaskNames
 from ..rows.ranks import Ranks
-from .graphs import COMPILED, Saved
 
 # What PyTorch says of several backward passes over one graph, and what helps.
 ADVICE = {
     "donated buffer": "the model was compiled for a single backward pass over each graph, and several tasks need one "
-    f"each: {COMPILED}",
+    "each: set torch._functorch.config.donated_buffer = False and torch._inductor.config.fx_graph_cache = False before "
+    "the first call of the compiled model",
     "mark a variable ready only once": "DistributedDataParallel was about to reduce the gradients of a single pass: "
     "name it, process_group=model, or run its forward pass (and the backward) inside `with model.no_sync():`; DBMTL "
     "averages the gradients itself. If one is named, call that one and none around the same parameters",
@@ -60,7 +60,6 @@ class TaskLosses:
         log_eps: see above.
         half: whether any is narrower than float32.
         zeros: indices of those that count as absent because their loss is a zero without a graph.
-        saved: if set, what the graphs keep, looked at after the first pass.
         values: their values, float32 at least, without a graph: those that the logarithm is taken of.
 
     Raises:
@@ -74,7 +73,6 @@ class TaskLosses:
         self, losses: Given, tasks: Sequence[int | str] | None, names: TaskNames, log_eps: float | None
     ) -> None:
         self.log_eps, self._names = log_eps, names
-        self.saved: Saved | None = None
         known = names.names
         try:
             indices, given = _in_order(losses, tasks, names)
@@ -244,9 +242,6 @@ class TaskLosses:
             if advice is None or "DBMTL" in str(error):  # collecting early, one of our own collectives may have failed
                 raise
             raise RuntimeError(f"backward pass of task {self.tasks[index]}: {advice}") from error
-        if self.saved is not None and retain_graph:
-            self.saved.check()
-        self.saved = None
 
 
 def _in_order(losses: Given, tasks: Sequence[int | str] | None, names: TaskNames) -> tuple[list[int], list[Loss]]:

@@ -24,7 +24,6 @@ from .attempt import Attempt, Parts
 from .balance import BalancedGradient
 from .bookkeeping import Steps, Turn, Turns
 from .gradients import SharedGradients
-from .graphs import Saved
 from .heads import HeadGradients
 from .losses import TaskLosses, loss_scale_on, loss_scale_or_none
 from .notices import Notices
@@ -175,11 +174,11 @@ class Engine:
 
     def _find_heads(self, losses: TaskLosses, look_around: bool) -> None:
         """In the first step, and ever more rarely, look for parameters that should be shared as well."""
-        whole = look_around and self.steps.started & (self.steps.started - 1) == 0
+        count = self.steps.started
+        whole = look_around and count & (count - 1) == 0
         found = self.heads.begin(self.stepped, losses.losses, whole, losses.tasks)
         if whole:
             self.parts.notices.undeclared(found, None if self.module is None else self.module())
-            losses.saved = Saved(losses.losses)
 
     # --- task by task -----------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..engine.graphs import Saved
 from ..engine.losses import ADVICE, TaskLosses
 from ..rows.ranks import Ranks
 from .weighing import Weighing
@@ -54,12 +53,8 @@ class Measurement:
         """
         norms: dict[int, Tensor] = {}
         flat: dict[int, Tensor] = {}
-        saved = Saved(list(self._losses.values())) if len(due) > 1 else None
         for task in due:
             grads = self._gradients(task, shared, ranks)
-            if saved is not None:
-                saved.check()
-                saved = None
             norms[task] = self._norm(grads, like)
             if keep:
                 dense = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(shared, grads, strict=True)]
