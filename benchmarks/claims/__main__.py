@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from dbmtl_kernels.bench.results import BenchError, read
+from dbmtl_kernels.bench.results import BenchError, read, typed
 
 from . import pages, runs
 from .methods import MAKE, STL, check
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.suite not in (*SUITES, SHOW):
             raise BenchError(f"no suite {args.suite!r}: it is one of {', '.join((*SUITES, SHOW))}")
         if args.suite != SHOW:
-            train(args, " ".join(["python -m benchmarks claims", *argv]))
+            train(args, typed("python -m benchmarks claims", *argv))
         rows = read(args.out)
         how = {"seeds": 1 if args.smoke else args.seeds, "small": args.smoke}
         for table in pages.FORM_TABLES if args.suite == "forms" else pages.TABLES:

@@ -1,7 +1,9 @@
 """The one schema of results."""
 
+import sys
+
 import pytest
-from dbmtl_kernels.bench.results import COLUMNS, BenchError, Row, append, machine, read
+from dbmtl_kernels.bench.results import COLUMNS, BenchError, Row, append, machine, read, typed
 
 ROW = Row(
     "bench", "op", 'ours, "quoted"', K=3, P=10, p20=1.0, p50=2.5, p80=3.0, ratio=0.5, over="eager", bytes=1 << 40,
@@ -18,6 +20,14 @@ def test_rows_come_back_as_they_were(tmp_path):
     assert path.read_bytes().startswith(before)
     assert read(path) == rows
     assert all(rows[0].machine[name] for name in ("device", "threads", "torch", "dbmtl_kernels", "command", "date"))
+
+
+def test_a_command_tells_no_place_of_this_machine(tmp_path, monkeypatch):
+    where = str(tmp_path / "rows.csv")
+    assert typed("python -m x", "--out", where, "--png", "a/b.png") == "python -m x --out rows.csv --png a/b.png"
+    assert typed("x", f"--out={where}", "--beta=0.5") == "x --out=rows.csv --beta=0.5"
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "bench" / "__main__.py"), "--out", where])
+    assert machine()["command"] == "python -m bench --out rows.csv"
 
 
 def test_a_line_cut_off_at_the_end_is_left_out_and_one_before_is_told(tmp_path):

@@ -9,6 +9,7 @@ import dbmtl_kernels as dbk
 import pytest
 import torch
 from dbmtl_kernels.onepass.frontier import find_frontier
+from dbmtl_kernels.onepass.weighing import _all_finite
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import K, Setting, each, grads, same
@@ -254,6 +255,15 @@ def test_the_device_form_of_the_hooks(monkeypatch):
     assert all(torch.allclose(a, b) for a, b in zip(grads(setting.shared), grads(twin.shared), strict=True))
     assert (setting.heads[1].weight.grad == 0).all()
     assert setting.balancer.nonfinite_steps.tolist() == [0, 1, 0]
+
+
+def test_whether_all_is_finite_off_a_cpu():
+    nan, inf, most = float("nan"), float("inf"), torch.finfo(torch.float32).max
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64):
+        for values, fine in (([], True), ([1, -2], True), ([1, nan], False), ([-inf, 0], False), ([nan, inf], False)):
+            assert bool(_all_finite(torch.tensor(values, dtype=dtype))) is fine
+    assert _all_finite(torch.tensor([most, -most]))
+    assert _all_finite(torch.tensor([complex(most, most)]))  # whose magnitude is not
 
 
 class Launches(TorchDispatchMode):

@@ -200,8 +200,13 @@ def _commit() -> str:
     return found[0] + "-dirty" * bool(found[1])
 
 
+def typed(*words: str) -> str:
+    """A command as a row has it: of a file or folder its name, and not where on this machine it lies."""
+    split = (word.rpartition("=") for word in words)
+    return " ".join(before + sign + (Path(x).name if Path(x).is_absolute() else x) for before, sign, x in split)
+
+
 def _command() -> str:
-    """What was typed, without where it lies."""
     first = Path(sys.argv[0])
     name = f"python -m {first.parent.name}" if first.name == "__main__.py" else first.name
-    return " ".join([name, *sys.argv[1:]])
+    return typed(name, *sys.argv[1:])

@@ -19,7 +19,7 @@ from .dense import BETA, EPS, close, combine, eager_lerp, error_of, exact, poiso
 
 Backward = Callable[[Sequence[Tensor]], object]
 Maker = Callable[["Problem"], Backward]
-TOLERANCE, COARSEST = 1e-4, 0.2  # allowed errors of gradients, over the largest element
+TOLERANCE, COARSEST = 1e-4, 0.05  # allowed errors of gradients, over the largest element
 
 
 class Problem:

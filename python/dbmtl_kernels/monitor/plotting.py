@@ -168,7 +168,7 @@ def _spans_decades(values: Array) -> bool:
     """Whether there is none below 0, and those above it span more than a factor of ten."""
     known = values[np.isfinite(values)]
     positive = known[known > 0]
-    return bool(positive.size and known.min() >= 0 and positive.max() > 10 * positive.min())
+    return bool(positive.size and known.min() >= 0 and positive.max() / 10 > positive.min())
 
 
 def _shown(name: str) -> str:

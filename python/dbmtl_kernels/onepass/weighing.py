@@ -25,6 +25,7 @@ OTHERS = (
     "regulariser of its head's output, or one of the losses once more?), and its share in the shared gradients was "
     "weighted as the task's is: add it to the loss of that task, or give it a backward of its own"
 )
+WIDE = (torch.float64, torch.complex128)
 # The backward passes in which weights were applied last. Their numbers are never used again.
 _weighed: deque[int] = deque(maxlen=64)
 
@@ -57,7 +58,8 @@ class Weighing:
     def __init__(self, frontier: Frontier, stats: Stats, propagate_above: float, clears: bool, others: Tensor) -> None:
         self.stats, self._above, self._others = stats, propagate_above, others
         self.on_host = may_look(stats.weights.device)
-        self._weights: dict[torch.dtype, Sequence[Any]] = {}  # numbers on the host; tensors, those of each dtype
+        self._weights: Sequence[Any] = ()  # numbers on the host; tensors elsewhere
+        self._wide: Sequence[Any] = ()  # the same for gradients of 64 bits a number
         self._finite: Sequence[Any] | None = None
         self._passes: Any = False
         self._pass: int | None = None
@@ -90,7 +92,7 @@ class Weighing:
                 "backward() on one after the other"
             )
         _weighed.append(number)
-        self._pass, self._weights = number, {}
+        self._pass, self._weights = number, ()
 
     def arm(self, factor: Tensor, finite: Tensor | None) -> None:
         """Weigh from here on, by the weights as they are now.
@@ -99,17 +101,13 @@ class Weighing:
             factor: of the balanced loss.
             finite: (K,) bool, whose loss is; None for all.
         """
-        self._passes, self._weights = self.passes(factor), {}
-        self._finite = None if finite is None else finite.tolist() if self.on_host else finite.unbind()
-
-    def _weight(self, task: int, dtype: torch.dtype) -> Any:
-        """What a gradient of this dtype is multiplied with."""
-        found = self._weights.get(dtype)
-        if found is None:
-            weights = self.stats.weights
-            found = weights.tolist() if self.on_host else weights.to(_wide(dtype)).unbind()
-            self._weights[dtype] = found
-        return found[task]
+        weights, self._passes = self.stats.weights, self.passes(factor)
+        if self.on_host:
+            self._weights = self._wide = weights.tolist()
+            self._finite = None if finite is None else finite.tolist()
+        else:  # here, as hooks may run on other streams than this
+            self._weights, self._wide = weights.float().unbind(), weights.unbind()
+            self._finite = None if finite is None else finite.unbind()
 
     def passes(self, factor: Tensor) -> Any:
         """Whether gradients that are not finite are passed on under this factor of the loss; a tensor off the host."""
@@ -153,7 +151,7 @@ class Weighing:
             return grad
         if key in self._lengths:
             self._compare(self._lengths.pop(key), _length(grad))
-        out = _times(grad, self._weight(task, grad.dtype))
+        out = _times(grad, (self._wide if grad.dtype in WIDE else self._weights)[task])
         counts = None if self._finite is None else self._finite[task]  # whether the loss is finite
         if self.on_host:
             if counts is False:
@@ -162,7 +160,7 @@ class Weighing:
                 return out
             self._count(task, torch.ones_like(self.stats.nonfinite[task]))
             return out if self._passes else torch.zeros_like(grad)
-        fine = _largest(out) < torch.inf  # not so of NaN
+        fine = _all_finite(out)
         keep = fine | self._passes.to(fine.device)
         if counts is None:
             self._count(task, ~fine)
@@ -195,13 +193,9 @@ class Weighing:
         return torch.where(finite.to(grad.device), grad, 0.0)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """In which a gradient is multiplied: float32 where it is narrower, whose largest number a weight may exceed."""
-    return torch.float32 if dtype in NARROW else dtype
-
-
 def _times(grad: Tensor, weight: Any) -> Tensor:
-    out: Tensor = grad.to(_wide(grad.dtype)) * weight
+    """In float32 where the gradient is narrower, whose largest number a weight may exceed."""
+    out: Tensor = (grad.float() if grad.dtype in NARROW else grad) * weight
     return out.to(grad.dtype)
 
 
@@ -219,11 +213,13 @@ def _is_finite(grad: Tensor) -> bool:
     return cmath.isfinite(total.item()) or bool(values.isfinite().all())
 
 
-def _largest(grad: Tensor) -> Tensor:
-    """The largest magnitude; NaN if any is."""
+def _all_finite(grad: Tensor) -> Tensor:
+    """() bool, without a sync: two launches in place of five, where the largest magnitude can tell."""
     values = _values(grad)
-    largest: Tensor = torch.linalg.vector_norm(values, torch.inf) if values.numel() else values.new_zeros(())
-    return largest
+    if values.is_complex() or not values.numel():  # a finite number's magnitude may overflow
+        return values.isfinite().all()
+    largest: Tensor = torch.linalg.vector_norm(values, torch.inf)  # NaN if any is
+    return largest < torch.inf
 
 
 def _length(grad: Tensor) -> Tensor:
