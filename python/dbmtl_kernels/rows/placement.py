@@ -27,9 +27,9 @@ Buffer = TaskGradientBuffer | SplitTaskGradientBuffer
 OneRow = OneRowBuffer | SplitOneRowBuffer
 
 UNNAMED = (
-    "a process group of {size} ranks is initialised and this DBMTL was given none: its replicas would train apart. "
-    "Pass process_group=torch.distributed.group.WORLD (or the group of the replicas) to balance the mean gradients of "
-    "all ranks, or process_group=False to leave each rank alone; parameters of fully_shard need neither"
+    "a process group of {size} ranks is initialised and this balancer was given none: its replicas would train apart. "
+    "Pass process_group=model, a DistributedDataParallel; without one process_group=torch.distributed.group.WORLD (or "
+    "the group of the replicas). process_group=False leaves each rank alone; parameters of fully_shard need neither"
 )
 
 
