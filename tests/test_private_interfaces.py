@@ -3,6 +3,8 @@
 Each case fails by its name on a release that moved it.
 """
 
+import inspect
+
 import older
 import pytest
 import torch
@@ -150,6 +152,16 @@ def donated_buffer():
     assert isinstance(config.donated_buffer, bool)
 
 
+def hits_of_the_cache_on_disk():
+    from torch._dynamo.utils import counters
+    from torch._functorch._aot_autograd import autograd_cache
+    from torch._inductor import codecache
+
+    assert counters["inductor"]["a name that nobody counts"] == 0
+    assert '["fxgraph_cache_hit"] += 1' in inspect.getsource(codecache)
+    assert '["autograd_cache_hit"] += 1' in inspect.getsource(autograd_cache)
+
+
 def distributed_data_parallel():
     ddp = nn.parallel.DistributedDataParallel
     assert ddp._get_active_ddp_module() is None
@@ -204,7 +216,8 @@ def torchjd():
 CASES = [
     assert_async, callback_after_a_pass, compiled_module, custom_backward,
     pytest.param(dispatch_keys, marks=older.sets_compare), distributed_data_parallel,
-    donated_buffer, dtensor_local, fully_sharded_1, fully_sharded_parameters, graph_task, hooks_of_a_parameter,
+    donated_buffer, dtensor_local, fully_sharded_1, fully_sharded_parameters, graph_task, hits_of_the_cache_on_disk,
+    hooks_of_a_parameter,
     node_names, node_sequence, nodes_that_pass_on, raw_stream, slice_of_a_storage,
     subclass_without_functions, tensor_version, torchjd, trainer,
 ]  # fmt: skip

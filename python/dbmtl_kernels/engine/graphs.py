@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -48,6 +51,20 @@ def walk(losses: Sequence[Tensor]) -> Reached:
             compiled.add(node)
         pending.extend(previous for previous, _ in reversed(node.next_functions))
     return Reached(list(found.values()), hidden, compiled)
+
+
+def may_be_cached(losses: Sequence[Tensor], passes: int) -> bool:
+    """Whether several passes, so many from each loss, go through one compiled graph that may be of the cache on disk.
+
+    Inductor's cache does not ask what a backward was compiled for (torch 2.13): one for a single pass overwrites what
+    the next needs. A tag in its keys keeps such graphs apart.
+    """
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    if dynamo is None or torch.compiler.config.cache_key_tag:
+        return False
+    hits = dynamo.counters["inductor"]["fxgraph_cache_hit"] + dynamo.counters["aot_autograd"]["autograd_cache_hit"]
+    times = Counter(node for loss in losses for node in walk([loss]).compiled) if hits else Counter[Any]()
+    return any(passes * count > 1 for count in times.values())
 
 
 class Meeting(NamedTuple):

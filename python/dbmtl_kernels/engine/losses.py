@@ -17,11 +17,15 @@ from ..ops.arguments import check_tasks
 from ..ops.tasks import TaskNames
 from ..rows.ranks import Ranks
 
+# What PyTorch must be told of a compiled model that several backward passes go through. The tag, any word, is a part of
+# the cache for such models alone: what was compiled for one pass is never taken from it.
+SEVERAL_PASSES = (
+    'torch._functorch.config.donated_buffer = False and torch.compiler.config.cache_key_tag = "several passes"'
+)
 # What PyTorch says of several backward passes over one graph, and what helps.
 ADVICE = {
     "donated buffer": "the model was compiled for a single backward pass over each graph, and several tasks need one "
-    "each: set torch._functorch.config.donated_buffer = False and torch._inductor.config.fx_graph_cache = False before "
-    "the first call of the compiled model",
+    f"each: set {SEVERAL_PASSES} before the first call of the compiled model",
     "mark a variable ready only once": "DistributedDataParallel was about to reduce the gradients of a single pass: "
     "name it, process_group=model, or run its forward pass (and the backward) inside `with model.no_sync():`; DBMTL "
     "averages the gradients itself. If one is named, call that one and none around the same parameters",

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..rows import dtensors
 from ..rows.placement import Buffer
-from .graphs import Meeting
+from .graphs import Meeting, may_be_cached
+from .losses import SEVERAL_PASSES
 
 NONE = (
     "no shared parameter got a gradient from any task: are they those of the model that gave the losses? "
@@ -129,6 +130,16 @@ class Notices:
                 f"{len(what)} parameter(s) of the part of the model that tasks share were not given to the balancer "
                 f"({', '.join(what[:5])}{', ...' if len(what) > 5 else ''}), and get the plain sum of the tasks' "
                 f"gradients: a layer replaced, added or thawed? {REBIND}"
+            )
+
+    def cached(self, losses: Sequence[Tensor], passes: int = 1) -> None:
+        """So many passes from each loss may go through a graph that was compiled for one: nothing else would tell."""
+        if "cached" not in self._said and may_be_cached(losses, passes):
+            self.once(
+                "cached",
+                "PyTorch took compiled graphs from its cache on disk. If one is of a training with a single backward "
+                "pass, it overwrites what the next pass needs, and gradients are wrong without an error: set "
+                f"{SEVERAL_PASSES} before the first call of the compiled model",
             )
 
     def copied(self) -> None:

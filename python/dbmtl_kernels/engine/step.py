@@ -178,6 +178,7 @@ class Engine:
         whole = look_around and count & (count - 1) == 0
         found = self.heads.begin(self.stepped, losses.losses, whole, losses.tasks)
         if whole:
+            self.parts.notices.cached(losses.losses)
             self.parts.notices.undeclared(found, None if self.module is None else self.module())
 
     # --- task by task -----------------------------------------------------------------------------------------

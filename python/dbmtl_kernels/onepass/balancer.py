@@ -200,6 +200,8 @@ class OnePassDBMTL(DBMTL):
                 self._ids |= {id(inside) for p, inside in dtensors.gathered_parameters() if id(p) in self._ids}
             found = find_frontier(roots, self._ids, whole=True, held={id(p) for p in self._engine.stepped})
             self._replicas.check_heads(found.leaves_of_heads())
+            if self._weigher.measures(losses.tasks):
+                self._engine.parts.notices.cached(losses.losses, passes=2)
         if found.hidden:
             raise RuntimeError(HIDDEN)
         if whole and not found.trains and any(p.requires_grad for p in rows.parameters):
