@@ -26,8 +26,7 @@ extern "C" int32_t dbmtl_balance(const dbmtl_balance_args* args) {
   const auto combine = kernels().combine[ema.dtype][args->out.dtype];
   const bool streaming = streams(args->out.data, args->out.dtype, num_params);
 
-#pragma omp parallel num_threads(threads)
-  {
+  parallel(threads, [&] {
     // Handed out as threads come for more: one that the system disturbs does not keep the others waiting.
 #pragma omp for schedule(dynamic, kTilesAtOnce)
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
@@ -67,7 +66,7 @@ extern "C" int32_t dbmtl_balance(const dbmtl_balance_args* args) {
       }
       combine(mine, used, next, at(args->out.data, begin, args->out.dtype), n, false, streaming);
     }
-  }
+  });
   for (int64_t t = 0; t < num_tasks; ++t) {
     const bool wide = ema.dtype == DBMTL_F64;
     put(args->norms, t, wide, wide ? norms[t] : told(norms[t]));

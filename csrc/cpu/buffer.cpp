@@ -32,8 +32,7 @@ void combine_used(const Used& used, int64_t dtype, const dbmtl_out& out, bool ac
   const auto combine = kernels().combine[dtype][out.dtype];
   const bool streaming = !accumulate && streams(out.data, out.dtype, out.numel);
   const int threads = clamp_threads(used.threads, used.count * out.numel);
-#pragma omp parallel num_threads(threads)
-  {
+  parallel(threads, [&] {
     const void** mine = &used.tiles[used.count * thread_index()];
     // Forwards: a backward pass ends with a model's first parameters, which were gathered last.
 #pragma omp for schedule(dynamic, kTilesAtOnce)
@@ -44,7 +43,7 @@ void combine_used(const Used& used, int64_t dtype, const dbmtl_out& out, bool ac
       combine(mine, &used.weights[0], used.count, at(out.data, begin, out.dtype), tile_size(tile, out.numel),
               accumulate, streaming);
     }
-  }
+  });
 }
 
 }  // namespace
@@ -70,8 +69,7 @@ int32_t dbmtl_accumulate(const dbmtl_accumulate_args* args) {
   if (!slots) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
 
   const auto& by_grad = kernels().ema_sumsq[row.dtype];
-#pragma omp parallel num_threads(clamp_threads(args->where.num_threads, elements))
-  {
+  parallel(clamp_threads(args->where.num_threads, elements), [&] {
     const Share share(num_tiles);
     int64_t segment = std::upper_bound(&first_tile[0], &first_tile[num_segments] + 1, share.begin) -
                       &first_tile[0] - 1;
@@ -85,7 +83,7 @@ int32_t dbmtl_accumulate(const dbmtl_accumulate_args* args) {
                                    grad ? grad + begin * kElementSize[dtype] : nullptr, tile_size(index, numel), decay,
                                    gain);
     }
-  }
+  });
   double sum = 0.0;
   for (int64_t tile = 0; tile < num_tiles; ++tile) sum += slots[tile];
   *args->sumsq = sum;
@@ -151,8 +149,7 @@ int32_t dbmtl_gramian(const dbmtl_gramian_args* args) {
   const Scratch<const void*> pointers(num_tasks * threads);
   if (!slots || !pointers) return fail(DBMTL_OUT_OF_MEMORY, "scratch");
   const auto tile_gramian = kernels().gramian[rows.dtype];
-#pragma omp parallel num_threads(threads)
-  {
+  parallel(threads, [&] {
     const Share share(stripes);
     const void** mine = &pointers[num_tasks * thread_index()];
     for (int64_t stripe = share.begin; stripe < share.end; ++stripe) {
@@ -162,7 +159,7 @@ int32_t dbmtl_gramian(const dbmtl_gramian_args* args) {
         tile_gramian(mine, num_tasks, tile_size(tile, rows.num_params), &slots[stripe * pairs]);
       }
     }
-  }
+  });
   for (int64_t i = 0; i < num_tasks; ++i)
     for (int64_t j = 0; j <= i; ++j) {
       double sum = 0.0;

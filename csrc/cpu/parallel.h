@@ -43,6 +43,20 @@ inline int thread_index() {
 #endif
 }
 
+// `body` in each of so many threads, which share the `omp for` and `omp single` in it. One thread starts no team, which
+// takes longer than a small call's arithmetic, unless the caller is one of a team, which would share them.
+template <class Body>
+inline void parallel(int threads, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1 || omp_in_parallel()) {
+#pragma omp parallel num_threads(threads)
+    body();
+    return;
+  }
+#endif
+  body();
+}
+
 // This thread's contiguous share [begin, end) of `count` items; call inside a parallel region.
 struct Share {
   int64_t begin, end;

@@ -35,7 +35,7 @@ class Call:
     def __init__(self, backend, entry):
         self.serve = cuda if backend == "cuda" else native
         self.memory, self.kept = [], []
-        self.where = self.serve._where(CPU, 256)
+        self.where = c.Where(*self.serve._where(CPU, 256))
         self.args = getattr(self, entry)()
         self._function = getattr(self.serve.library(), f"dbmtl_{entry}")
 
@@ -60,10 +60,10 @@ class Call:
         return self.memory[-1]
 
     def rows(self):
-        return c._rows(self.tensor([1.0] * 8, [3.0] * 8))
+        return c.Rows(*c._rows(self.tensor([1.0] * 8, [3.0] * 8)))
 
     def numbers(self, count, dtype=torch.float32):
-        return c._array(self.tensor(*[5.0] * count, dtype=dtype))
+        return c.Array(*c._array(self.tensor(*[5.0] * count, dtype=dtype)))
 
     def balance(self):
         norms = self.numbers(2).data
@@ -209,7 +209,7 @@ def test_any_number_of_threads_gives_the_same_bits():
     grams = []
     for threads in (1, 3, LAST):
         grams.append(torch.empty(3, 3))
-        args = c.GramianArgs(c._rows(rows), c._array(grams[-1]), c.Where(threads, None, None))
+        args = c.GramianArgs(c.Rows(*c._rows(rows)), c.Array(*c._array(grams[-1])), c.Where(threads, None, None))
         native.check(native.library().dbmtl_gramian(ctypes.byref(args)))
     assert torch.equal(grams[0], grams[1])
     assert torch.equal(grams[0], grams[2])

@@ -391,6 +391,7 @@ def test_the_emulation_counts_the_sectors_of_a_stride():
 def test_the_emulation_refuses_a_misaligned_access_as_a_device_does():
     ones, out = torch.ones(9), torch.zeros(2)
     off = c.Rows(ones.data_ptr() + 2, 0, 4, 2, 2)  # fp32 between two numbers
-    args = c.CombineArgs(off, c._array(ones), c._array(out), 0, cuda._where(ones.device, 2))
+    arrays = [c.Array(*c._array(x)) for x in (ones, out)]
+    args = c.CombineArgs(off, *arrays, 0, c.Where(*cuda._where(ones.device, 2)))
     with pytest.raises(RuntimeError, match="misaligned"):
         cuda.check(cuda.library().dbmtl_combine(byref(args)))

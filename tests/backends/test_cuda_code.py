@@ -279,6 +279,7 @@ def test_a_library_without_a_driver_says_so(library):
     with pytest.raises(RuntimeError, match="no CUDA device to run on"):
         alone.library()
     ones, out = torch.ones(2, 2), torch.ones(2)
-    args = c.CombineArgs(c._rows(ones), c._array(out), c._array(out), 0, c.Where(0, ones.data_ptr(), None))
+    array = c.Array(*c._array(out))
+    args = c.CombineArgs(c.Rows(*c._rows(ones)), array, array, 0, c.Where(0, ones.data_ptr(), None))
     assert ctypes.CDLL(str(library)).dbmtl_combine(ctypes.byref(args)) == 4
     assert (out == 1).all()

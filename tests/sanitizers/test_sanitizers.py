@@ -22,7 +22,7 @@ rows = torch.ones(2, 1000)
 claimed = c.Rows(rows.data_ptr(), 0, 1000, 2, 1000 + int(sys.argv[2]))
 claimed.stride = claimed.num_params
 gramian = torch.empty(2, 2)
-args = c.GramianArgs(claimed, c._array(gramian), c.Where(1))
+args = c.GramianArgs(claimed, c.Array(*c._array(gramian)), c.Where(1))
 c.native.check(c.native.library().dbmtl_gramian(ctypes.byref(args)))
 print(gramian.tolist())
 """

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import warnings
+from array import array
 from contextlib import nullcontext
-from ctypes import CDLL, POINTER, Structure, addressof, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
+from ctypes import CDLL, POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
 import torch
@@ -49,13 +51,27 @@ BalanceRowsArgs = _struct(
 )  # fmt: skip
 GramianArgs = _struct("GramianArgs", rows=Rows, gramian=Array, where=Where)
 
-# Result, then arguments. Those that take a structure name no class of it, as a reload of this module makes others.
+
+def _codes(kind: Any) -> str:
+    """The fields of a structure, as `struct` names their types; pointers are addresses, 0 for null."""
+    if hasattr(kind, "_length_"):
+        return _codes(kind._type_) * int(kind._length_)
+    if issubclass(kind, Structure):
+        return "".join(_codes(field) for _, field in kind._fields_)
+    return {c_int64: "q", c_double: "d"}.get(kind, "P")
+
+
+# What each function takes, packed in one go: making a ctypes structure of structures takes 2 us more.
+ARGUMENTS = {
+    "dbmtl_balance": Struct(_codes(BalanceArgs)),
+    "dbmtl_accumulate": Struct(_codes(AccumulateArgs)),
+    "dbmtl_combine": Struct(_codes(CombineArgs)),
+    "dbmtl_balance_rows": Struct(_codes(BalanceRowsArgs)),
+    "dbmtl_gramian": Struct(_codes(GramianArgs)),
+}
+# Result, then arguments.
 SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "dbmtl_balance": (c_int32, c_void_p),
-    "dbmtl_accumulate": (c_int32, c_void_p),
-    "dbmtl_combine": (c_int32, c_void_p),
-    "dbmtl_balance_rows": (c_int32, c_void_p),
-    "dbmtl_gramian": (c_int32, c_void_p),
+    **dict.fromkeys(ARGUMENTS, (c_int32, c_void_p)),
     "dbmtl_abi_version": (c_int32,),
     "dbmtl_available": (c_int32,),
     "dbmtl_last_error": (c_char_p,),
@@ -68,16 +84,18 @@ CPU_SIGNATURES: dict[str, tuple[Any, ...]] = {
 }
 
 
-NONE = Array()
+NONE = 0, 0  # no `Array`
 
 
-def _array(tensor: Tensor) -> Any:
-    return Array(tensor.data_ptr(), DTYPES[tensor.dtype])
+def _array(tensor: Tensor) -> tuple[int, int]:
+    """The fields of an `Array`."""
+    return tensor.data_ptr(), DTYPES[tensor.dtype]
 
 
-def _rows(rows: Tensor) -> Any:
+def _rows(rows: Tensor) -> tuple[int, ...]:
+    """The fields of `Rows`."""
     num_tasks, num_params = rows.shape
-    return Rows(rows.data_ptr(), DTYPES[rows.dtype], rows.stride(0), num_tasks, num_params)
+    return rows.data_ptr(), DTYPES[rows.dtype], rows.stride(0), num_tasks, num_params
 
 
 def _readable(loss_scale: Tensor, device: torch.device) -> Tensor:
@@ -216,30 +234,33 @@ class CLibrary:
         """The library, of which `library` may have said that it can run."""
         return self.library() if self._loaded is None or isinstance(self._loaded, str) else self._loaded
 
-    def _call(self, name: str, device: torch.device, num_tasks: int, args: Any) -> None:
-        """Call a function on the tensors' own device, which the library takes to be the current one."""
+    def _call(self, name: str, device: torch.device, num_tasks: int, *fields: float) -> None:
+        """Call a function on the tensors' own device, which the library takes to be the current one.
+
+        ``fields`` are those of its structure, without the last, `Where`.
+        """
         library = self._loaded if isinstance(self._loaded, CDLL) else self._known()
         if not self._gpu:
-            args.where.num_threads = 1 if memory.forked else torch.get_num_threads()
-            status = getattr(library, name)(byref(args))
+            threads = 1 if memory.forked else torch.get_num_threads()
+            status = getattr(library, name)(ARGUMENTS[name].pack(*fields, threads, 0, 0))
         else:
             elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
             with torch.cuda.device(device) if elsewhere else nullcontext():
-                args.where = self._where(device, num_tasks)
-                status = getattr(library, name)(byref(args))
+                where = self._where(device, num_tasks)
+                status = getattr(library, name)(ARGUMENTS[name].pack(*fields, *where))
         if status != 0:
             self.check(status)
 
-    def _where(self, device: torch.device, num_tasks: int) -> Any:
+    def _where(self, device: torch.device, num_tasks: int) -> tuple[int, int, int]:
         """The current stream and its workspace. A captured call gets one of its own, which a step before made."""
         stream, needed = stream_of(device), self._known().dbmtl_workspace_bytes(num_tasks)
         if capturing(device):
-            return Where(0, zeros_of(device).take(needed).data_ptr(), stream)
+            return 0, zeros_of(device).take(needed).data_ptr(), stream
         found = self._workspaces.get((device, stream))
         if found is None or found.numel() < needed:
             found = self._workspaces[device, stream] = torch.zeros(needed, dtype=torch.uint8, device=device)
         zeros_of(device).prepare(needed + CAPTURED_BYTES)
-        return Where(0, found.data_ptr(), stream)
+        return 0, found.data_ptr(), stream
 
     # --- the calls --------------------------------------------------------------------------------------------------
 
@@ -249,13 +270,14 @@ class CLibrary:
         """One step on a matrix of gradients; one cooperative launch on a GPU."""
         num_tasks, num_params = ema.shape
         device = ema.device
-        out = torch.empty(num_params, dtype=grads.dtype, device=device)
+        out = grads.new_empty(num_params)
         if not self._gpu:
             self.advise_huge_pages(out)
-        norms = torch.empty(num_tasks, dtype=_wide(ema.dtype), device=device)
-        weighting = Weighting(eps, constant, SCALES[scale])
-        args = BalanceArgs(_rows(grads), _rows(ema), _array(out), norms.data_ptr(), beta, weighting)
-        self._call("dbmtl_balance", device, num_tasks, args)
+        norms = ema.new_empty(num_tasks, dtype=_wide(ema.dtype))
+        self._call(
+            "dbmtl_balance", device, num_tasks,
+            *_rows(grads), *_rows(ema), *_array(out), norms.data_ptr(), beta, eps, constant, SCALES[scale],
+        )  # fmt: skip
         return out, norms
 
     def accumulate_(
@@ -274,24 +296,25 @@ class CLibrary:
         if not isinstance(coefficients, Tensor) and self._gpu:
             numbers = upload(coefficients, torch.float64, device)
         elif not isinstance(coefficients, Tensor):
-            numbers = (c_double * 2)(*coefficients)
+            numbers = array("d", coefficients)
         factor = NONE
         if loss_scale is not None:
             loss_scale = _readable(loss_scale, device)
             factor = _array(loss_scale)
         wide = DTYPES[torch.float64 if DTYPES[torch.float64] in dtypes else torch.float32]
-        args = AccumulateArgs(
-            Array(None, wide) if row is None else Array(row.data_ptr(), DTYPES[row.dtype]), sumsq.data_ptr(),
-            numbers.data_ptr() if isinstance(numbers, Tensor) else addressof(numbers), factor, len(dtypes),
-            segments.data_ptr(), (c_void_p * len(dtypes))(*addresses), dtypes,
+        pointers, codes = array("Q", addresses), array("B", dtypes)
+        self._call(
+            "dbmtl_accumulate", device, 1, *((0, wide) if row is None else _array(row)), sumsq.data_ptr(),
+            numbers.data_ptr() if isinstance(numbers, Tensor) else numbers.buffer_info()[0], *factor, len(dtypes),
+            segments.data_ptr(), pointers.buffer_info()[0], codes.buffer_info()[0],
         )  # fmt: skip
-        self._call("dbmtl_accumulate", device, 1, args)
 
     def combine_out(self, rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) -> None:
         """Add weighted rows up; one launch on a GPU."""
         weights = weights.contiguous()
-        args = CombineArgs(_rows(rows), _array(weights), _array(out), accumulate)
-        self._call("dbmtl_combine", rows.device, rows.shape[0], args)
+        self._call(
+            "dbmtl_combine", rows.device, rows.shape[0], *_rows(rows), *_array(weights), *_array(out), accumulate
+        )
 
     def balance_rows_(self, step: BalanceRows) -> None:
         """All of the end of an engine step; one launch on a GPU."""
@@ -299,21 +322,21 @@ class CLibrary:
         if step.loss_scale is not None:
             loss_scale = _readable(step.loss_scale, rows.device)  # a name, as only its address is passed on
             factor = _array(loss_scale)
-        outs = (Out * MAX_OUTS)()
-        for i, (out, start) in enumerate(zip(step.outs, step.starts, strict=True)):
-            outs[i] = Out(out.data_ptr(), DTYPES[out.dtype], start, out.numel())
-        args = BalanceRowsArgs(
-            _rows(rows), *map(Tensor.data_ptr, step.stats), None if step.active is None else step.active.data_ptr(),
-            factor, step.propagate_above, outs, len(step.outs), step.fresh, step.accumulate,
-            Weighting(step.eps, step.constant, SCALES[step.scale]),
+        outs = [
+            x for out, start in zip(step.outs, step.starts, strict=True) for x in (*_array(out), start, out.numel())
+        ]
+        outs += [0] * (4 * MAX_OUTS - len(outs))
+        self._call(
+            "dbmtl_balance_rows", rows.device, rows.shape[0], *_rows(rows), *map(Tensor.data_ptr, step.stats),
+            0 if step.active is None else step.active.data_ptr(), *factor, step.propagate_above, *outs, len(step.outs),
+            step.fresh, step.accumulate, step.eps, step.constant, SCALES[step.scale],
         )  # fmt: skip
-        self._call("dbmtl_balance_rows", rows.device, rows.shape[0], args)
 
     def gramian(self, rows: Tensor) -> Tensor:
         """The product of the rows with themselves; one launch on a GPU, at most 64 tasks."""
         num_tasks, device = rows.shape[0], rows.device
         out = torch.empty(num_tasks, num_tasks, dtype=_wide(rows.dtype), device=device)
-        self._call("dbmtl_gramian", device, num_tasks, GramianArgs(_rows(rows), _array(out)))
+        self._call("dbmtl_gramian", device, num_tasks, *_rows(rows), *_array(out))
         return out
 
 
