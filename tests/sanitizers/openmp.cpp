@@ -2,7 +2,7 @@
 // atomics, but GCC's own runtime waits on futexes that it does not see, and every barrier would be reported as a race.
 // Only what the standard promises orders memory here: the start and the end of a region, and its barriers. Work is handed
 // out by relaxed atomics, so that a race between two tiles is not hidden by the order in which they were handed out.
-// A use of OpenMP that is not here fails to link.
+// Outside of a region the thread is a team of its own. A use of OpenMP that is not here fails to link.
 #include <pthread.h>
 
 #include <algorithm>
@@ -36,7 +36,9 @@ struct Member {
 
 thread_local Member member;
 
-void wait_for_all() { pthread_barrier_wait(&member.team->barrier); }
+void wait_for_all() {
+  if (member.team != nullptr) pthread_barrier_wait(&member.team->barrier);
+}
 
 int limited(int used) { return used < kMostLoops ? used : (std::abort(), 0); }
 
@@ -62,6 +64,7 @@ int omp_get_thread_num() { return member.index; }
 int omp_get_num_threads() { return member.team == nullptr ? 1 : member.team->threads; }
 int omp_get_max_threads() { return 1; }
 int omp_get_num_procs() { return 1; }
+int omp_in_parallel() { return omp_get_num_threads() > 1; }
 
 void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned) {
   const auto team = std::make_unique<Team>();
@@ -82,11 +85,12 @@ void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned) 
 void GOMP_barrier() { wait_for_all(); }
 
 bool GOMP_single_start() {
-  return member.team->singles[limited(member.singles++)].fetch_add(1, std::memory_order_relaxed) == 0;
+  return member.team == nullptr || member.team->singles[limited(member.singles++)].fetch_add(1, std::memory_order_relaxed) == 0;
 }
 
 // Of the loop that this thread is in.
 bool GOMP_loop_nonmonotonic_dynamic_next(long* begin, long* end) {
+  if (member.team == nullptr) return false;
   const Loop& loop = member.loop;
   const long taken = member.team->next[member.loops - 1].fetch_add(1, std::memory_order_relaxed);
   *begin = taken * loop.chunk;
@@ -97,6 +101,11 @@ bool GOMP_loop_nonmonotonic_dynamic_next(long* begin, long* end) {
 // Of loops from 0 by steps of 1.
 bool GOMP_loop_nonmonotonic_dynamic_start(long from, long end, long step, long chunk, long* first, long* last) {
   if (from != 0 || step != 1) std::abort();
+  if (member.team == nullptr) {
+    *first = 0;
+    *last = end;
+    return end > 0;
+  }
   limited(member.loops++);
   member.loop = {end, step, chunk};
   return GOMP_loop_nonmonotonic_dynamic_next(first, last);
