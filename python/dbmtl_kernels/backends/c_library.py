@@ -304,7 +304,7 @@ class CLibrary:
         wide = DTYPES[torch.float64 if DTYPES[torch.float64] in dtypes else torch.float32]
         pointers, codes = array("Q", addresses), array("B", dtypes)
         self._call(
-            "dbmtl_accumulate", device, 1, *((0, wide) if row is None else _array(row)), sumsq.data_ptr(),
+            "dbmtl_accumulate", device, 1, *((0, wide) if row is None else (row.data_ptr(), DTYPES[row.dtype])), sumsq.data_ptr(),
             numbers.data_ptr() if isinstance(numbers, Tensor) else numbers.buffer_info()[0], *factor, len(dtypes),
             segments.data_ptr(), pointers.buffer_info()[0], codes.buffer_info()[0],
         )  # fmt: skip
@@ -322,9 +322,9 @@ class CLibrary:
         if step.loss_scale is not None:
             loss_scale = _readable(step.loss_scale, rows.device)  # a name, as only its address is passed on
             factor = _array(loss_scale)
-        outs = [
-            x for out, start in zip(step.outs, step.starts, strict=True) for x in (*_array(out), start, out.numel())
-        ]
+        outs: list[int] = []
+        for out, start in zip(step.outs, step.starts, strict=True):
+            outs += out.data_ptr(), DTYPES[out.dtype], start, out.numel()
         outs += [0] * (4 * MAX_OUTS - len(outs))
         self._call(
             "dbmtl_balance_rows", rows.device, rows.shape[0], *_rows(rows), *map(Tensor.data_ptr, step.stats),
