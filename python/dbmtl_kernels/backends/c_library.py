@@ -304,8 +304,8 @@ class CLibrary:
         wide = DTYPES[torch.float64 if DTYPES[torch.float64] in dtypes else torch.float32]
         pointers, codes = array("Q", addresses), array("B", dtypes)
         self._call(
-            "dbmtl_accumulate", device, 1, *((0, wide) if row is None else (row.data_ptr(), DTYPES[row.dtype])), sumsq.data_ptr(),
-            numbers.data_ptr() if isinstance(numbers, Tensor) else numbers.buffer_info()[0], *factor, len(dtypes),
+            "dbmtl_accumulate", device, 1, *((0, wide) if row is None else (row.data_ptr(), DTYPES[row.dtype])),
+            sumsq.data_ptr(), numbers.data_ptr() if isinstance(numbers, Tensor) else numbers.buffer_info()[0], *factor, len(dtypes),
             segments.data_ptr(), pointers.buffer_info()[0], codes.buffer_info()[0],
         )  # fmt: skip
 
