@@ -305,8 +305,8 @@ class CLibrary:
         pointers, codes = array("Q", addresses), array("B", dtypes)
         self._call(
             "dbmtl_accumulate", device, 1, *((0, wide) if row is None else (row.data_ptr(), DTYPES[row.dtype])),
-            sumsq.data_ptr(), numbers.data_ptr() if isinstance(numbers, Tensor) else numbers.buffer_info()[0], *factor, len(dtypes),
-            segments.data_ptr(), pointers.buffer_info()[0], codes.buffer_info()[0],
+            sumsq.data_ptr(), numbers.data_ptr() if isinstance(numbers, Tensor) else numbers.buffer_info()[0], *factor,
+            len(dtypes), segments.data_ptr(), pointers.buffer_info()[0], codes.buffer_info()[0],
         )  # fmt: skip
 
     def combine_out(self, rows: Tensor, weights: Tensor, out: Tensor, accumulate: bool) -> None:
