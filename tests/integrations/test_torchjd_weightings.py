@@ -88,8 +88,9 @@ def ours(method, matrices, log):
     return out
 
 
-def difference(a, b):
-    return float((a - b).abs().max()) / max(float(b.abs().max()), 1e-30)
+def difference(a, b, size=None):
+    """Relative to the largest number of ``b``, or of another tensor."""
+    return float((a - b).abs().max()) / max(float((b if size is None else size).abs().max()), 1e-30)
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -103,15 +104,17 @@ def test_weights_and_gradients_are_torchjds(method, family, log):
         rows = rows_of(family, dtype)
         matrices = [rows, rows.flip(0)]  # two steps, for methods with a memory
         scale = 2.0 ** -(torch.arange(K, dtype=dtype) % 2)[:, None] if log else 1.0
-        for (vector, weights), (expected, their_weights) in zip(
-            ours(method, matrices, log), theirs(method, [matrix * scale for matrix in matrices]), strict=True
+        given = [matrix * scale for matrix in matrices]
+        for (vector, weights), (expected, their_weights), matrix in zip(
+            ours(method, matrices, log), theirs(method, given), given, strict=True
         ):
             assert expected.isfinite().all()
             if (method, family) in UNSOLVABLE:
                 assert vector.isfinite().all()
                 assert vector.norm() <= 1.0 + 1e-6
                 continue
-            worst = max(worst, difference(vector, expected))
+            # Weighted rows that cancel leave what their rounding left, which differs from one processor to another.
+            worst = max(worst, difference(vector, expected, their_weights.abs() @ matrix.abs()))
             if (method, family) not in NOT_UNIQUE:
                 worst = max(worst, difference(weights, their_weights))
     assert worst <= 1e-5
