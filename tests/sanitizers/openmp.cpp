@@ -85,7 +85,8 @@ void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned) 
 void GOMP_barrier() { wait_for_all(); }
 
 bool GOMP_single_start() {
-  return member.team == nullptr || member.team->singles[limited(member.singles++)].fetch_add(1, std::memory_order_relaxed) == 0;
+  if (member.team == nullptr) return true;
+  return member.team->singles[limited(member.singles++)].fetch_add(1, std::memory_order_relaxed) == 0;
 }
 
 // Of the loop that this thread is in.
